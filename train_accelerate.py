@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None) -> Path:
     """
     args = parse_arguments(RunArguments, __doc__, argv, config=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("accelerate", "httpx", "httpx2"):  # the Hub's HTTP client would log every request
+    # These libraries would log many details, such as every HTTP request to the Hub. Only their warnings are shown.
+    for name in ("accelerate", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
     output_dir = choose_and_check_output_dir(args, _connect_processes())
     args.has_auto_precision = args.mixed_precision == "auto"
@@ -105,17 +106,21 @@ def main(argv: list[str] | None = None) -> Path:
         ensure_writable_repository(args.hub_model_id, args.hub_private)
     with lock_run_folder_and_exit_on_interrupt(output_dir, args, accelerator) as folder:
         checkpoints = Checkpoints(folder / "checkpoints", args.keep_last, accelerator)
-        # This call also compares the settings of the run with those in the checkpoint, before any long work begins.
+        # This call also compares the settings of the run with those in the checkpoint, so that a mismatch is reported
+        # before images are embedded, which takes long.
         resume = checkpoints.find_resume_checkpoint(args)
         inputs = load_inputs_and_embed_images(args, accelerator)
-        if (folder / "run.json").is_file():  # the run was stopped after training, before or during the evaluation
+        # If run.json exists, the run was stopped after training, before or during the evaluation. It is not trained
+        # again.
+        if (folder / "run.json").is_file():
             check_matches_finished_run(folder, args.to_dict(), inputs.fingerprints(args))
         else:
             train(args, inputs, checkpoints, resume)
         if accelerator.is_main_process:
             evaluate_base_and_trained_and_write_results(args, inputs, accelerator, folder)
         accelerator.wait_for_everyone()
-        accelerator.end_training()  # closes the tracker's files, before their folder is renamed
+        # This closes the tracker's files. Open files could prevent the renaming of their folder below.
+        accelerator.end_training()
         if accelerator.is_main_process:
             rename_partial_folder(output_dir, args.overwrite_output_dir)
             print(f"\n{(output_dir / 'table.md').read_text(encoding='utf-8')}\nThe results are in {output_dir}.")
@@ -131,7 +136,8 @@ def _connect_processes() -> PartialState:
     Raises:
         ValueError: If the launcher has started more processes than Accelerate has connected.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
+    # torchrun and accelerate launch set WORLD_SIZE to the number of processes that they start.
+    started = int(os.environ.get("WORLD_SIZE", "1"))
     state = get_or_init_distributed_state(PROCESS_TIMEOUT)
     if state.num_processes != started:
         raise ValueError(
@@ -292,7 +298,7 @@ def _write_run_json_and_curves(
         "processes": PartialState().num_processes,
         "steps": state.step,
         "pairs": pairs,
-        "seconds": {"training": state.seconds},  # includes evaluations of the validation split
+        "seconds": {"training": state.seconds},  # includes the time of evaluations on the validation split
         "pairs_per_second": pairs / state.seconds,
         "curve": state.curve,
     }

@@ -44,12 +44,15 @@ from captions.translate import TranslateArguments
 from captions.translators.chat import ChatTranslator
 from examples.chat_server import MODEL, ChatServer, run_stand_in_chat_server
 
-IMAGE_SIDE, QUERY_TOKENS = 224, 32  # BLIP-2: side of an image in pixels; query tokens per image
-# Names of the fields of BLIP-2's config whose values are divided by --widths
+# Published values of BLIP-2: side of an input image in pixels, and number of tokens that represent one image in the
+# input of the language model.
+IMAGE_SIDE, QUERY_TOKENS = 224, 32
+# Names of the fields of BLIP-2's config whose values are divided by the flag --widths, to get a smaller model.
 SCALED_FIELDS = {"hidden_size", "intermediate_size", "encoder_hidden_size", "ffn_dim", "word_embed_proj_dim"}
 SCALED_FIELDS |= {"num_attention_heads", "vocab_size"}
-CONCURRENCY, ANSWER_S = (1, 8, 64), 1.0  # requests at the same time; seconds until the stand-in server answers
-ROUNDS = 8  # each measurement translates ROUNDS * concurrency sentences, one per request
+# Numbers of requests that are sent at the same time, and seconds that the simulated server takes for each answer.
+CONCURRENCY, ANSWER_S = (1, 8, 64), 1.0
+ROUNDS = 8  # each measurement translates ROUNDS * concurrency sentences, with one sentence per request
 
 
 @dataclass
@@ -155,7 +158,9 @@ def _build_small_random_captioner(args: CaptionsArguments, prefixes: list[str]) 
     language = {"model_type": "opt", "hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32}
     language |= {"ffn_dim": 10240, "word_embed_proj_dim": 2560, "vocab_size": 50304, "max_position_embeddings": 2048}
     language |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": None}
-    config = Blip2Config(text_config=language)  # sizes of vision tower and Q-Former: the defaults are as published
+    # Only the language model needs explicit sizes. The defaults of `Blip2Config` for the vision tower and the Q-Former
+    # are the sizes of the published model.
+    config = Blip2Config(text_config=language)
     for part in (config.vision_config, config.qformer_config, config.text_config):
         part.num_hidden_layers = max(1, part.num_hidden_layers // args.layers)
         for name in SCALED_FIELDS & part.to_dict().keys():
@@ -165,7 +170,9 @@ def _build_small_random_captioner(args: CaptionsArguments, prefixes: list[str]) 
     torch.manual_seed(0)
     model = Blip2ForConditionalGeneration(config).eval().requires_grad_(False)
     for parameter in model.parameters():
-        if parameter.ndim > 1:  # BLIP-2 initializes its vision tower almost to 0, with a standard deviation of 1e-10
+        if parameter.ndim > 1:
+            # transformers initializes the vision tower of BLIP-2 with a standard deviation of 1e-10, so its outputs
+            # would hardly depend on the image. All weight matrices are therefore drawn again.
             torch.nn.init.normal_(parameter, std=0.02)
     model.language_model.generation_config.eos_token_id = None
     processor = BlipImageProcessor(size={"height": IMAGE_SIDE, "width": IMAGE_SIDE})

@@ -229,7 +229,8 @@ def _copy_demo_results_and_charts(runs: list[Path]) -> None:
             for record in read_records(path):
                 if record.model != "baseline":
                     records.append(asdict(replace(record, model_folder=f"seed-{record.seed}")))
-                elif run == runs[0]:  # the baseline is the same in all runs
+                elif run == runs[0]:
+                    # The baseline is the same in all runs, so its records are copied only from the first run.
                     records.append(asdict(record))
     results = {"records": records, "runs": [read_json(run / "run.json") for run in runs]}
     write_json(RESULTS_FOLDER / "demo.json", describe_measurement_conditions() | results)

@@ -49,16 +49,17 @@ from examples.openmoji.concepts import load_emoji_by_concept
 from examples.openmoji.dataset import render_openmoji_png
 from examples.real_images import PHOTOGRAPHS, load_example_photo
 
-DRAWINGS = ("colorwheel", "horse")  # entries of `PHOTOGRAPHS` that are drawings; they are cropped, but not copied
+# Entries of `PHOTOGRAPHS` that are drawings. The benchmark makes copies only of photographs, but crops of both.
+DRAWINGS = ("colorwheel", "horse")
 # Name of a crop -> its upper left corner (x, y), in quarters of the image's width and height. A crop has half the width
 # and half the height of the image.
 CUT_CORNERS = {f"cut {x} {y}": (x, y) for x in range(3) for y in range(3)}
-COPIED_ICON_STEP = 31  # every 31st icon is copied
+COPIED_ICON_STEP = 31  # copies are made only of a sample, every 31st icon
 # Two icons count as the same drawing if the mean absolute difference of their pixel values (0 to 255) is at most this.
 SAME_DRAWING_MAX_DIFFERENCE = 0.35
 ORIGINAL_KIND = "original"
 
-# How a copy is made: a function from the original to the copy, and keyword arguments for `Image.save`
+# How a copy is made: (function that turns the original into the copy, keyword arguments for `Image.save`).
 CopyRecipe = tuple[Callable[[Image.Image], Image.Image], dict[str, Any]]
 
 
@@ -243,8 +244,8 @@ def _find_lookalike_icon_pairs(paths: list[str]) -> list[tuple[int, int]]:
     images = [Image.open(path) for path in paths]
     small, pairs = np.stack([np.asarray(image.reduce(8), np.int16).ravel() for image in images]), []
     for first in range(len(paths)):
-        # Reduced images are compared first, because this is faster. The mean difference between two reduced
-        # images is at most the mean difference between the full images; rounding adds at most 0.5.
+        # Images reduced by a factor of 8 are compared first, because this is faster. Averaging pixels can't increase
+        # the mean difference, so no pair gets lost. The added 0.5 allows for rounding of the reduced pixels.
         near = np.abs(small[first + 1 :] - small[first]).mean(axis=1) <= SAME_DRAWING_MAX_DIFFERENCE + 0.5
         for second in (first + 1 + np.flatnonzero(near)).tolist():
             difference = np.subtract(*(np.asarray(images[index], np.int16) for index in (first, second)))

@@ -55,9 +55,11 @@ from training.loop import TrainingLoop
 
 CAPTIONS_PER_ROW = 10
 ROWS_PER_FILE = 50_000
-EVALUATION_ROWS = 64  # rows in each of the splits validation and test
-SAMPLE_INTERVAL_S = 0.1  # seconds between two samples of the memory
-HALF_CAPTIONS = 10_000  # number of texts; a caption joins two of them, so 100 million different captions are possible
+EVALUATION_ROWS = 64  # number of rows in each of the splits validation and test
+SAMPLE_INTERVAL_S = 0.1  # seconds between two readings of the memory that the training processes use
+# Number of random texts. Each caption joins two of them, so that 100 million different captions are possible although
+# few texts are generated.
+HALF_CAPTIONS = 10_000
 TRAINING_FLAGS = "--effective_batch_size 16 --micro_batch_size 8 --warmup_steps 0 --caption_strategy none"
 
 
@@ -124,7 +126,8 @@ def _sum_anonymous_memory_of_process_tree(process: psutil.Process) -> int:
     for member in (process, *process.children(recursive=True)):
         try:
             status = Path(f"/proc/{member.pid}/status").read_text(encoding="ascii")
-        except OSError:  # the process has ended
+        except OSError:
+            # The process has ended since the list of processes was made.
             continue
         total += sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
     return total

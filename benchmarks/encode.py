@@ -46,8 +46,8 @@ from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraMo
 from modeling_capivara.convert_open_clip import new_open_clip_model, to_capivara_state_dict
 from modeling_capivara.two_towers import choose_fastest_precision, embed_images
 
-IMAGE_SIZE = (320, 240)  # pixels, width and height
-CAPTION_TOKENS = 20  # tokens per caption, including begin and end
+IMAGE_SIZE = (320, 240)  # width and height in pixels
+CAPTION_TOKENS = 20  # tokens per caption, including the start token and the end token
 
 
 @dataclass
@@ -86,7 +86,8 @@ def _build_models_and_preprocessors() -> tuple[
     Returns:
         Tuple of our model, open_clip's model, our processor, and open_clip's function that preprocesses one image.
     """
-    from open_clip.transform import PreprocessCfg, image_transform_v2  # imported late: --help works without open_clip
+    # Imported here, so that --help works without open_clip.
+    from open_clip.transform import PreprocessCfg, image_transform_v2
 
     torch.manual_seed(0)
     config = CapivaraConfig()
@@ -113,7 +114,8 @@ def _build_encoding_programs_to_compare(args: EncodeArguments) -> dict[str, dict
         `{"images": {"ours": function, "open_clip": function}, "captions": {"ours": function, "open_clip": function}}`.
         Each function preprocesses and encodes all inputs, and returns embeddings of shape (inputs, width).
     """
-    from open_clip.tokenizer import HFTokenizer  # imported late: --help works without open_clip
+    # Imported here, so that --help works without open_clip.
+    from open_clip.tokenizer import HFTokenizer
 
     ours, theirs, processor, preprocess = _build_models_and_preprocessors()
     images = make_images(args.images)
@@ -154,7 +156,8 @@ def _compare_encoders(
     """
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
     with torch.inference_mode(), autocast:
-        ours, theirs = (encode().float() for encode in encoders.values())  # these calls also warm up both programs
+        # The first call of a program is slower than later calls. These untimed calls therefore also serve as warm-up.
+        ours, theirs = (encode().float() for encode in encoders.values())
         seconds = time_alternating(encoders, runs, f"{item_count} items, {precision}")
     return {
         **{name: summarize_rates([item_count / elapsed for elapsed in times]) for name, times in seconds.items()},
@@ -180,7 +183,8 @@ def _measure_embedding_many_images(args: EncodeArguments) -> dict[str, Any]:
         - "ratio_of_auto": median over the runs of our seconds in float32 divided by our seconds in precision "auto".
     """
     ours, theirs, processor, preprocess = _build_models_and_preprocessors()
-    images = list(islice(cycle(make_images(min(args.images, 64))), args.images))  # repeat 64 images, to save memory
+    # At most 64 different images are made and then repeated, because many different images would need much memory.
+    images = list(islice(cycle(make_images(min(args.images, 64))), args.images))
     batches = [images[start : start + 32] for start in range(0, args.images, 32)]
 
     def run_ours(precision: str) -> Tensor:

@@ -22,7 +22,7 @@ from capivara_common.files import read_json
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
 
 EMBEDDING_WIDTH = 512
-Recalls = dict[str, float]  # direction and k, such as "text_to_image@5" -> recall, from 0 to 1
+Recalls = dict[str, float]  # {direction and k, such as "text_to_image@5": recall from 0 to 1}
 
 
 @dataclass
@@ -42,8 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the benchmark: time the recall functions of this project and clip-benchmark, and print JSON results."""
     args = parse_arguments(EvalRetrievalArguments, __doc__, argv)
     embeddings = _make_random_embeddings(args.images, args.captions)
-    _compute_our_recalls(*_make_random_embeddings(64, args.captions))  # untimed: loads libraries
-    before = tools.reset_peak_memory()  # the memory that was needed to make the embeddings must not count
+    _compute_our_recalls(*_make_random_embeddings(64, args.captions))  # untimed, because the first call loads libraries
+    # The peak is reset, so that the memory that was needed to make the embeddings does not count.
+    before = tools.reset_peak_memory()
     measured = {
         **tools.describe_measurement_conditions(), "width": EMBEDDING_WIDTH,
         "images": args.images, "captions": args.images * args.captions,
@@ -71,7 +72,7 @@ def _make_random_embeddings(images: int, captions_per_image: int) -> tuple[Tenso
     image_embeds = torch.nn.functional.normalize(torch.randn(images, EMBEDDING_WIDTH, generator=generator), dim=-1)
     image_of_text = torch.arange(images).repeat_interleave(captions_per_image)
     text_embeds = image_embeds[image_of_text]
-    # The noise is added in place, because `text_embeds` is the largest tensor.
+    # The noise is added in place, because a sum would need one more tensor as large as `text_embeds`, the largest one.
     text_embeds += 0.3 * torch.randn(text_embeds.shape, generator=generator)
     return image_embeds, torch.nn.functional.normalize(text_embeds, dim=-1), image_of_text
 
@@ -139,7 +140,8 @@ def _compare_speed_and_recalls(embeddings: tuple[Tensor, Tensor, Tensor], runs: 
         "clip_benchmark": lambda: _compute_clip_benchmark_recalls(*embeddings),
         "ours": lambda: _compute_our_recalls(*embeddings),
     }
-    theirs, ours = (recalls() for recalls in steps.values())  # these calls also warm up both programs
+    # The first call of a program is slower than later calls. These untimed calls therefore also serve as warm-up.
+    theirs, ours = (recalls() for recalls in steps.values())
     seconds = tools.time_alternating(steps, runs, "Alternating runs")
     return {
         "runs": runs,

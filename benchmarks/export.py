@@ -22,7 +22,7 @@ from benchmarks.tools import (
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from hub_upload.export import export_model
 
-# The export to ONNX is not measured, because it loads the whole model.
+# Formats whose export is measured. ONNX is not among them, because the export to ONNX has to load the whole model.
 EXPORTED_FORMATS = ("transformers", "open_clip", "sentence_transformers")
 
 

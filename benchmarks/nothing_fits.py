@@ -41,11 +41,11 @@ from capivara_search.query import (
 )
 from examples.real_images import PHOTOGRAPHS, load_example_photo
 
-TOP_K = 10  # number of results in which objects are counted
+TOP_K = 10  # number of first results of a search in which objects are counted
 FEEDBACK_WEIGHTS = (0.25, 0.5, 1.0, 2.0)
 BOOTSTRAP_RESAMPLES = 1000
-# Name, in the results, of the statistic that the search compares with its relevance threshold: the z-score of the best
-# hit (see the module docstring).
+# Name in the results of the z-score of the best hit (see the module docstring). The search compares this statistic
+# with its relevance threshold to decide whether any picture fits.
 CHOSEN_STATISTIC = "best, in deviations"
 
 
@@ -154,8 +154,8 @@ def _measure_feedback_effect_on_results(
             after = np.argsort(-images @ apply_feedback(query, [(weight / FEEDBACK_STRENGTH, example)], images))
             orders = product(({object_class}, wanted), (before[:TOP_K], after[:TOP_K]))
             counts.append([sum(bool(labels & classes[index]) for index in order) for labels, order in orders])
-        # (cases, 4): how many of the first `TOP_K` results show the object, before and after feedback; then how many
-        # show an object of a wanted class, before and after feedback.
+        # Shape (cases, 4), counted in the first `TOP_K` results. Columns: results that show the object, before and
+        # after feedback; results that show any of the wanted classes, before and after feedback.
         table = np.array(counts, float)
         with_object = table[table[:, 0] > 0]
         object_means, wanted_means = table.mean(axis=0).reshape(2, 2).tolist()

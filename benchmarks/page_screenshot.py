@@ -54,7 +54,7 @@ def _save_page_screenshot(url: str, args: ScreenshotArguments, output: Path) -> 
             "Chromium is required for the screenshot. Install it, for example by `apt-get install chromium`."
         )
     with sync_playwright() as playwright:
-        # Chromium has no sandbox for root, and containers run as root.
+        # Chromium's sandbox does not work for root, the usual user in containers. It would not start without the flag.
         chromium = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         page = chromium.new_page(viewport={"width": args.width, "height": args.height})
         page.goto(url)

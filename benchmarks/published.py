@@ -41,16 +41,17 @@ from modeling_capivara.convert_open_clip import convert_to_folder
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import compute_image_embeds, compute_text_embeds, load_embedder
 
-# Differences of float32 embeddings of unit length, computed on the CPU. Tokens and pixels must be equal.
+# Our float32 embeddings on the CPU may differ from open_clip's by this much in each number, because of rounding errors.
+# The vectors have length 1. Tokens and pixels must be exactly equal.
 MAX_EMBEDDING_DIFFERENCE = 1e-5
-CAPTIONS_PER_IMAGE = 5  # in the retrieval datasets that can be downloaded
+CAPTIONS_PER_IMAGE = 5  # captions of each image in the downloadable retrieval datasets, to estimate the time
 TIMED_ITEMS = 32  # number of images, and of texts, that are embedded to estimate the total time
-# Texts with characters that are cleaned before they are tokenized, and a text that is truncated.
+# Compared texts: with accents, broken encoding, extra spaces or other scripts, an empty one, and one that is truncated.
 TEXTS = (
     *("um gato dormindo no sofá", "SÃ£o JoÃ£o &amp;amp; cia", "", "  Duas   CRIANÇAS\n jogam bola ", "日本語 🦫"),
     "uma praia ao pôr do sol, com coqueiros " * 9,
 )
-IMAGE_SIZES = ((310, 227), (224, 224), (97, 640), (1200, 800), (16, 16))  # width and height of the compared images
+IMAGE_SIZES = ((310, 227), (224, 224), (97, 640), (1200, 800), (16, 16))  # (width, height) of compared images
 
 
 @dataclass
@@ -97,10 +98,12 @@ def fetch_download_sizes_from_hub(args: PublishedArguments, benchmarks: list[Ben
         if name not in sizes and not Path(name).exists():
             try:
                 stored = {file.rfilename: file.size or 0 for file in get_info(name, files_metadata=True).siblings}
-            except HfHubHTTPError:  # `eval.suite` reports the reason later
+            except HfHubHTTPError:
+                # No error here: `eval.suite` needs the same files later, and then reports the reason.
                 sizes[name] = None
                 continue
-            if weight_files:  # the repository may have the same weights in several formats, but only one is downloaded
+            if weight_files:
+                # A model's repository may have the same weights in several formats, but only one is downloaded.
                 stored = dict([next((item for item in stored.items() if item[0] in weight_files), ("", 0))])
             sizes[name] = sum(stored.values())
     return sizes
@@ -141,7 +144,7 @@ def estimate_embedding_time(
         image_encoders.add(embedder.image_fingerprint)
         picture, sentence = PIL.Image.effect_noise((500, 375), 60).convert("RGB"), " ".join(TEXTS[:2])
         for kind, embed, item in (("image", embedder.embed_images, picture), ("text", embedder.embed_texts, sentence)):
-            embed([item])  # the first call is slower
+            embed([item])  # untimed warm-up, because the first call is slower
             started = time.perf_counter()
             embed([item] * TIMED_ITEMS)
             seconds[role, kind] = (time.perf_counter() - started) / TIMED_ITEMS
@@ -183,7 +186,8 @@ def compare_converted_model_with_open_clip(source: str, folder: Path) -> dict[st
     text_difference = (texts - theirs.eval().encode_text(tokens, normalize=True)).abs().max().item()
     image_embeds = compute_image_embeds(ours, batch["pixel_values"])
     image_difference = (image_embeds - theirs.encode_image(pixels, normalize=True)).abs().max().item()
-    equal_tokens = torch.equal(batch["input_ids"], tokens[:, :width])  # open_clip pads all texts to 77 tokens
+    # open_clip pads all texts to 77 tokens, so only the columns that our tokens also have are compared.
+    equal_tokens = torch.equal(batch["input_ids"], tokens[:, :width])
     equal_pixels = torch.equal(batch["pixel_values"], pixels)
     is_close = max(text_difference, image_difference) <= MAX_EMBEDDING_DIFFERENCE
     return {
@@ -248,7 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     options = {field.name: getattr(args, field.name) for field in fields(SuiteArguments)}
     options |= {"model": str(folders["capivara"]), "baseline": str(folders["baseline"])}
     summary = run_suite(SuiteArguments(**options | {"only": [benchmark.key for benchmark in benchmarks]}))
-    if summary is None:  # not the main process of a distributed launch
+    if summary is None:
+        # In a distributed launch, only the main process gets a summary. The other processes have nothing to write.
         return
     for model in summary["models"]:
         model["name"] = sources[model["role"]]

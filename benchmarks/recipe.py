@@ -39,9 +39,10 @@ from training.trainable import interpolate_weights
 
 # Name of the result row of the trained model without weight interpolation. All other rows are compared with this row.
 REFERENCE_ROW = "paper"
-# Name of a row -> α of WiSE-FT. The weights of the row's model are α * trained model + (1 - α) * base model.
+# Name of a result row -> α, the share of the trained weights in WiSE-FT (weight interpolation). The weights of the
+# row's model are α * trained model + (1 - α) * base model.
 TRAINED_SHARES = {REFERENCE_ROW: 1.0, "interpolate-0.5": 0.5, "interpolate-0.7": 0.7}
-# Datasets of drawings. Only they get confidence intervals, because the dataset photos has too few images.
+# Datasets of drawings. Only they get confidence intervals, because the dataset `photos` has too few images for them.
 DRAWING_SETS = ("openmoji", "twemoji", "noto")
 EVALUATION_SPLITS = [*((name, split) for name in DRAWING_SETS for split in ("validation", "test")), ("photos", "test")]
 # Keys are conditions "DATASET/SPLIT/LANGUAGE/DIRECTION", such as "noto/test/pt/text_to_image". Values have the shape

@@ -38,10 +38,11 @@ from capivara_search.table import MAX_EXACT_ROWS, pictures_schema, vector_column
 
 EMBEDDING_WIDTH = 512
 CLUSTER_COUNT = 2000
-NOISE_SPREAD = 1.0  # expected length of the noise that is added to a cluster center of length 1
+NOISE_SPREAD = 1.0  # expected length of the noise vector that is added to a cluster center, which has length 1
 QUERY_COUNT, K = 200, 10
 WRITE_BATCH_ROWS = 100_000
-ADDED_COUNTS = (1, 1000)  # pictures that one call adds to an index; 1000 are added only to the largest index
+# Numbers of pictures that one timed call adds to an index. Adding 1000 is measured only with the largest index.
+ADDED_COUNTS = (1, 1000)
 QUERY_TEXTS = ("um gato dormindo", "cachorro correndo na praia", "bolo de aniversário", "pôr do sol", "rua à noite")
 
 
@@ -77,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
             {"fill": _measure_index_creation, "index": _measure_searching_and_adding}[args.worker](args)
         )
         return
-    from benchmarks import search_follow  # imported late: it loads torch, which would add to the memory of a worker
+    # Imported here, because it loads torch, which would count in the measured memory of the worker processes above.
+    from benchmarks import search_follow
 
     tools.save_random_model(args.work / "model")
     if args.parts == "index":
@@ -129,7 +131,8 @@ def _time_search_commands(args: SearchArguments, rows: int) -> list[float]:
     """
     words = ["search", QUERY_TEXTS[0], "--index", str(index_path(args.work, rows)), "--model", str(args.work / "model")]
     command = [sys.executable, "-m", "capivara_search", *words, "--json"]
-    if not json.loads(subprocess.check_output(command)):  # this untimed call also fills the system's file cache
+    # This untimed call checks the search and fills the system's file cache, which the timed calls then all find.
+    if not json.loads(subprocess.check_output(command)):
         raise RuntimeError(f"{' '.join(command)} found nothing.")
     return [tools.time_call(lambda: subprocess.check_output(command)) for _ in range(args.runs)]
 
@@ -220,7 +223,7 @@ def _measure_index_creation(args: SearchArguments) -> dict[str, Any]:
 
     return {
         "written_s": tools.time_call(write),
-        # Compaction of the table and, if the table is large, the training of an approximate vector index.
+        # `optimize` compacts the table and, if the table is large, trains an approximate vector index.
         "optimised_s": tools.time_call(lambda: table.optimize(EMBEDDING_WIDTH)),
         "bytes": sum(path.stat().st_size for path in where.rglob("*") if path.is_file()),
     }
@@ -294,7 +297,7 @@ def _measure_searching_and_adding(args: SearchArguments) -> dict[str, Any]:
     page = PageAnswers(index)
     measured["page_ms"] = _measure_latency_percentiles(lambda text: page.search(Question(text=text), None), texts)
     measured["page_newest_ms"] = _measure_latency_percentiles(lambda text: page.search(Question(), None), texts[:50])
-    index.model.embed_images([PIL.Image.new("RGB", (64, 64))])  # loads the image encoder
+    index.model.embed_images([PIL.Image.new("RGB", (64, 64))])  # untimed: loads the image encoder
     first = _time_adding_pictures(args, index, 1)
     median = statistics.median(_time_adding_pictures(args, index, 1) for _ in range(args.runs))
     measured["added_s"] = {"1": {"seconds": median, "first_s": first}}

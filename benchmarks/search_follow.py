@@ -37,14 +37,14 @@ from capivara_search import PictureIndex
 from examples.real_images import CLASS_PHOTOGRAPHS, load_example_photo
 
 PHOTO_SIZE = (640, 480)  # width and height in pixels
-PIXEL_NOISE = 3.0  # standard deviation of the noise, in pixel values from 0 to 255
+PIXEL_NOISE = 3.0  # standard deviation of the noise in each photograph, for pixel values from 0 to 255
 # Name of an indexing run -> (start, end) of the photographs that the run adds, as fractions of all photographs
 INDEXING_SHARES = {"first": (0, 0.6), "second": (0.6, 0.8), "resumed": (0.8, 1)}
-INTERRUPTION_SHARE = 0.4  # the run "resumed" is interrupted after this fraction of its pictures
-ESTIMATE_START_S = 5  # estimates in the first seconds after the first picture are not counted
-POLL_INTERVAL_S = 0.25  # time between two readings of the progress
+INTERRUPTION_SHARE = 0.4  # the run "resumed" is first interrupted after this fraction of its pictures
+ESTIMATE_START_S = 5  # estimates of the remaining time count only from this many seconds after the first picture
+POLL_INTERVAL_S = 0.25  # seconds between two readings of the indexing progress
 QUESTION_COUNT = 100  # number of searches that are sent to the search page, to time them
-BURST_SIZE = 200  # photographs that are added at once
+BURST_SIZE = 200  # photographs that are added to the folder at once, to time searches while they are indexed
 QUESTION_TEXTS = ("um gato dormindo", "cachorro correndo na praia", "", "pôr do sol", "rua à noite")
 WAIT_TIMEOUT_S = 120
 
@@ -70,7 +70,7 @@ def measure_indexing_watching_and_searches(work: Path, number: int, runs: int) -
           while many new photographs are indexed}`, in milliseconds.
         - "burst": number of the new photographs that are indexed meanwhile.
     """
-    work = work.absolute()  # the index stores absolute paths
+    work = work.absolute()  # absolute, because the index stores absolute paths
     folder, where = work / "followed", work / "followed.lance"
     photos = write_random_photos(work / "photographs", number + BURST_SIZE + runs)
     for outdated in (folder, where):
@@ -200,12 +200,12 @@ def _index_and_measure_remaining_time_error(words: list[str], where: Path) -> di
             readings.append((time.perf_counter(), progress["done"], progress["left_s"]))
         time.sleep(POLL_INTERVAL_S)
     end = max((now for now, _, _ in readings), default=start)
-    # The last reading without a finished picture. Until then, the run loads the model.
+    # Time of the last reading without a finished picture. Until then, the run loads the model, which must not count.
     first_picture = max((now for now, done, _ in readings if not done), default=start)
     estimates = [
         (end - now, left) for now, _, left in readings if now - first_picture >= ESTIMATE_START_S and left is not None
     ]
-    # Both times count as at least 1 s, because estimates are whole seconds.
+    # Estimates are whole seconds and may be 0. Both times count as at least 1 s, so that no ratio divides by 0.
     ratios = [max(actual, 1) / max(left, 1) for actual, left in estimates]
     factors = [max(ratio, 1 / ratio) for ratio in ratios]
     factor_off = {"median": statistics.median(factors), "max": max(factors)} if factors else None

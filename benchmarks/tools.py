@@ -51,7 +51,8 @@ def reset_peak_memory() -> int:
     Returns:
         The peak right after the reset, that is, the resident memory in use now, in bytes.
     """
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5 resets the peak, see proc(5)
+    # Writing 5 resets the peak resident memory that Linux records for this process (manual page proc(5)).
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return peak_resident_bytes()
 
 
@@ -198,7 +199,7 @@ def describe_measurement_conditions(*packages: str) -> dict[str, Any]:
         `{"commit": short Git commit, with "+" appended if there are uncommitted changes, "date": today as YYYY-MM-DD,
         "device": description of the CPU, "threads": number of torch's threads, "versions": {package: version}}`.
     """
-    import torch  # imported late: the memory of torch must not count in processes that do not use torch
+    import torch  # imported here, so that torch takes no memory in measured processes without torch
 
     words = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty=+"]
     commit = subprocess.run(words, cwd=CODE_ROOT, capture_output=True, text=True, check=False).stdout.strip()

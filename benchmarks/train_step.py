@@ -82,10 +82,10 @@ PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's name of 
 PEER_PROGRAM = "open_clip"
 RECOMPUTED_PROGRAM = "cache_recomputed"
 PROGRAMS = (PEER_PROGRAM, "no_cache", "cache", RECOMPUTED_PROGRAM)
-BEFORE_SUFFIX = "_before"  # suffix of the names of programs that run in the checkout `--beside`
-PROGRAM_PAIRS = 96  # pairs per step in the part `programs`, unless --pairs is given
-# Pairs per step and per micro-batch in the part `recipe`. 2816 is from the appendix of the CAPIVARA paper (arXiv
-# 2310.13683); the micro-batch is our choice.
+BEFORE_SUFFIX = "_before"  # marks programs that run in another checkout of this repository (flag --beside)
+PROGRAM_PAIRS = 96  # image-caption pairs per step in the part `programs`, unless --pairs is given
+# Image-caption pairs per step and per micro-batch in the part `recipe`. The 2816 pairs per step are from the appendix
+# of the CAPIVARA paper (arXiv 2310.13683). The size of the micro-batch is our choice.
 RECIPE_PAIRS, RECIPE_MICRO = 2816, 64
 EXTRAPOLATION_RULE = (
     "Linear in the pairs, through the two measured batch sizes, each of at least two micro-batches. Weights, "
@@ -93,17 +93,18 @@ EXTRAPOLATION_RULE = (
     "their gradients grow linearly. The logits of the loss grow with the square, up to 64 MiB for each copy. "
     "Differences between runs that have other causes are extrapolated too, so the result is more likely too high."
 )
-# --model -> open_clip's flags for the same architecture and loss
+# Value of our flag --model -> flags of open_clip's trainer for the same architecture and loss.
 OPEN_CLIP_FLAGS = {
     "capivara": "--model xlm-roberta-base-ViT-B-32",
     "siglip2": "--model ViT-B-16-SigLIP2 --siglip",
     "siglip2_large": "--model ViT-L-16-SigLIP2-256 --siglip",
     "siglip2_so400m": "--model ViT-SO400M-14-SigLIP2 --siglip",
 }
-SIGLIP_TOKENS = 64  # SigLIP always pads to this length
-CAPTION_TOKENS = dict.fromkeys(OPEN_CLIP_FLAGS, SIGLIP_TOKENS) | {"capivara": 20}  # average per caption
-SIGLIP_VOCABULARY_SIZE = 256_000  # random token ids are drawn from the whole vocabulary
-# --model -> sizes of both towers, image size and patch size of SigLIP 2. transformers' defaults are those of B/16.
+SIGLIP_TOKENS = 64  # SigLIP pads every text to this number of tokens
+CAPTION_TOKENS = dict.fromkeys(OPEN_CLIP_FLAGS, SIGLIP_TOKENS) | {"capivara": 20}  # {model: average per caption}
+SIGLIP_VOCABULARY_SIZE = 256_000  # number of tokens of SigLIP 2; random token ids are drawn from all of them
+# Value of --model -> (sizes of both towers, image and patch size of SigLIP 2). What is not given here has the defaults
+# of transformers, which are those of the model B/16.
 SIGLIP_SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "siglip2": ({}, {}),
     "siglip2_large": (
@@ -115,10 +116,10 @@ SIGLIP_SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
         {"patch_size": 14},
     ),
 }
-DRAWN_TOKEN_COUNT = 2000  # number of different XLM-R tokens in random captions, about as many as in the demo
-PAD_TOKEN_ID = 1  # XLM-R's padding token
-PEER_CONTEXT_LENGTH = 77  # open_clip pads all texts to this length
-LENGTH_SPREAD = 0.25  # standard deviation of the caption length, relative to the mean
+DRAWN_TOKEN_COUNT = 2000  # random captions use this many different XLM-R tokens, about as many as the demo's captions
+PAD_TOKEN_ID = 1  # id of XLM-R's padding token
+PEER_CONTEXT_LENGTH = 77  # number of tokens to which open_clip pads all texts
+LENGTH_SPREAD = 0.25  # standard deviation of the caption lengths, as a fraction of the mean length
 MIN_LENGTH_TOKENS, MAX_LENGTH_TOKENS = 7, 70
 OPEN_CLIP_PRECISIONS = {"no": "fp32", "bf16": "amp_bfloat16"}
 
@@ -227,8 +228,8 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
     names = [name + suffix for name in ("no_cache", "cache") for suffix in suffixes] if args.beside else PROGRAMS
     programs = {(title, name): {"precision": key} for key, title in PRECISION_NAMES.items() for name in names}
     sizes = {"micro": RECIPE_MICRO, "precision": resolve_mixed_precision("auto", torch.device("cpu")), "steps": 1}
-    # The first step also allocates Adam's moments, so memory is larger in the second step. By default, only the first
-    # step of 2816 pairs is measured, because a second one would take too long.
+    # Adam allocates its moments at the end of the first step, so the full memory is needed only from the second step.
+    # A step of 2816 pairs takes long. By default, only the first step is therefore measured, without a warm-up step.
     sizes["warmup"] = int(args.pairs is not None and "programs" not in args.parts)
     recipe = {
         ("recipe", RECOMPUTED_PROGRAM + suffix, pairs): sizes | {"pairs": pairs}
@@ -244,7 +245,8 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
     for (part, name, *pairs), runs in measured.items():
         peer, before = measured.get((part, PEER_PROGRAM)), measured.get((part, name + BEFORE_SUFFIX, *pairs))
         summary = _summarize_runs(runs, peer, before)
-        if part == "recipe":  # the larger batch comes last
+        if part == "recipe":
+            # The larger batch is measured last. Its result is combined with the earlier one of the smaller batch.
             key = part + name.removeprefix(RECOMPUTED_PROGRAM)
             results[key] = _add_seconds_and_extrapolated_memory_to_step(
                 requested[part, name, *pairs] | summary, results.get(key)
@@ -323,7 +325,8 @@ def _measure_program_in_subprocess(name: str, args: TrainStepArguments, **flags:
     """
     numbers = ("steps", *(["peer_micro"] if name == PEER_PROGRAM else ["micro", "warmup"]))
     flags = {key: getattr(args, key) for key in numbers} | {"pairs": args.program_pairs} | flags
-    if args.model != "capivara":  # the other checkout may not have this flag
+    if args.model != "capivara":
+        # The flag is passed only if needed, because an older checkout in --beside may not have it.
         flags["model"] = args.model
     root = args.beside if name.endswith(BEFORE_SUFFIX) else tools.CODE_ROOT
     return tools.run_module_in_subprocess(
@@ -434,8 +437,8 @@ class TrainingEngine:
             micro_batch_size=args.micro, mixed_precision=args.precision,
         )  # fmt: skip
         freeze_parameters_and_add_adapters(self.model, self.args)
-        # evaluation_mode=True: Accelerate adds no DistributedDataParallel wrapper, because WholeBatch sums the
-        # gradients of all processes itself.
+        # evaluation_mode=True keeps Accelerate from adding a DistributedDataParallel wrapper, which is not
+        # needed, because WholeBatch sums the gradients of all processes itself.
         self.prepared_model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, self.args))
         self.step = WholeBatch(self.prepared_model, self.accelerator, self.args.seed, budget)
@@ -451,14 +454,16 @@ class TrainingEngine:
         Returns:
             Report of the step, which includes the number of micro-batches whose autograd graph was kept.
         """
-        if images.ndim == 4:  # pixel values, because no cache is used
+        if images.ndim == 4:
+            # Without the cache of embeddings, `images` has pixel values, which must be embedded in every step.
             self.model.vision_model.eval()
             parts = images.split(self.args.embedding_batch_size)
             images = torch.cat([embed_pixels(self.prepared_model, pixels, self.accelerator) for pixels in parts])
         self.model.train()
         self.optimizer.zero_grad(set_to_none=False)
         report = self.step(number, texts, len(images), images)
-        # The same work as in `TrainingLoop._update_weights`, which also computes the norm of the gradient.
+        # From here on, the same work as in `TrainingLoop._update_weights`. The gradient's norm is not used here, but
+        # the trainer computes it in every step, so its time must count.
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(number, self.args)
         torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
@@ -483,7 +488,7 @@ def make_random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tup
     """
     texts = []
     for number, ids in enumerate(make_random_token_ids(config, args.pairs).split(args.micro)):
-        # Remove padding beyond the longest text of the micro-batch, as our trainer does.
+        # Padding beyond the longest text of the micro-batch is removed, because our trainer does so, too.
         ids = ids[:, : (ids != PAD_TOKEN_ID).sum(dim=1).max()].contiguous()
         mask = None if isinstance(config, SiglipConfig) else (ids != PAD_TOKEN_ID).long()
         texts.append(MicroBatch(number, number * args.micro, ids, mask))
@@ -555,7 +560,7 @@ def measure_open_clip_trainer(args: TrainStepArguments) -> dict[str, Any]:
     from open_clip_train.train import train_one_epoch
 
     config, open_clip_args = build_published_config(args.model), build_open_clip_arguments(args)
-    steps = 1 + args.steps  # the first step is not timed, because the optimizer allocates its state in it
+    steps = 1 + args.steps  # the first step is not timed, because it also allocates the state of Adam
     random_seed(open_clip_args.seed, open_clip_args.rank)
     if args.model in SIGLIP_SIZES:
         model = create_model(open_clip_args.model)
@@ -573,7 +578,8 @@ def measure_open_clip_trainer(args: TrainStepArguments) -> dict[str, Any]:
     scheduler = cosine_lr(optimizer, open_clip_args.lr, open_clip_args.warmup, steps)
     data = {"train": DataInfo(batches)}
     train_one_epoch(model, data, create_loss(open_clip_args), 0, optimizer, None, scheduler, None, open_clip_args)
-    seconds = [end - start for start, end in pairwise(ends)]  # from the end of one step to the end of the next
+    # A step is timed from the end of the previous step to its own end, so the first step has no time.
+    seconds = [end - start for start, end in pairwise(ends)]
     return {
         "padded_tokens": texts.shape[1],
         "pairs_per_second": args.pairs / statistics.median(seconds),
@@ -598,7 +604,7 @@ def build_open_clip_arguments(args: TrainStepArguments) -> Any:
     flags = f"{OPEN_CLIP_FLAGS[args.model]} --lock-image --grad-checkpointing --device cpu --dataset-type synthetic"
     flags += f" --epochs 1 --batch-size {args.peer_micro} --accum-freq {args.pairs // args.peer_micro}"
     open_clip_args = parse_args([*flags.split(), "--precision", OPEN_CLIP_PRECISIONS[args.precision]])
-    init_distributed_device(open_clip_args)  # sets the fields for a single process
+    init_distributed_device(open_clip_args)  # sets fields such as `rank`, which the parser leaves out
     open_clip_args.distill = open_clip_args.wandb = False
     return open_clip_args
 

@@ -54,15 +54,18 @@ from modeling_capivara.trim_vocabulary import DEFAULT_WORD_COUNTS, frequent_word
 from modeling_capivara.two_towers import embed_texts
 
 BASES = ("capivara", *SIGLIP_SIZES, "xlmr_large_vit_h", "metaclip2")
-XLM_V_VOCABULARY_SIZE = 901_629  # rows of MetaCLIP 2's embedding table
+XLM_V_VOCABULARY_SIZE = 901_629  # number of tokens of XLM-V, whose tokenizer MetaCLIP 2 uses
 LARGE_TEXT = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 VIT_H = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120}
 VIT_H |= {"patch_size": 14, "image_size": 224}
-# Sizes of the tiny image tower. The hidden size is not reduced, because it is also the width of SigLIP's embeddings.
+# Only the text tower is measured, so the image tower is replaced by a tiny one with these sizes. Its hidden size is not
+# reduced, because it is also the width of SigLIP's embeddings.
 TINY_TOWER = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-FLOAT_BYTES = 4  # bytes per parameter, because the weights are published in float32
-WORDS_PER_LANGUAGE = 100_000  # at most this many words; most of wordfreq's lists are shorter
-ADDED_TOKEN_SCORE = -11.0  # log-probability of an added word, so high that the word is preferred to shorter tokens
+FLOAT_BYTES = 4  # bytes per parameter, because the models are published in float32
+WORDS_PER_LANGUAGE = 100_000  # at most this many words of each language; most word lists of wordfreq are shorter
+# Log-probability of each added word in the unigram tokenizer. It is so high that the tokenizer prefers the whole word
+# to several shorter tokens.
+ADDED_TOKEN_SCORE = -11.0
 
 
 @dataclass
@@ -102,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         tools.output_results_as_json(build_or_measure_model(args))
     else:
         results = read_json(args.output) if args.output.is_file() else {}
-        for name in args.models:  # results are written after each model, so that an interruption loses only one
+        for name in args.models:
+            # The results are written after each model, so that an interruption loses only the current model.
             results[name] = _measure_base(name, args)
             tools.output_results_as_json(results, args.output)
 

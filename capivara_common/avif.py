@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count, islice
 
-# Honest files stay below these limits, which bound the time that a hostile file takes.
-MAX_BOXES = 100_000  # number of child boxes that are read in one box
-MAX_OBUS = 100  # per stream; the sequence header precedes the first frame
-MAX_ITEM_TABLE_BYTES = 64_000  # enough for 4,000 items
+# Valid files stay below these limits. They keep a file that was crafted to waste time from taking long to read.
+MAX_BOXES = 100_000  # number of child boxes (nested parts of an AVIF file) that are read in one box
+# Number of OBUs (units of an AV1 stream) that are read per stream. A few suffice, because the sequence header, which
+# states the frame size, precedes the first frame.
+MAX_OBUS = 100
+MAX_ITEM_TABLE_BYTES = 64_000  # size of the table of images and metadata; enough for 4,000 entries
 MAX_STREAM_BYTES = 1_000_000  # number of bytes that are read of one stream
 MAX_SEQUENCE_HEADER_BYTES = 512  # with the most operating points, a sequence header takes about 400 bytes
-SEQUENCE_HEADER = 1  # type of an OBU (open bitstream unit)
+# Type number of the OBUs (open bitstream units) that state the frame size
+SEQUENCE_HEADER = 1
 TRACK_PATH = (b"moov", b"trak", b"mdia", b"minf", b"stbl")  # boxes around the sample table of an image sequence
 
 
@@ -38,7 +41,7 @@ def largest_frame_size(data: bytes) -> tuple[int, int]:
     """
     file, sizes = memoryview(data), [(0, 0)]
     for find_streams in (_item_streams, _track_streams):
-        with suppress(ValueError, IndexError, EOFError, struct.error):  # sizes found before a damaged part count
+        with suppress(ValueError, IndexError, EOFError, struct.error):  # keep the sizes found before a damaged part
             for stream in find_streams(file):
                 sizes.extend(_frame_sizes(stream))
     return max(sizes, key=lambda size: size[0] * size[1])
@@ -55,9 +58,9 @@ def _find_boxes(content: memoryview, *path: bytes) -> Iterator[memoryview]:
             return
         size, kind = struct.unpack_from(">I4s", content, start)
         header = 8
-        if size == 1 and start + 16 <= len(content):  # the size has 64 bits
+        if size == 1 and start + 16 <= len(content):  # size 1 means that the size follows in 64 bits
             size, header = *struct.unpack_from(">Q", content, start + 8), 16
-        stop = start + size if size else len(content)  # 0: the box extends to the end
+        stop = start + size if size else len(content)  # size 0 means that the box extends to the end
         if not start + header <= stop <= len(content):
             return
         if kind == path[0]:
@@ -74,7 +77,7 @@ def _item_streams(file: memoryview) -> Iterator[bytearray]:
         EOFError: If a table of items is incomplete.
     """
     for meta in _find_boxes(file, b"meta"):
-        idat = next(_find_boxes(meta[4:], b"idat"), memoryview(b""))  # 4: version and flags
+        idat = next(_find_boxes(meta[4:], b"idat"), memoryview(b""))  # skip 4 bytes: version and flags
         items = {
             int.from_bytes(entry[4:8] if entry[0] == 3 else entry[4:6])
             for table in _find_boxes(meta[4:], b"iinf")
@@ -119,7 +122,7 @@ def _item_locations(table: memoryview) -> Iterator[tuple[int, list[tuple[bool, i
     for _ in range(read(4 if version == 2 else 2)):
         item = read(4 if version == 2 else 2)
         in_idat = bool(version and read(2) & 15)
-        read(2)  # data reference
+        read(2)  # skip the data reference, a field that the frame size does not need
         base, extents = read(base_size), []
         for _ in range(read(2)):
             if version:
@@ -137,8 +140,8 @@ def _track_streams(file: memoryview) -> Iterator[memoryview]:
     for table in _find_boxes(file, *TRACK_PATH):
         for name, number in ((b"stco", ">I"), (b"co64", ">Q")):
             for chunks, sizes in zip(_find_boxes(table, name), _find_boxes(table, b"stsz"), strict=False):
-                (start,) = struct.unpack_from(number, chunks, 8)  # 8: version, flags and number of chunks
-                (size,) = struct.unpack_from(">I", sizes, 4)  # 0: each sample has its own size
+                (start,) = struct.unpack_from(number, chunks, 8)  # skip 8 bytes: version, flags and number of chunks
+                (size,) = struct.unpack_from(">I", sizes, 4)  # size 0 means that each sample has its own size
                 size = size or struct.unpack_from(">I", sizes, 12)[0]
                 yield file[start : start + size]
 
@@ -149,7 +152,7 @@ def _frame_sizes(stream: bytearray | memoryview) -> Iterator[tuple[int, int]]:
     with suppress(IndexError, ValueError):
         for _ in range(MAX_OBUS):
             header = stream[position]
-            position += 2 if header & 4 else 1  # there may be an extension byte
+            position += 2 if header & 4 else 1  # skip the header, and its extension byte if there is one
             size = len(stream)
             if header & 2:  # the size follows in LEB128: seven bits per byte, the lowest first
                 size = 0
@@ -205,7 +208,7 @@ def _skip_timing_and_operating_points(read: Callable[[int], int]) -> None:
     has_display_delay = read(1)
     for _ in range(read(5) + 1):
         read(12)
-        if read(5) > 7:  # the level; high levels have a tier
+        if read(5) > 7:  # seq_level_idx: levels above 7 are followed by one bit for the tier
             read(1)
         if delay_bits and read(1):  # decoder_model_present_for_this_op
             read(2 * delay_bits + 1)

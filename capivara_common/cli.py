@@ -159,7 +159,8 @@ def _build_parser(arguments_type: Any, description: str | None) -> argparse.Argu
             return super().add_argument(*names, **options)
 
         def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> tuple[Any, list[str]]:
-            for name in (word.split("=")[0] for word in args):  # the value after "=" may be a secret
+            # Error messages show only the part of a word before "=", because the value after it may be a secret.
+            for name in (word.split("=")[0] for word in args):
                 if re.fullmatch(r"--?[A-Za-z][\w-]*", name) and name not in self._option_string_actions:
                     flags = [action.option_strings[0] for action in self._actions if action.option_strings]
                     self.error(unknown_name_message(name, "flag", flags))
@@ -300,7 +301,7 @@ def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str)
             flags.append(f"--{key}={value}")  # flag and value are a single word, because a value may begin with "-"
             continue
         for word in map(str, value):
-            # The pattern is the one by which argparse recognizes negative numbers. They are not read as flags.
+            # argparse recognizes negative numbers by this pattern, and does not read them as flags.
             if word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word):
                 raise ValueError(
                     f"{subject}: `{key}` lists {word!r}, which would be read as a flag. Values must not begin with -."

@@ -110,7 +110,7 @@ def load_or_measure_fastest_setting(
         if content is None:
             content = identity | _time_and_choose_candidate(candidates, MIN_COSINES[setting])
             logger.info("Fastest %s on this CPU: %s.", setting, content["choice"])
-            with suppress(OSError):  # without the file, the next run measures again
+            with suppress(OSError):  # if the file can't be written, the next run measures again
                 write_json(cache_file, content)
     if output_file:
         with _create_and_lock_folder(output_file.parent):
@@ -171,6 +171,8 @@ def _read_choice(path: Path, candidates: Mapping[Any, Any]) -> dict[str, Any] | 
 
 def _create_and_lock_folder(folder: Path) -> AbstractContextManager[None]:
     """Create a folder if necessary, and return a context manager that waits for the lock of the folder."""
-    with suppress(OSError):  # without the folder, the `with` block runs without a lock, which only costs time
+    # If the folder can't be created, there is no lock. Several tasks may then measure at the same time, which only
+    # costs time.
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     return locked_folder(folder, wait=True)

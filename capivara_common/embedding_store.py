@@ -141,7 +141,7 @@ class EmbeddingStore:
             ValueError: If a shard has the wrong number of rows, or `embed` refuses an item.
             OSError: If the disk is full. Complete shards stay; call the method again to compute the rest.
         """
-        from tqdm.auto import tqdm  # the search imports this module and must start fast
+        from tqdm.auto import tqdm  # imported here because the search imports this module and must start fast
 
         parts, state = split_rows(len(items), rows_per_shard), get_or_init_distributed_state()
         digests = (json_digest(list(items[part.start : part.stop])) for part in parts)
@@ -167,7 +167,8 @@ class EmbeddingStore:
                 self._write_shard(path, [[vectors[row, view] for view in range(views) if items[row]] for row in part])
         state.wait_for_everyone()
         table = pa.concat_tables(map(_load_shard, paths, map(len, parts)))
-        state.wait_for_everyone()  # only then may the main process delete a temporary folder
+        # Wait until all processes have read the shards, because the main process may then delete a temporary folder.
+        state.wait_for_everyone()
         return table
 
     def _find_missing(self, paths: list[Path]) -> list[int]:
@@ -176,7 +177,8 @@ class EmbeddingStore:
         Args:
             paths: Files of the shards.
         """
-        from accelerate.utils import broadcast_object_list  # imports torch, which the search does without
+        # Imported here because this import loads torch. The search uses this module without torch, to start fast.
+        from accelerate.utils import broadcast_object_list
 
         missing: list[int] | None = None
         if get_or_init_distributed_state().is_main_process:

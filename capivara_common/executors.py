@@ -30,7 +30,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# loguru would print the values of local variables in tracebacks, and one of them may be an API key.
+# By default, loguru prints the values of local variables in tracebacks, and one of them may be an API key. loguru reads
+# this setting when it is imported.
 os.environ["LOGURU_DIAGNOSE"] = "NO"
 
 import loguru
@@ -105,7 +106,7 @@ class PhaseStep(PipelineStep):
             report = self.phase.run(self.args, rank, world_size)
         except Exception as error:
             reason = "; ".join(line.strip() for line in traceback.format_exception_only(error))
-            with suppress(OSError):  # a full disk must not hide `error`
+            with suppress(OSError):  # for example a full disk: `error` is raised anyway
                 write_text(failure_file, f"{reason}\n\n{traceback.format_exc()}")
             raise
         failure_file.unlink()
@@ -143,7 +144,8 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
     """
     previous = None
     for step in steps:
-        # Files of an earlier run are removed, because it may have had another number of tasks.
+        # The failures and completions that an earlier run recorded are removed. The earlier run may have had another
+        # number of tasks, so its task numbers may stand for other parts of the work.
         for folder in ("failures", "completions"):
             shutil.rmtree(step.log_folder / folder, ignore_errors=True)
         step_args = step.args if isinstance(step.args, ExecutorArguments) else args
@@ -177,7 +179,8 @@ def _run_step_locally(step: PhaseStep, args: ExecutorArguments) -> LocalPipeline
     Returns:
         datatrove's executor. Its `get_incomplete_ranks` returns the ranks of the tasks that have failed.
     """
-    loguru.logger.disable("datatrove")  # the terminal is for progress bars and errors
+    # Keep datatrove's log lines out of the terminal, which shows only progress bars and errors.
+    loguru.logger.disable("datatrove")
     gpus = _visible_gpus()
     workers = args.workers or len(gpus) or 1
     tasks = (args.tasks or workers) if step.phase.is_parallel else 1
@@ -218,12 +221,12 @@ def _run_rank_sequence(executor: LocalPipelineExecutor, ranks: range) -> None:
         ranks: Ranks of the tasks to run.
     """
     for rank in ranks:
-        # local_rank=1, because local rank 0 would also log to the terminal.
+        # With local_rank=0, datatrove would also print information to the terminal; with 1, it prints only errors.
         log = add_task_logger(executor.logging_dir, rank, local_rank=1)
         try:
             executor.pipeline[0].run(None, rank, executor.tasks)
             executor.mark_rank_as_completed(rank)
-        except Exception:  # the step has written the reason to the folder `failures`
+        except Exception:  # the reason is already in the folder `failures`, so continue with the next task
             if executor.tasks == 1:
                 raise
         finally:
@@ -246,13 +249,15 @@ def _run_tasks_in_worker(
         environment: Environment variables of the parent process.
     """
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    # Ctrl-C in a terminal reaches all processes. The worker ignores it, because the parent handles it and ends the
+    # worker.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     # If the parent is killed, this worker must end, because the user may run the command again, which writes the same
     # files.
     threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
     loguru.logger.disable("datatrove")
-    logging.basicConfig(format="%(message)s")  # warnings only; tasks report progress in their logs
+    logging.basicConfig(format="%(message)s")  # print only warnings; tasks report progress in log files
     set_progress_bar_timing() if worker_index == 0 else disable_progress_bars()
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -267,7 +272,8 @@ def _visible_gpus() -> list[str]:
     """Return the numbers or ids of the GPUs that this process may use, in the format of CUDA_VISIBLE_DEVICES."""
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return visible.split(",")
-    import torch  # imported here because it takes seconds
+    # Imported here because the import takes seconds, and is not needed if CUDA_VISIBLE_DEVICES is set.
+    import torch
 
     return [str(number) for number in range(torch.cuda.device_count())]
 

@@ -24,14 +24,16 @@ from filelock import lock_descriptor
 from capivara_common.cli import make_coded_error
 
 RUN_MARKER = ".capivara-run"  # name of a file that marks the folder of an unfinished run
-DIGEST_HEX_LENGTH = 64  # SHA-256 in hexadecimal; CPUs have instructions for it, so it is faster than BLAKE2
+# Length of a SHA-256 digest in hexadecimal. CPUs have instructions for SHA-256, so it is faster than BLAKE2.
+DIGEST_HEX_LENGTH = 64
 IS_WINDOWS = os.name == "nt"
 CAN_OPEN_FOLDERS = hasattr(os, "O_DIRECTORY")  # False on Windows, where `os.open` refuses folders
 # Names that are devices in every folder of Windows, also with any suffix, such as NUL.jpg.
 WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
     f"{port}{number}" for port in ("COM", "LPT") for number in "0123456789¹²³"
 }
-UMASK = os.umask(0)  # a process can only read its umask by setting it
+# Permission bits that new files don't get. A process can read its umask only by setting it, so it is set back at once.
+UMASK = os.umask(0)
 os.umask(UMASK)
 
 
@@ -185,7 +187,7 @@ def _locked(folder: Path, leftover: Path) -> Iterator[None]:
             folder itself (see `acquire_folder_lock`).
     """
     with ExitStack() as stack:
-        with suppress(OSError):  # some file systems have no locks
+        with suppress(OSError):  # some file systems have no locks; go on without one
             stack.callback(os.close, acquire_folder_lock(folder if CAN_OPEN_FOLDERS else leftover))
         yield
 
@@ -228,11 +230,12 @@ def _move_folder_into_place(new: Path, path: Path, overwrite: bool) -> None:
     for entry in [new, *new.rglob("*")]:
         if not entry.is_symlink():
             entry.chmod((0o777 if entry.is_dir() else 0o666) & ~UMASK)
-    if not CAN_OPEN_FOLDERS:  # Windows does not rename a folder to the name of an empty one
+    # Windows can't rename a folder to the name of a folder that exists, even if that folder is empty.
+    if not CAN_OPEN_FOLDERS:
         with suppress(OSError):
             path.rmdir()
     if not (overwrite and path.exists()):
-        new.rename(path)  # fails if another process has filled the folder in the meantime
+        new.rename(path)  # fails if another process has written files to `path` in the meantime
         return
     old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
     with _locked(path, old):
@@ -301,7 +304,7 @@ def rename_partial_folder(path: Path, overwrite: bool = False) -> None:
     path, partial = path.resolve(), get_partial_folder_path(path)
     check_output_folder_and_clean_leftovers(path, overwrite)
     for leftover in partial.rglob(".*.tmp"):
-        leftover.unlink()  # its writer was killed
+        leftover.unlink()  # temporary file of a process that was killed
     _move_folder_into_place(partial, path, overwrite)
 
 
@@ -344,7 +347,7 @@ def check_inputs_outside(output: Path, *inputs: str | Path | None) -> None:
     Raises:
         ValueError: If an input or the current folder lies in `output`.
     """
-    for name in (*inputs, Path.cwd()):  # a Hub id does not exist as a path
+    for name in (*inputs, Path.cwd()):  # an input that is a Hub id does not exist as a path, so it passes
         if name is not None and Path(name).exists() and Path(name).resolve().is_relative_to(output.resolve()):
             raise ValueError(
                 f"The output folder {output} contains {name}, which would be deleted. Choose another output folder."
@@ -364,7 +367,8 @@ def remove_or_restore_leftovers(path: Path) -> None:
     """
     path = path.resolve()
     name = re.compile(rf"\.{re.escape(path.name)}\.(old|tmp)-\w{{8}}")
-    for leftover in sorted(path.parent.glob(".*")):  # sorted: ".old-" comes before ".tmp-"
+    # The sorted order restores an old folder (".old-") before it removes incomplete new folders (".tmp-").
+    for leftover in sorted(path.parent.glob(".*")):
         if not (match := name.fullmatch(leftover.name)):
             continue
         # OSError: the folder is locked, or another process has removed it in the meantime.
@@ -475,7 +479,7 @@ def locked_folder(folder: Path, wait: bool = False) -> Iterator[None]:
             stack.callback(os.close, acquire_folder_lock(folder, wait))
         except BlockingIOError:
             raise
-        except OSError:  # some file systems have no locks
+        except OSError:  # some file systems have no locks; go on without one
             pass
         yield
 
@@ -505,7 +509,7 @@ class AllowedFolders:
             return False
         try:
             real = Path(os.path.realpath(path))
-        except ValueError:  # for example a NUL character; opening the file raises a better error
+        except ValueError:  # for example if the path has a NUL character; opening the file later raises a clearer error
             return True
         return any(real.is_relative_to(allowed) for allowed in self.folders)
 

@@ -39,7 +39,7 @@ MODEL_FILE_PATTERNS = [*SMALL_FILE_PATTERNS, "model*.safetensors"]
 HUB_TIMEOUT_S = 5  # timeout for connecting and for each read of the request whether the Hub has a model
 DEFAULT_BRANCH = "main"
 COMMIT_RE = re.compile(r"[0-9a-f]{40}")
-CONVERSION_FILE = "conversion.json"  # file in a converted folder that names the model it was made from
+CONVERSION_FILE = "conversion.json"  # file in the folder of a converted model that names the original model
 # Function that converts a model. Its arguments are the source, the target folder and the revision (None for a local
 # model). It writes the converted model and returns the digest of its weights.
 Converter = Callable[[str, Path, str | None], str]
@@ -78,7 +78,7 @@ def find_download_or_convert_model_folder(source: str, convert: Converter, revis
     if not looks_like_hub_id(source):
         raise make_coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=name)
     repo_id = source.removeprefix("hf-hub:")
-    may_have_moved = revision is not None and not COMMIT_RE.fullmatch(revision)  # true for branches and tags
+    may_have_moved = revision is not None and not COMMIT_RE.fullmatch(revision)  # branches and tags may, a commit can't
     cached = None if may_have_moved else find_cached_model(repo_id, revision)
     return cached or _download_hub_model_converting_open_clip(repo_id, convert, revision)
 
@@ -131,14 +131,15 @@ def check_hub_model_reachable(source: str | Path, *names: str, revision: str | N
         ValueError: If the model is not cached, and the Hub has no such model or can't be reached.
     """
     source, names = str(source), names or ("config.json",)
-    is_local = Path(source).exists() or not looks_like_hub_id(source)  # loading a local model reports its errors
+    # Local models need no check, because loading them fails at once with its own error message.
+    is_local = Path(source).exists() or not looks_like_hub_id(source)
     if is_local or any(_find_cached_hub_snapshot(source, name, revision) for name in names):
         return
     try:
         get_hf_file_metadata(hf_hub_url(source, names[0], revision=revision), timeout=HUB_TIMEOUT_S)
     except (HfHubHTTPError, HTTPError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
-            return  # the Hub was reached: the function that loads the model reports the error
+            return  # the Hub can be reached, so the function that loads the model reports the error soon
         raise _model_fetch_error(source, error) from None  # None: the message already names the cause
 
 
@@ -185,7 +186,8 @@ def _find_config_or_processor_error(folder: Path, name: str | Path) -> ValueErro
     if (folder / file).is_file():
         try:
             kind = get_supported_model_kind(read_json(folder / file, model_type=str))
-        except (ValueError, TypeError, AttributeError) as error:  # TypeError, AttributeError: a section is not a dict
+        # TypeError and AttributeError are raised if a section of the config is not a dict.
+        except (ValueError, TypeError, AttributeError) as error:
             text = "The config.json of {model} does not describe a supported two-tower model: {reason}"
             return make_coded_error(ValueError, "no_two_towers", text, model=name, reason=str(error))
         file = PROCESSOR_CONFIG_FILES[0]

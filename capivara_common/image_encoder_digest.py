@@ -19,7 +19,7 @@ from capivara_common.weight_file import WeightFile, find_weight_files
 
 DIGEST_VERSION = 1  # version of the cached digests; increase it if the digest covers other weights than before
 IMAGE_ENCODER_PREFIXES = ("vision_model.", "visual_projection.")  # names of the image encoder's parameters
-DIGEST_CHUNK_BYTES = 1 << 24  # 16 MiB hashed at a time, to limit memory
+DIGEST_CHUNK_BYTES = 1 << 24  # 16 MiB; weights are hashed in pieces of this size, to limit memory
 # Default values of transformers' image processors. The file of an image processor may omit these settings.
 IMAGE_PROCESSOR_DEFAULTS = {
     "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
@@ -175,7 +175,7 @@ def _compute_weights_digest(paths: list[Path]) -> str:
         for name in file.tensors
         if name.startswith(IMAGE_ENCODER_PREFIXES)
     }
-    tensors.pop("vision_model.embeddings.position_ids", None)  # a constant that older CLIP files contain
+    tensors.pop("vision_model.embeddings.position_ids", None)  # a constant; only older CLIP files have it
     if not tensors:
         raise ValueError(f"The weights of {paths[0].parent} contain no image tower.")
     digest = hashlib.blake2b(digest_size=16)

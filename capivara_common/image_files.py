@@ -32,26 +32,29 @@ from capivara_common.environment import get_install_command_of_extra, get_or_ini
 from capivara_common.files import IS_WINDOWS, AllowedFolders, find_windows_path_fault
 
 with suppress(ImportError):
-    import pillow_heif  # extra `heic`
+    import pillow_heif  # optional package; the extra `heic` of this project installs it
 
     pillow_heif.register_heif_opener()
 
 # There is no minimum side length: the image processor accepts one pixel, and `MAX_ASPECT_RATIO` excludes thin lines.
 MAX_IMAGE_SIDE = 30_000  # pixels; photographs and scans are smaller, and JPEG allows at most 65,535
-MAX_IMAGE_PIXELS = 50_000_000  # default of --max_pixels; 0.15 GB as RGB, and few cameras have more pixels
+MAX_IMAGE_PIXELS = 50_000_000  # default of --max_pixels; takes 0.15 GB as RGB; few cameras have more pixels
 MAX_ASPECT_RATIO = 50  # long side / short side; above it, the square crop would show less than 2 % of the image
-MAX_IMAGE_BYTES = 100_000_000  # per file, because every file is read into memory; photographs have under 50 MB
+# Larger files are refused, because a file is read into memory as a whole. Photographs have under 50 MB.
+MAX_IMAGE_BYTES = 100_000_000
 # Allowed formats. Not all formats that PIL reads are safe: for EPS, PIL starts Ghostscript.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "HEIF")
 # File name extensions of images in folders
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".heic", ".heif"),
 )
-TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF tags
-TIFF_INTEGER_FORMATS = {3: "H", 4: "I"}  # type of a TIFF tag, SHORT or LONG -> its `struct` format
+TILE_WIDTH, TILE_LENGTH = 322, 323  # numbers of the TIFF tags with the width and height of a tile, in pixels
+# {number of the type of a TIFF tag, SHORT or LONG: format of this type for `struct`}
+TIFF_INTEGER_FORMATS = {3: "H", 4: "I"}
 DECODER_THREADS = 4
 DECODE_CHUNK_IMAGES = 64  # decoded images in memory at the same time; a photograph of 12 megapixels takes 36 MB
-EXIF_TRANSPOSES = {  # EXIF orientation -> operation that makes the image upright
+# {EXIF orientation: operation that makes the image upright}
+EXIF_TRANSPOSES = {
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
@@ -329,7 +332,8 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
                 image.draft(None, (min_short_side, min_short_side))
             image.load()
             if image.format == "AVIF":
-                image._decoder = None  # frees the decoder's copy of the frame, which would last as long as the image
+                # Free the decoder's copy of the frame, which would otherwise stay in memory as long as the image.
+                image._decoder = None
         transpose = EXIF_TRANSPOSES.get(exif_orientation(image))
         image = to_8_bit(image)
         return image if transpose is None else image.transpose(transpose)
@@ -346,7 +350,7 @@ def exif_orientation(image: PIL.Image.Image) -> int:
     """
     try:
         orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation)
-    except Exception:  # PIL raises many types of errors
+    except Exception:  # for damaged EXIF data, PIL raises many types of errors
         return 1
     return orientation if orientation in EXIF_TRANSPOSES else 1
 
@@ -367,7 +371,7 @@ def to_8_bit(image: PIL.Image.Image) -> PIL.Image.Image:
     pixels = np.asarray(image)
     low, high, floating = float(pixels.min()), float(pixels.max()), pixels.dtype.kind == "f"
     limit = 255 if floating else 65535
-    if not (low >= 0 and high <= limit):  # NaN fails both comparisons
+    if not (low >= 0 and high <= limit):  # written with `not`, so that NaN is refused too
         raise ValueError(f"Pixels must be 0 to {limit} for {pixels.dtype}, got {low:g} to {high:g}.")
     if floating:
         pixels = pixels * 255 if high <= 1 else pixels
@@ -469,7 +473,8 @@ def open_regular_file_safe_from_link_swaps(
         raise BadImage("link out of the folder", f"{name} leads out of the folders that may be read")
     no_file = BadImage("no regular file", f"{name} is a folder, a pipe, a socket or a device")
     if _FOLDER_OPEN_FLAGS is None and not stat.S_ISREG(os.lstat(real).st_mode):
-        raise no_file  # without O_NONBLOCK, opening a pipe or device could wait forever
+        # Opening a pipe or device could wait forever, because Windows lacks O_NONBLOCK.
+        raise no_file
     number = _open_and_check_no_link_followed(real) if _FOLDER_OPEN_FLAGS is None else _open_without_links(real)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
@@ -540,7 +545,9 @@ def _read_tiff_tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]
     """
     if image.format != "TIFF":
         return 0, 0
-    order, is_big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]  # 43 is the version number of BigTIFF
+    # A TIFF file begins with "II" if it is little-endian. The version number follows: 43 for BigTIFF, which has larger
+    # fields.
+    order, is_big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]
     head, entry, value_start = (f"{order}Q", f"{order}HHQ8s", 12) if is_big else (f"{order}H", f"{order}HHI4s", 8)
     (entries,) = struct.unpack_from(head, data, image.tag_v2.offset)
     start, size = image.tag_v2.offset + struct.calcsize(head), struct.calcsize(entry)

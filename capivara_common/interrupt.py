@@ -59,6 +59,7 @@ def exit_if_native_code_runs(code: int) -> None:
         os._exit(code)
 
 
-# While `python -m` imports the packages of a module, sys.argv[0] is "-m".
+# While `python -m` imports the package of a command, sys.argv[0] is "-m". Other programs that import this package keep
+# their own handling of Ctrl-C.
 if os.path.basename(sys.argv[0]) in ("-m", "train_accelerate.py"):
     exit_on_interrupt()

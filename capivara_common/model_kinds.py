@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 # `model_type` of this project's own models. `image_encoder_digest` assumes it if a config has no `model_type`.
 NATIVE_MODEL_TYPE = "capivara"
-ADDING_PAGE = "docs/explanation/architecture.md"  # page that says how to add a kind
+ADDING_PAGE = "docs/explanation/architecture.md"  # page of the documentation that says how to add a kind of model
 # Default values of transformers' configs. Published configs omit fields that have their default value, but configs that
 # were loaded and saved again contain these fields. For image towers, only fields that change the embedding of an image
 # are listed, because the digest of the image encoder covers only these fields.
@@ -43,7 +43,7 @@ METACLIP_2_TEXT_DEFAULTS = {
     **{"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "layer_norm_eps": 1e-5},
     **{"max_position_embeddings": 77, "hidden_act": "quick_gelu", "eos_token_id": 49407},
 }
-# `model_type` of well-known models that are not supported -> explanation for the error message
+# {`model_type` of a well-known model that is not supported: explanation for the error message}
 UNSUPPORTED_MODEL_TYPES = {"siglip2": " (SigLIP 2 of any resolution, NaFlex)"}
 
 
@@ -126,7 +126,8 @@ class ModelKind:
         for section, supported in towers.items():
             tower = (config.get(section) or {}).get("model_type", supported and supported[0])
             if supported and tower not in supported:
-                # An embedding is `pooler_output`, which the models of other types, such as ModernBERT, may not have.
+                # Embeddings are made from the output `pooler_output` of a tower. Models of other types, such as
+                # ModernBERT, may not have this output.
                 raise ValueError(f"{section}.model_type is {tower!r}; supported are {', '.join(supported)}")
         widths = self.read_widths(config)
         if len({*map(str, widths.values())}) > 1:

@@ -97,9 +97,10 @@ _PATH_START = (
     )
     + ")"
 )
-_FOLDER_PATTERN = r"(?=[\d/._~+-]*[^\W\d_])[\w.@+%~-]+/"  # must have a letter, so fractions and dates don't match
+_FOLDER_PATTERN = r"(?=[\d/._~+-]*[^\W\d_])[\w.@+%~-]+/"  # must have a letter, so 1/2 doesn't match
 _HOST_PATTERN = r"[A-Za-z0-9][\w.$-]+"
-_DOMAIN_PATTERN = r"[\w-]+(?:\.[\w-]+)*\.(?!local/|lan/|home/|internal/)[A-Za-z]{2,}/"  # as in `//cdn.example.org/x`
+# Public host in a URL without a scheme, as in `//cdn.example.org/x`. Such a URL is not a path.
+_DOMAIN_PATTERN = r"[\w-]+(?:\.[\w-]+)*\.(?!local/|lan/|home/|internal/)[A-Za-z]{2,}/"
 _PATH_PATTERNS = (
     rf"{_PATH_START}/(?!path/to\b(?!\S{{0,200}}/\.\.)|dev/null\b){_FOLDER_PATTERN}{_NONEMPTY_PATH_TAIL}",
     r"(?<=[\"'`])/[A-Za-z][\w.-]+/?(?=[\"'`])",
@@ -109,7 +110,8 @@ _PATH_PATTERNS = (
     rf"(?<!\w)[A-Za-z]:(?:\\{{1,2}}|/){_NAME_CHARACTER}+(?:\\{{1,2}}|/){_NAME_CHARACTER}(?:{_NAME_CHARACTER}|[/\\])*",
 )
 _ABSOLUTE_START = rf"/[^\s/]|(?<!:)//[\w-]+/|\\{{2}}{_HOST_PATTERN}\\(?!\\)|[A-Za-z]:[\\/][^\\/\n]"
-_WHOLE_PATH_RE = re.compile(rf"((?:[\w-]+[=:])*)((?:{_ABSOLUTE_START})[^\n]*)")  # `--flag=` may precede the path
+# Matches a text that is a path as a whole. Group 1 is what may precede the path, such as `--flag=`.
+_WHOLE_PATH_RE = re.compile(rf"((?:[\w-]+[=:])*)((?:{_ABSOLUTE_START})[^\n]*)")
 # Characters that a terminal obeys or hides: control characters, format characters (writing direction marks, soft
 # hyphens, tag letters), line separators, and lone surrogates. Python represents the bytes of a file name that is not
 # valid UTF-8 by lone surrogates. Format characters that names need are not included: joiners (in Arabic, Indic scripts

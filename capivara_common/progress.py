@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm.std import tqdm
 
-BAR_DELAY_S = 1  # a bar appears after this time, because shorter work, such as reading weights, needs no bar
-LOG_INTERVAL_S = 30  # time between two lines if the output is a file or a pipe
+BAR_DELAY_S = 1  # seconds until a bar appears, because shorter work, such as reading weights, needs no bar
+LOG_INTERVAL_S = 30  # seconds between two lines of progress if the output is a file or a pipe
 
 _init, _set_postfix, _display = tqdm.__init__, tqdm.set_postfix, tqdm.display
 

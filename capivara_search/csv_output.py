@@ -12,8 +12,8 @@ from typing import Any, TextIO
 
 from capivara_common.privacy import escape_control_characters
 
-# A spreadsheet would compute a cell that begins with one of these characters as a formula. A single quote before the
-# character makes the cell a text.
+# A spreadsheet program would compute a cell that begins with one of these characters as a formula, for example "=1+1",
+# and a formula can do harm. A single quote in front makes the cell a text.
 FORMULA_PATTERN = r"^([=+\-@\t\r])"
 
 
@@ -49,5 +49,7 @@ def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, 
         row_count += 1
         cells = [row[name].isoformat() if isinstance(row[name], datetime) else row[name] for name in columns]
         writer.writerow([escape_csv_cell(cell) if isinstance(cell, str) else cell for cell in cells])
-    file.flush()  # a closed pipe raises its error here, rather than when Python exits
+    # If the program that reads the output through a pipe has ended, such as `head`, flushing raises the error here,
+    # where it is handled. Without it, Python would print an error when it exits.
+    file.flush()
     return row_count

@@ -29,14 +29,20 @@ from capivara_search.table import COLOR_SIGNATURE_COLUMN, extract_unit_vectors_o
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
-BLOCK_ROWS = 512  # number of vectors that are compared with each other in one step
-LATER_BLOCK_ROWS = 2048  # number of vectors after a block that are compared with the block in one step
-FLOAT16_TOLERANCE = 1e-3  # thresholds are lowered by this value, because vectors are rounded to float16 when stored
-# Side of a color signature in pixels. It was chosen like `DUPLICATE_MIN_SIMILARITY` (docs/reference/benchmarks.md).
+BLOCK_ROWS = 512  # number of vectors per block; all pairs in a block are compared in one matrix product
+# Each block is also compared with all later vectors, this many in one matrix product, to limit the memory.
+LATER_BLOCK_ROWS = 2048
+# Thresholds are lowered by this value. Vectors are stored in float16, and the rounding would otherwise move some pairs
+# from just above a threshold to just below it.
+FLOAT16_TOLERANCE = 1e-3
+# A color signature is a picture shrunk to this many pixels per side. The value was chosen by the experiment in
+# docs/reference/benchmarks.md, together with `DUPLICATE_MIN_SIMILARITY`.
 SIGNATURE_SIDE = 6
 SIGNATURE_WEIGHT = 2 / 3  # weight of the color signatures in the similarity; the model's vectors have the weight 1/3
-MIN_SIGNATURE_STD = 2.0  # a color signature is ignored if the standard deviation of its colors (0 to 255) is lower
-SIGNATURE_BYTES = 3 * SIGNATURE_SIDE * SIGNATURE_SIDE  # size of a color signature without details
+# A color signature is ignored if the standard deviation of its colors (0 to 255) is lower. It then shows hardly any
+# differences, and scaling it to unit length would only amplify noise.
+MIN_SIGNATURE_STD = 2.0
+SIGNATURE_BYTES = 3 * SIGNATURE_SIDE * SIGNATURE_SIDE  # bytes of a color signature without details: 3 colors per pixel
 # A picture is flat (see the module docstring) if at least this share of its pixels has exactly the same color. In the
 # pictures of `benchmarks.duplicates`, this share is 0.21 and more for icons, and at most 0.18 for photographs.
 MIN_FLAT_PIXEL_SHARE = 0.2
@@ -44,7 +50,7 @@ MIN_FLAT_PIXEL_SHARE = 0.2
 MAX_CONSTANT_STD = 4.0
 # The details of a flat picture are its luma plane and its two chroma planes (YCbCr), resized to these sides in pixels.
 DETAIL_SIDES = (18, 6, 6)
-DETAIL_BYTES = sum(side * side for side in DETAIL_SIDES)  # size of the details of a flat picture
+DETAIL_BYTES = sum(side * side for side in DETAIL_SIDES)  # one byte per pixel
 # If the root mean square difference of the details of two flat pictures (values from 0 to 255) is this large, the
 # similarity of the pictures is exactly `DUPLICATE_MIN_SIMILARITY`.
 DUPLICATE_DETAIL_RMS = 1.2
@@ -168,7 +174,8 @@ def compute_duplicate_similarity(vectors: np.ndarray, others: np.ndarray) -> np.
     """
     vectors, others = np.asarray(vectors, np.float32), np.asarray(others, np.float32)
     details, other_details = vectors[:, DETAIL_COLUMNS], others[:, DETAIL_COLUMNS]
-    # All sums are integers below 2**24, so they are exact in float32.
+    # All values are integers from -127 to 128, so all sums are integers below 2**24, which float32 represents exactly.
+    # The distance of two equal pictures is therefore exactly 0.
     square_sums, other_square_sums = (details**2).sum(axis=1), (other_details**2).sum(axis=1)
     mean_squares = (square_sums[:, None] + other_square_sums - 2 * (details @ other_details.T)) / DETAIL_BYTES
     products = vectors[:, : DETAIL_COLUMNS.start] @ others[:, : DETAIL_COLUMNS.start].T
@@ -230,7 +237,7 @@ def assign_near_duplicate_leaders(
     leader_of = rows.copy()
     for start in range(0, len(vectors), BLOCK_ROWS):
         end = start + BLOCK_ROWS
-        # Rows of this block that are not similar to the leaders of earlier blocks.
+        # Only the rows of this block that do not belong to a leader of an earlier block are still candidates.
         block_rows = start + np.flatnonzero(leader_of[start:end] == rows[start:end])
         block = vectors[block_rows].astype(np.float32)
         for row, similar in zip(block_rows, is_duplicate(block, block, threshold), strict=True):

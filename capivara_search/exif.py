@@ -8,7 +8,7 @@ from typing import Any
 import PIL.Image
 from PIL.ExifTags import GPS, IFD, Base
 
-FIRST_PHOTOGRAPH_YEAR = 1826  # dates before the oldest surviving photograph are ignored
+FIRST_PHOTOGRAPH_YEAR = 1826  # year of the oldest surviving photograph; earlier dates must be errors
 
 
 def read_exif_date_and_location(image: PIL.Image.Image) -> tuple[datetime | None, float | None, float | None]:
@@ -63,6 +63,6 @@ def _to_degrees(parts: Any, sign: int, limit: int) -> float:
     """
     parts = parts if isinstance(parts, tuple) else (parts / 1,)  # PIL returns degrees without minutes as one number
     degrees = sum(float(part) / unit for part, unit in zip(parts, (1, 60, 3600)[: len(parts) or 1], strict=True))
-    if not 0 <= degrees <= limit:  # this comparison is also False for NaN
+    if not 0 <= degrees <= limit:  # written with `not`, so that it also refuses NaN
         raise ValueError(f"A coordinate must be 0 to {limit} degrees, got {degrees}.")
     return sign * degrees

@@ -24,8 +24,8 @@ PICTURE_SUFFIXES = (*IMAGE_SUFFIXES, *RAW_SUFFIXES)
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".3gp", ".mts", ".m2ts", ".wmv", ".mpg", ".mpeg", ".flv"),
 )
-# Files that were skipped for these reasons are tried again in each update, because they could not even be opened. The
-# reason "needs rawpy" is no longer given, but old indexes may contain it.
+# Files with these reasons could not even be opened, so nothing is known about their content, and each update tries them
+# again. "needs rawpy" is no longer given, but indexes of older versions may contain it.
 RETRYABLE_REASONS = ("no permission", "read error", "gone", "needs rawpy")
 
 
@@ -37,8 +37,8 @@ class FileState:
     or modification time has changed.
     """
 
-    path: str  # absolute
-    size: int  # bytes
+    path: str  # absolute path of the file
+    size: int  # size of the file in bytes
     mtime_ns: int  # modification time, in nanoseconds since 1970
 
     @classmethod
@@ -148,7 +148,8 @@ def find_pictures_and_unreadable_files(
     for root in roots:
         if root in skipped_files:
             raise make_error_from_code(ValueError, "folder_shut", path=root, reason=skipped_files[root])
-        # If rules ignore something in a folder, it is not an error that no picture is left.
+        # A folder without any picture is refused, because it is probably a mistake. It is no mistake if the user's own
+        # rules have left nothing to index.
         ignored_count = sum(scan.ignored_counts[root][reason] for reason in ("forgotten", "excluded", "link"))
         if only_paths is None and not ignored_count and not _is_any_path_inside([*scan.pictures, *skipped_files], root):
             raise make_error_from_code(ValueError, "no_picture", path=root, ends=", ".join(PICTURE_SUFFIXES))
@@ -170,8 +171,8 @@ def _is_any_path_inside(paths: Sequence[str], root: str) -> bool:
     """
     if any(path.startswith(os.path.join(root, "")) for path in paths):
         return True
-    # The scan visits each folder only once. If two roots lead to the same folder, its pictures are listed under one of
-    # the roots, so real paths are compared as well.
+    # The comparison of paths is not enough: the scan visits each folder only once, so if two roots lead to the same
+    # folder, its pictures are listed under one root only. Their real paths show that the other root has them as well.
     real = Path(os.path.realpath(root))
     return any(Path(os.path.realpath(folder)).is_relative_to(real) for folder in {os.path.dirname(p) for p in paths})
 
@@ -203,7 +204,8 @@ class _FolderScan:
             self.relevant_prefixes = tuple(os.path.join(path, "") for path in only_paths if os.path.isdir(path))
         self.pictures: dict[str, FileState] = {}
         self.skipped_files: list[SkippedFile] = []
-        self.visited_folders: set[tuple[int, int]] = set()  # device and inode of each folder
+        # (Device, inode) of each visited folder, so that a folder with several paths is visited only once.
+        self.visited_folders: set[tuple[int, int]] = set()
 
     def scan_folder(self, root: str) -> None:
         """Scan one root and its subfolders, and add the results to the attributes of this object.

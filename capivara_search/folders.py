@@ -123,7 +123,8 @@ def load_ignored_counts_by_reason(table: PictureTable) -> Counter[str]:
     counts = Counter[str]()
     for key, value in table.read_metadata().items():
         if key.startswith(FOLDER_KEY_PREFIX):
-            # The value is empty until the first update of the folder ends, and in indexes of older versions.
+            # Values that can't be parsed are skipped: the value is "" until the first update of the folder ends, and in
+            # indexes of older versions.
             with suppress(ValueError, AttributeError):
                 counts.update({reason: n for reason, n in json.loads(value).items() if type(n) is int})
     return counts
@@ -151,7 +152,7 @@ def resolve_folders_to_scan(
             pattern nor a forgotten path. If `exclude` contains the path of a file instead of a pattern.
     """
     rules = load_ignore_rules(table)
-    rules.updated(exclude, include)  # called only to raise the errors of invalid patterns now
+    rules.updated(exclude, include)  # the result is not used; the call raises an error if a pattern is invalid
     known, paths = table.folders(), dict(folders)
     recorded = {folder: real for folder, real in load_requested_folders(table).items() if folder in known}
     if not folders:
@@ -271,8 +272,8 @@ def update_paths_after_move(table: PictureTable, old: Path, new: Path) -> tuple[
             # added to the index as a folder of its own.
             values[FOLDER_KEY_PREFIX + str(new)] = ""
         table.set_metadata(values)
-        # The list of folders in the index is not trusted. A folder is recorded as added by the user only if its real
-        # path is inside the real path of the new folder, which the user has named.
+        # A folder is recorded as added by the user only if its real path is inside the new folder, which the user has
+        # named. The list in the index alone is not trusted: a manipulated index could name any private folder.
         real_paths = {folder: os.path.realpath(folder) for folder in table.folders()}
         real_new = Path(os.path.realpath(new))
         requested = {folder: real for folder, real in real_paths.items() if Path(real).is_relative_to(real_new)}

@@ -117,7 +117,7 @@ class IgnoreRules:
     @cached_property
     def _gitignore_spec(self) -> "GitIgnoreSpec":
         """The patterns of `exclude`, compiled by the package pathspec."""
-        from pathspec import GitIgnoreSpec  # imported late because only users with patterns need it
+        from pathspec import GitIgnoreSpec  # imported late, because most users have no patterns
 
         return GitIgnoreSpec.from_lines(self.exclude)
 

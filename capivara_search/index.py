@@ -85,7 +85,8 @@ if TYPE_CHECKING:
 # hit. If the rows form too few groups, the search fetches `OVERFETCH_GROWTH` times as many rows and groups them again.
 DUPLICATE_OVERFETCH = 4
 OVERFETCH_GROWTH = 16
-# If at most this many rows match the filters of a search, all of these rows are kept in memory and compared exactly.
+# If at most this many rows match the filters of a search, their vectors are kept in memory, and all of them are
+# compared exactly. For larger results, LanceDB searches the files of the index.
 MAX_CACHED_ROWS = 20_000
 
 FolderFilter, DateFilter = str | Path | None, date | None
@@ -118,7 +119,7 @@ class CachedRows:
     def __init__(self, model: "SearchModel", rows: pa.Table):
         self.rows, self._model = rows.sort_by("path"), model
         self._vectors = extract_unit_vectors_of_model_or_zeros(model, self.rows)
-        self._without_vector = ~self._vectors.any(axis=1)  # True for rows that were embedded with other models
+        self._without_vector = ~self._vectors.any(axis=1)  # True for rows without a vector of this model
 
     @cached_property
     def comparison_vectors(self) -> np.ndarray:
@@ -220,7 +221,7 @@ class PictureIndex:
         """
         table = PictureTable(_default_index_path() if where == "auto" else where)
         with suppress(DamagedIndexError):  # `add` may be able to repair a damaged index
-            table.exists()  # raises all other errors now instead of at the first search
+            table.exists()  # called only for its errors, so that they come now and not at the first search
         return cls(table, model, device)
 
     @property
@@ -479,7 +480,9 @@ class PictureIndex:
         feedback = [(sign, *query.parse_weighted_feedback(words)) for sign, words in signed_words]
         if not text and like is None and not feedback:
             raise make_error_from_code(ValueError, "empty_query")
-        self._model_clauses()  # raises errors of the index before the model is loaded, which takes seconds
+        # The result is not used. The call raises errors of the index now, so that the user does not wait for the model
+        # to load first.
+        self._model_clauses()
         vectors = [self.model.embed_texts([text])] if text else []
         if like is not None:
             image = open_query_picture(like) if isinstance(like, str | Path) else like
@@ -679,7 +682,7 @@ class PictureIndex:
         """
         vector, clause = self.vectors([path])[0], join_clauses(_build_filter_clauses(folder, since, until))
         picture = self._table.rows_of_paths(comparison_columns(self.model.width), [path])
-        picture_vectors = get_comparison_vectors(self.model, picture)  # a single row
+        picture_vectors = get_comparison_vectors(self.model, picture)  # one row, because there is one path
         cached = self._load_cached_rows(clause)
         rows = cached.rows if cached else self._table.nearest(vector, DUPLICATE_OVERFETCH * k, clause)
         others = cached.comparison_vectors if cached else get_comparison_vectors(self.model, rows)
@@ -713,7 +716,7 @@ class PictureIndex:
             Hits, latest first. Their score is 0.
         """
         clause = join_clauses(_build_filter_clauses(folder, since, until))
-        if not group_duplicates:  # the model is not loaded in this case, because only grouping needs it
+        if not group_duplicates:  # this case avoids loading the model, which only grouping needs
             return convert_rows_to_hits(self._fetch_newest(clause, HIT_COLUMNS, k))
         cached = self._load_cached_rows(clause)
         newest = cached.newest if cached else partial(self._fetch_newest, clause, comparison_columns(self.model.width))
@@ -750,7 +753,7 @@ class PictureIndex:
         Raises:
             ValueError: If there is no index, or all vectors in the index were made with other models.
         """
-        _ = self._table.pictures  # raises an error if there is no index
+        _ = self._table.pictures  # this property raises an error if there is no index
         digest, total = self.model.image_digest, len(self)
         other_count = self._table.count_other_models(digest)
         if total and (other_count == total or self.model.width not in self._table.widths()):
@@ -783,7 +786,8 @@ class PictureIndex:
             return []
         rows = self._table.rows(comparison_columns(self.model.width), join_clauses(self._model_clauses()))
         rows = rows.append_column("pixels", pc.multiply(rows["width"], rows["height"]))
-        # The first row of a group becomes its first hit, so rows are sorted by quality: most pixels, then largest file.
+        # The first row of a group becomes its first hit, which should be the best copy. Rows are therefore sorted by
+        # quality: most pixels first, then the largest file.
         rows = rows.sort_by([("pixels", "descending"), ("size", "descending"), ("path", "ascending")])
         vectors, groups = get_comparison_vectors(self.model, rows), []
         for numbers in (group for group in cluster_near_duplicates(vectors, threshold) if len(group) > 1):
@@ -980,7 +984,9 @@ class PictureIndex:
         """
         from capivara_search.index_export import export_all_rows
 
-        with self._table.locked():  # so that no other process compacts the files that are being read
+        # The export only reads, but while it holds the lock, no other process can compact the index, which deletes
+        # files that the export still has to read.
+        with self._table.locked():
             return export_all_rows(self._table, path)
 
 

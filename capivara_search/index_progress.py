@@ -16,8 +16,9 @@ from pathlib import Path
 from capivara_common.files import acquire_folder_lock, read_json, write_json
 
 PROGRESS_FILE = ".progress.json"
-WRITE_INTERVAL_S = 0.5  # minimum time between two writes of the progress file
-# The rate is measured over the second half of the elapsed time, but at most over the last `RATE_WINDOW_S` seconds.
+WRITE_INTERVAL_S = 0.5  # minimum seconds between two writes of the progress file, so that writing costs hardly any time
+# The rate is measured over the second half of the elapsed time, but at most over this many seconds. An average over the
+# whole update would not follow a change of speed, for example when the machine becomes busy.
 RATE_WINDOW_S = 120.0
 
 ProgressCallback = Callable[[int, int], None]  # arguments: number of processed files, total number of files
@@ -86,7 +87,8 @@ def mirror_progress_to_file(where: str, progress: ProgressCallback) -> Iterator[
         if total and now - last_write >= WRITE_INTERVAL_S and "://" not in where:
             rate = estimate.rate
             left_s = round((total - done) / rate) if rate else None
-            with suppress(OSError):  # an error such as a full disk is reported when the rows of pictures are written
+            # A full disk must not stop the update here. It is reported when the rows of pictures are written.
+            with suppress(OSError):
                 write_json(file, {"done": done, "total": total, "left_s": left_s})
                 last_write = now
 
@@ -118,14 +120,14 @@ def read_progress_of_running_update(where: str) -> dict[str, int | None] | None:
         try:
             lock = acquire_folder_lock(Path(where))
         except BlockingIOError:
-            # The lock is held, so an update is running. The file has the estimate from the time when it was written, so
-            # the age of the file is subtracted.
+            # Another process holds the lock, so an update is running. The estimate in the file is as old as the file,
+            # so the file's age is subtracted.
             left_s, age_s = progress.get("left_s"), round(time.time() - os.stat(file).st_mtime)
             left_s = max(0, left_s - max(0, age_s)) if type(left_s) is int else None
             return {"done": progress["done"], "total": progress["total"], "left_s": left_s}
         try:
-            # Remove the outdated file, so that later calls return without taking the lock. An update that starts while
-            # the lock is taken has to wait.
+            # No update is running, so the file is left over from an earlier one. It is removed, so that later calls
+            # return without taking the lock. An update that starts while this process holds the lock has to wait.
             file.unlink()
         finally:
             os.close(lock)

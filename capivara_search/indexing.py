@@ -56,9 +56,11 @@ from capivara_search.table import (
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
-COMMIT_ROWS = 400  # files per commit; the rows of 400 files, with thumbnails, take about 5 MB
-COMMIT_INTERVAL_S = 20.0  # maximum time between two commits
-CLASSIFY_BATCH_SIZE = 32  # pictures per batch for classifying pictures that are not in the index
+# Rows are collected in memory and written in commits of this many files (about 5 MB with thumbnails). Each commit adds
+# a data file, so more commits would make the index slower to read.
+COMMIT_ROWS = 400
+COMMIT_INTERVAL_S = 20.0  # maximum seconds between two commits, so that a crash of a slow machine loses little work
+CLASSIFY_BATCH_SIZE = 32  # batch size for classifying pictures that are not in the index
 # Number of pictures in the first batch. Each later batch has twice as many pictures as the batch before it, up to the
 # batch size. Batches start small so that the time left can be estimated early.
 FIRST_BATCH_SIZE = 4
@@ -194,7 +196,8 @@ def plan_index_update(
     if only_paths is not None and any(
         _would_remove_all_rows_of_folder(table, folder, removed, files) for folder in folders
     ):
-        # The folder seems to be empty. A plan for whole folders is made instead, because it refuses empty folders.
+        # All pictures of a folder seem to be gone, for example because its disk was unmounted. The plan for whole
+        # folders refuses empty folders with an error, so it is made instead of removing all rows.
         return plan_index_update(table, image_digest, folders, rules)
     return IndexPlan(
         clause=clause,
@@ -265,7 +268,8 @@ class IndexWriter:
         self.estimate, self.write_s = RateEstimator(), 0.0
         new = sum(plan.stored_rows[file.path] is None for file in plan.files)
         self.optimize_s = table.estimate_optimize_seconds(model.width, table.count() + new)
-        # Digests of the contents of files that are gone. If a new file has one of these contents, it counts as moved.
+        # {digest of a file's content: number of files with this content that are gone}. If a new file has the same
+        # content, it counts as moved.
         self.removed_digests = Counter(plan.stored_rows[path][0] for path in plan.removed_paths)
         self._start_commit()
 
@@ -294,7 +298,7 @@ class IndexWriter:
                     is_late = time.monotonic() - self.commit_start > COMMIT_INTERVAL_S
                     if len(self.rows) + len(self.skipped_files) >= COMMIT_ROWS or is_late:
                         self.commit()
-        finally:  # pictures that are embedded already must not be lost, even after Ctrl-C
+        finally:  # also after Ctrl-C or an error: rows of embedded pictures must not be lost
             self.commit()
         return self.report
 
@@ -309,7 +313,8 @@ class IndexWriter:
         self.estimate.update(self.done_count)
         total, remaining_s = len(self.plan.files), self.write_s + self.optimize_s
         reported = int(self.done_count * total / (total + remaining_s * (self.estimate.rate or 0)))
-        # Reporting the same number twice would mean that the model was loaded in between (`RateEstimator.update`).
+        # A number is never reported twice here, because `RateEstimator.update` takes a repeated number as the sign that
+        # the model was loaded in between, and discards its measurements.
         if reported > self.reported:
             self.reported = reported
             self.progress(reported, total)
@@ -351,7 +356,8 @@ class IndexWriter:
                 pictures[file] = result
             elif not isinstance(result, BadImage):
                 raise result
-            elif result.reason != "gone":  # a file deleted since the scan is no error; the next update removes its row
+            elif result.reason != "gone":
+                # A file that was deleted since the scan ("gone") is no error. The next update removes its row.
                 self.skipped_files[file] = SkippedFile(file.path, result.reason, result.detail)
                 self.report.skipped_files.append(self.skipped_files[file])
         vectors = self._load_vectors({picture.digest for picture in pictures.values()}) | self.vectors_by_digest
@@ -359,8 +365,8 @@ class IndexWriter:
         if new and not self.report.embedded:
             self.model.prepare_images()
             self.estimate.update(self.done_count)
-            # Reporting the same number again tells the callback that the model was loaded, so that this time does not
-            # count in the estimated rate.
+            # The repeated number is a sign for the callback: the time since the last report was spent on loading the
+            # model, so it must not count in the estimated rate.
             self.progress(self.reported, len(self.plan.files))
             self.embed = self.model.tune_image_embedding(len(self.plan.files), self.batch_size)
         if new:
@@ -403,8 +409,8 @@ class IndexWriter:
             "model": self.image_digest,
             self.column: np.float16(vector),
         }
-        # The row contains the file's state at the time of the scan. If the file has changed since then, the next update
-        # notices the difference and reads the file again.
+        # The row stores size and modification time as the scan found them, before the file was read. If the file has
+        # changed since then, the next update notices the difference and reads the file again.
         self.rows[file.path] = values | asdict(file)
         self.vectors_by_digest[digest] = vector
         if stored is None:
@@ -449,13 +455,16 @@ def plan_update_and_prepare_index(
             nor a forgotten path. If the model can't embed pictures. In all these cases, a new index is not created, and
             an existing index keeps its model.
     """
-    _ = model.image_size  # raises an error now if the search does not support the model's image processor
+    # This property raises an error if the search does not support the model's image processor. It must come before the
+    # index is changed.
+    _ = model.image_size
     rules = load_ignore_rules(table).updated(exclude, include)
     plan = plan_index_update(table, model.image_digest, folders, rules=rules, only_paths=only_paths)
     stored_model = table.model()
     if progress and plan.files and (stored_model is None or stored_model["image_digest"] != model.image_digest):
-        progress(0, len(plan.files))  # the web page shows a new index only after the first report of progress
-        model.prepare_images()  # load the model now, so that errors of loading come before the table is created
+        # Without this first report, the web page would not show a new index while the model loads.
+        progress(0, len(plan.files))
+        model.prepare_images()  # loaded before the index is created or changed, because loading may fail
     table.create(model.width)
     record_requested_folders(table, folders)
     save_ignore_rules(table, rules)
@@ -540,8 +549,9 @@ def _update_and_list_skipped_files(
         file.path: row for file, row in rows_by_file.items() if file.path in new_paths or file in plan.known_bad_files
     }
     for skipped in plan.unreadable:
-        path = skipped.path.encode("utf-8", "replace").decode()  # LanceDB stores only valid UTF-8
-        # With -1 as size and time, the row matches no file on disk, so the file is tried again in each update.
+        # LanceDB stores only valid UTF-8, so the invalid characters of a file name are replaced by "?".
+        path = skipped.path.encode("utf-8", "replace").decode()
+        # No file has the size and time -1, so the row matches no file on disk, and each update tries the file again.
         valid_rows[path] = {"path": path, "size": -1, "mtime_ns": -1, "reason": skipped.reason}
     table.delete_paths([row["path"] for row in rows if row["path"] not in valid_rows], SKIPPED_FILES_TABLE)
     if new_rows := [row for row in valid_rows.values() if row not in rows]:

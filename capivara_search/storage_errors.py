@@ -16,13 +16,15 @@ from capivara_common.privacy import redact_secrets
 from capivara_search.messages import make_error_from_code
 
 LANCEDB_ERRORS = (RuntimeError, OSError, ValueError)  # types of the errors that LanceDB raises
-# Environment variables with the address of an object storage, and the form of a valid address.
+# Environment variables that may contain the address of an object storage, and the form of a valid address. They are
+# checked by this package, so that a typing error is reported clearly.
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 ENDPOINT_RE = re.compile(
     r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII
 )
-# `ADDRESS_RE` matches the addresses that LanceDB accepts. LanceDB treats any other location as a local folder. But a
-# location that matches only `SCHEME_RE` begins like an address, so it is probably a mistyped address, and is refused.
+# `ADDRESS_RE` matches the addresses of object storage that LanceDB accepts. LanceDB would take anything else for a
+# local folder. A location that begins like an address (`SCHEME_RE`) but does not match, such as "s3:/bucket", is
+# probably mistyped and is refused.
 SCHEME_RE = re.compile(r"[A-Za-z][\w+.-]+:/", re.ASCII)
 ADDRESS_RE = re.compile(r"[A-Za-z][\w+.-]+://([^/@\s]*@)?[\w.%-]*(:\d{1,5})?([/?#].*)?", re.ASCII)
 # Patterns in LanceDB's error texts. If a text matches `LANCE_ERROR_RE` and no other pattern of this module, a file of
@@ -36,12 +38,12 @@ LANCE_ERROR_RE = re.compile(
 # Locations in LanceDB's source code. They are removed from messages, because they help only LanceDB's developers.
 RUST_LOCATION_RE = re.compile(r",?\s*\S+\.rs(:\d+)+")
 MAX_DETAIL_CHARACTERS = 200  # maximum number of characters of LanceDB's text that a message quotes
-# Each entry has the key of a message in messages.yaml, a pattern in LanceDB's text, and the errno of the new OSError.
-# The first matching entry counts. "no_answer" applies only to object storage.
+# (Key of a message in messages.yaml, pattern in LanceDB's error text, errno of the OSError that is raised instead). The
+# first entry that matches counts. "no_answer" applies only to object storage.
 STORAGE_ERROR_PATTERNS = (
     ("index_full", r"No space left|os error 28|StorageFull|InsufficientCapacity", errno.ENOSPC),
     ("too_many_files", r"Too many open files|os error 24", errno.EMFILE),
-    # A status code must follow the word "status", because a 403 alone may be a number of milliseconds.
+    # A status code counts only after the word "status", because the number 403 may also be a duration in milliseconds.
     ("no_answer", r"NoSuchBucket|(?i:bucket does not exist)|Forbidden|AccessDenied|Unauthorized|status:? 40[13]"
                   r"|InvalidAccessKeyId|SignatureDoesNotMatch|Permission denied|error sending request|tcp connect"
                   r"|dns error|Connection refused|operation timed out|kind: (Connect|Timeout|Request|Unknown)|BadScheme"

@@ -40,12 +40,13 @@ if TYPE_CHECKING:
 
     from capivara_search.models import SearchModel
 
-# Version of the layout of the tables. Raise it if the layout changes in such a way that older code can't read it.
+# Version of the layout of the tables, which is stored in each index. Raise it if older code can't read the new layout;
+# older code then refuses the index instead of misreading it.
 LAYOUT_VERSION = 1
 LAYOUT_METADATA_KEY = b"capivara.layout"
 PICTURES_TABLE, SKIPPED_FILES_TABLE, METADATA_TABLE = "pictures", "left_out", "about"
-# Key column of each table, in the order in which the tables are created. `pictures` is the last one, so an index with
-# this table is complete.
+# {table: its key column}, in the order in which the tables are created. `pictures` comes last: if it exists, the index
+# is complete, even if the creation of an index was interrupted.
 TABLE_KEY_COLUMNS = {SKIPPED_FILES_TABLE: "path", METADATA_TABLE: "key", PICTURES_TABLE: "path"}
 # Keys of the metadata table. Each indexed folder has the key `FOLDER_KEY_PREFIX` + path. The value is a JSON object
 # with the number of ignored files and folders in this folder, by reason.
@@ -53,10 +54,11 @@ FOLDER_KEY_PREFIX = "folder:"
 RULES_KEY = "rules"  # the value is JSON: the rules for ignoring files, which apply to all folders
 TRAINED_ROWS_KEY = "approximate_rows"  # number of rows that the approximate vector index was trained on
 THUMBNAIL_COLUMN = "thumbnail"
-COLOR_SIGNATURE_COLUMN = "look"  # indexes that were made before this column existed do not have it
+COLOR_SIGNATURE_COLUMN = "look"  # missing in indexes of older versions
 # Columns that `convert_rows_to_hits` converts to a `Hit`.
 HIT_COLUMNS = ("path", "width", "height", "taken", "latitude", "longitude", "size", "mtime_ns")
-# Dates are limited to this range, because a file's time is stored in nanoseconds as a 64-bit integer.
+# Date filters are limited to this range. File times are stored as 64-bit integers in nanoseconds since 1970, which
+# can't represent dates before 1677 and after 2262.
 EARLIEST_DATE, LATEST_DATE = date(1800, 1, 1), date(2200, 1, 1)
 # Makes a column the primary key. If two processes then insert the same key at the same time, one of the writes fails
 # and is repeated. Without a primary key, both writes would succeed and leave two rows with this key.
@@ -69,23 +71,33 @@ MAX_EXACT_ROWS = 50_000  # tables with more rows get an approximate vector index
 # are worse: IVF_SQ takes 23 ms and 0.85 GB, codes of one bit reach a recall of 0.985 with 200 probed partitions, and
 # IVF_HNSW_SQ takes 3 minutes to build for 200,000 vectors.
 BITS_PER_DIMENSION = 4
-PROBED_PARTITIONS = 64  # partitions that a search compares; each partition has about 8,192 vectors
-REFINE_FACTOR = 4  # candidates per requested row that are compared by their full vectors
+# The vector index divides the vectors into partitions of about 8,192 similar vectors. A search compares only the
+# vectors in this many partitions, the nearest to the query.
+PROBED_PARTITIONS = 64
+# The compressed vectors in the vector index give only approximate distances. For k requested rows, the full vectors of
+# REFINE_FACTOR * k candidates are therefore compared.
+REFINE_FACTOR = 4
 # Time to build the vector index, in seconds per row. Measured: 3.2e-5 s per row of 100,000 rows, 6.9e-5 s per row of
 # 1,000,000 rows (`benchmarks.search`).
 TRAINING_S_PER_ROW = 5e-5
-MAX_UNINDEXED_ROWS = 10_000  # if more rows are outside the vector index, `PictureTable.optimize` adds them to it
-MAX_SMALL_FRAGMENTS = 24  # if a table has at least this many small data files, `PictureTable.optimize` merges them
-RETRAIN_GROWTH_FACTOR = 2  # the vector index is trained again when the table has grown by this factor
-# Size of the cache for the vector index in memory. The vector index of 1,000,000 vectors of width 512 needs 520 MiB.
+# Each search compares the rows that are not in the vector index one by one. If there are more of them than this,
+# `PictureTable.optimize` adds them to the vector index.
+MAX_UNINDEXED_ROWS = 10_000
+# Many small data files make reading slow. From this number on, `PictureTable.optimize` merges them.
+MAX_SMALL_FRAGMENTS = 24
+# The partitions of the vector index fit the rows that it was trained on. It is trained again when the table has grown
+# by this factor.
+RETRAIN_GROWTH_FACTOR = 2
+# Bytes of memory for caching the vector index. The vector index of 1,000,000 vectors of width 512 needs 520 MiB, so it
+# fits as a whole.
 VECTOR_INDEX_CACHE_BYTES = 640 << 20
 # Old versions of tables on object storage are kept for this time, because other machines may still read them.
 REMOTE_VERSION_LIFETIME = timedelta(minutes=10)
 # For a table on object storage, LanceDB checks at most once in this time whether another process has written a newer
 # version. Each check is a network request, so reads in between use the version that is already known.
 REMOTE_READ_CONSISTENCY = timedelta(seconds=1)
-MAX_PATHS_PER_CLAUSE = 500  # maximum number of paths in one SQL condition
-MAX_WRITE_ATTEMPTS = 12  # attempts of a write that conflicts with writes of other processes
+MAX_PATHS_PER_CLAUSE = 500  # longer lists of paths are split into several SQL conditions
+MAX_WRITE_ATTEMPTS = 12  # a write that conflicts with writes of other processes is tried this many times
 
 T = TypeVar("T")
 
@@ -98,11 +110,11 @@ def pictures_schema(width: int) -> pa.Schema:
     """
     return pa.schema(
         [
-            pa.field("path", pa.string(), False, PRIMARY_KEY_METADATA),  # absolute
-            pa.field("size", pa.int64(), False),  # bytes
-            pa.field("mtime_ns", pa.int64(), False),  # nanoseconds since 1970
+            pa.field("path", pa.string(), False, PRIMARY_KEY_METADATA),  # absolute path of the file
+            pa.field("size", pa.int64(), False),  # size of the file in bytes
+            pa.field("mtime_ns", pa.int64(), False),  # modification time, in nanoseconds since 1970
             pa.field("digest", pa.string(), False),  # BLAKE2b-128 digest of the file's content, in hexadecimal
-            pa.field("width", pa.int32(), False),  # pixels, after rotating the picture upright
+            pa.field("width", pa.int32(), False),  # pixels, after rotating the picture upright, like the height
             pa.field("height", pa.int32(), False),  # pixels
             pa.field("taken", pa.timestamp("us")),  # EXIF date, in the camera's local time
             pa.field("latitude", pa.float64()),  # degrees
@@ -110,7 +122,7 @@ def pictures_schema(width: int) -> pa.Schema:
             pa.field(THUMBNAIL_COLUMN, pa.binary()),  # WebP file
             pa.field(COLOR_SIGNATURE_COLUMN, pa.binary()),  # result of `duplicates.compute_color_signature`
             pa.field("model", pa.string(), False),  # digest of the model that made the vector (`image_digest`)
-            pa.field(vector_column(width), pa.list_(pa.float16(), width)),  # unit length
+            pa.field(vector_column(width), pa.list_(pa.float16(), width)),  # vector (embedding) of unit length
         ],
         metadata={LAYOUT_METADATA_KEY: str(LAYOUT_VERSION).encode()},
     )
@@ -181,7 +193,7 @@ class PictureTable:
         folder = Path(self.where)
         if os.path.isfile(folder) or (os.path.islink(folder) and not os.path.exists(folder)):
             raise make_error_from_code(ValueError, "index_is_file", path=folder)
-        if not os.path.isdir(folder):  # this includes a parent folder without permission; `open_table` reports that
+        if not os.path.isdir(folder):  # not there yet, or no permission for a parent folder, which `open_table` reports
             return
         with storage_errors.wrap_storage_errors(self.where):
             names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -202,7 +214,8 @@ class PictureTable:
             return lancedb.connect(
                 self.where,
                 read_consistency_interval=REMOTE_READ_CONSISTENCY if self.is_remote else timedelta(0),
-                storage_options={"allow_http": "true"},  # applies only to http addresses
+                # Permits object storage without TLS; https addresses are not affected.
+                storage_options={"allow_http": "true"},
                 session=lancedb.Session(index_cache_size_bytes=VECTOR_INDEX_CACHE_BYTES),
             )
 
@@ -233,8 +246,9 @@ class PictureTable:
                     if not table.schema.names:
                         # A power cut may leave a manifest of zeros, which LanceDB reads as a table without columns.
                         raise RuntimeError("LanceError: the newest record of its files holds zeros")
-                except Exception as error:  # some errors, such as LanceDB's RustPanic, are not in `LANCEDB_ERRORS`
-                    # If there are data files, the table does exist, and only its manifest is missing.
+                except Exception as error:  # not only `LANCEDB_ERRORS`, because a damaged table may raise a RustPanic
+                    # "was not found" may also mean that only the manifest (the list of data files) is missing. If there
+                    # are data files, the table does exist and is damaged.
                     has_data = not self.is_remote and any(Path(self._table_path(table_name), "data").glob("*"))
                     if "was not found" in str(error) and not has_data:
                         return None
@@ -360,7 +374,9 @@ class PictureTable:
             except LANCEDB_ERRORS as error:
                 if storage_errors.convert_storage_refusal_to_os_error_or_none(error, self.where):
                     raise
-                table.checkout_latest()  # read the files of the newest version, which are not removed yet
+                # The error may come from an old version, whose files another process has removed in the meantime. The
+                # files of the newest version still exist, so the read is tried once more with it.
+                table.checkout_latest()
                 return operation(table)
 
     def rows(self, columns: Sequence[str], clause: str | None = None, table: str = PICTURES_TABLE) -> pa.Table:
@@ -405,7 +421,8 @@ class PictureTable:
         Yields:
             Batches of rows.
         """
-        # `run_read` only starts the scan. Errors during the iteration must be converted, too.
+        # Errors can also occur during the iteration, after `run_read` has only started the scan. They must be converted
+        # as well, hence this block.
         with storage_errors.wrap_storage_errors(self.where, PICTURES_TABLE):
             yield from self.run_read(
                 PICTURES_TABLE, lambda table: _build_row_scan_query(table, columns, clause).to_batches()
@@ -551,7 +568,9 @@ class PictureTable:
             """Insert or replace the rows in LanceDB's table."""
             query = opened.merge_insert(TABLE_KEY_COLUMNS[table])
             query = query.when_matched_update_all().when_not_matched_insert_all()
-            query.execute(rows, on_bad_vectors="null")  # the rows have no values for vector columns of other widths
+            # Vector columns of other widths have no values in these rows. By default, LanceDB would refuse them as bad
+            # vectors.
+            query.execute(rows, on_bad_vectors="null")
 
         self.run_write(table, merge)
 
@@ -604,7 +623,9 @@ class PictureTable:
             yield
         finally:
             if lock is not None:
-                with suppress(OSError):  # removes the folder if no table was created; fails if it is not empty
+                # The folder was created only for the lock. If no table was created, it is removed; if it is not empty,
+                # rmdir fails.
+                with suppress(OSError):
                     Path(self.where).rmdir()
                 os.close(lock)
 
@@ -619,7 +640,7 @@ class PictureTable:
         while True:
             with storage_errors.wrap_storage_errors(self.where):
                 folder.mkdir(parents=True, exist_ok=True)
-                os.scandir(folder).close()  # raises an error if the folder can't be opened
+                os.scandir(folder).close()  # called only for the error that it raises if the folder can't be opened
             try:
                 lock = acquire_folder_lock(folder)
             except BlockingIOError:
@@ -627,9 +648,14 @@ class PictureTable:
                 lock = acquire_folder_lock(folder, wait=True)
             except OSError:
                 return None
-            with suppress(FileNotFoundError):  # the process that held the lock may have removed the folder
+            # The process that held the lock before may have removed the folder, and another process may have created it
+            # again. A lock on the removed folder would protect nothing, so the locked folder must still be the one at
+            # this path.
+            with suppress(FileNotFoundError):
                 if not CAN_OPEN_FOLDERS or os.path.samestat(os.fstat(lock), os.stat(folder)):
-                    folder.mkdir(exist_ok=True)  # Windows locks the name, which stays when the folder is removed
+                    # On Windows, the lock belongs to the name and stays when the folder is removed, so only the folder
+                    # must be made again.
+                    folder.mkdir(exist_ok=True)
                     return lock
             os.close(lock)
 
@@ -673,7 +699,8 @@ class PictureTable:
             True if the table has more than `MAX_EXACT_ROWS` rows, the width is divisible by 8, and the table either has
             no vector index for this width or has grown by `RETRAIN_GROWTH_FACTOR` since the vector index was trained.
         """
-        if row_count <= MAX_EXACT_ROWS or width % 8:  # IVF-RQ requires a width divisible by 8
+        # IVF-RQ, the type of the vector index, requires a width divisible by 8.
+        if row_count <= MAX_EXACT_ROWS or width % 8:
             return False
         trained_rows = int(self.read_metadata().get(TRAINED_ROWS_KEY, 0))
         return vector_column(width) not in self.indices() or row_count >= RETRAIN_GROWTH_FACTOR * trained_rows
@@ -729,9 +756,11 @@ class PictureTable:
             manifest = min(folder.glob("_versions/*.manifest"), default=None)
             if manifest is None:
                 return self._set_aside(folder, None)
-            if manifest.read_bytes().endswith(b"LANC"):  # this marks the end of a complete manifest
+            # A manifest that was written completely ends with these bytes. It may come from a newer LanceDB, so it is
+            # not replaced by an older version.
+            if manifest.read_bytes().endswith(b"LANC"):
                 raise
-            # After the incomplete manifest is renamed, LanceDB opens the version before it.
+            # The incomplete manifest is renamed, so that LanceDB no longer finds it and opens the version before it.
             manifest.rename(manifest.with_name(f"{manifest.name}.damaged"))
             manifest.with_name("latest_version_hint.json").unlink(missing_ok=True)
             self._repair_table(name)
@@ -741,7 +770,9 @@ class PictureTable:
         if table is None or self._is_readable(table):
             return None
         row_count = table.count_rows()
-        for index in table.list_indices():  # an index may be the damaged part; `optimize` creates the indexes again
+        # Perhaps only an index is damaged, and the rows are intact. All indexes are dropped; `optimize` creates them
+        # again.
+        for index in table.list_indices():
             self.run_write(name, methodcaller("drop_index", index.name))
         for version in sorted((entry["version"] for entry in table.list_versions()), reverse=True):
             with suppress(*LANCEDB_ERRORS):
@@ -797,7 +828,7 @@ class PictureTable:
         candidates = (Path(f"{folder}.damaged{number or ''}") for number in itertools.count())
         new_folder = next(candidate for candidate in candidates if not os.path.lexists(candidate))
         folder.rename(new_folder)
-        del self._connection  # the connection is opened again, because it may have cached files of the old folder
+        del self._connection  # opened again on the next access, because it may have cached files of the old folder
         if row_count is None:
             log_message_from_code("set_aside_unknown", folder, new_folder, level=logging.WARNING)
         else:

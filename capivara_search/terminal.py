@@ -21,7 +21,8 @@ from capivara_search.messages import Messages, make_error_from_code
 from capivara_search.results import Hit
 
 MAX_OPENED_PICTURES = 12  # limit of --open, whose help states this number; nobody can look at more windows at once
-print_notice = partial(click.echo, err=True)  # stdout holds results only; everything else goes to stderr
+# Notices go to stderr, so that stdout contains results only and can be piped into other programs.
+print_notice = partial(click.echo, err=True)
 MIN_TILE_COLUMNS = 34  # minimum width of a drawn picture in characters; a character shows an upper and a lower pixel
 # Height of a drawn picture in characters, divided by its width. A character is twice as high as wide, so the picture
 # has the aspect ratio 4:3.
@@ -194,7 +195,8 @@ def _render_picture(data: bytes | None, columns: int, rows: int) -> list[str]:
     for upper, lower in np.asarray(picture).reshape(-1, 2, width, 3).tolist():
         cells = ("\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*a, *b) for a, b in zip(upper, lower, strict=True))
         lines.append(f" {''.join(cells)}\x1b[0m{' ' * (columns - 1 - width)}")
-    return [" " * columns] * (rows - len(lines)) + lines  # the blank rows are above; the caption is below
+    # Blank rows are added above the picture, so that it stands directly above its caption.
+    return [" " * columns] * (rows - len(lines)) + lines
 
 
 def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], messages: Messages) -> None:

@@ -25,8 +25,8 @@ from capivara_common.weight_file import WeightFile
 from capivara_search.model_files.checks_capivara import NOT_FINITE_MESSAGE, check_config_ranges, wrap_tokenizer_errors
 from capivara_search.model_files.text_cleaning_capivara import CONTEXT_LENGTH, clean_text
 
-# Number of texts per batch. Each thread computes a whole batch. If several threads shared a matrix product, they would
-# wait for each other on a busy machine.
+# Number of texts per batch. Each thread computes batches of its own. If several threads shared one matrix product
+# instead, they would wait for each other on a busy machine.
 TEXTS_PER_BATCH = 8
 WEIGHT_DTYPES = {"F32", "F16", "BF16"}  # supported types of weights, as safetensors names them
 EMBEDDINGS_PREFIX = "text_model.embeddings."  # prefix of the names of all embedding tensors
@@ -79,7 +79,8 @@ class TextTower:
             tokens.
         """
         is_capivara = settings.get("tokenizer_class") == "CapivaraTokenizer"
-        pad = tokenizer.token_to_id(_token_text(settings["pad_token"]))  # None if the token is not in the vocabulary
+        # The id of the padding token, or None if the vocabulary does not have it.
+        pad = tokenizer.token_to_id(_token_text(settings["pad_token"]))
         if not is_capivara or pad is None or pad != text_config["pad_token_id"]:
             return None
         tokenizer.no_padding()
@@ -101,7 +102,8 @@ class TextTower:
         with wrap_tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
             encodings = self.tokenizer.encode_batch_fast([self.CLEAN_TEXT(text) for text in texts])
             ids = [encoding.ids for encoding in encodings]
-        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # texts of a batch get similar lengths
+        # Texts of similar length come into the same batch, so that a batch needs little padding.
+        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
         batches = [
             [ids[n] for n in order[start : start + TEXTS_PER_BATCH]] for start in range(0, len(ids), TEXTS_PER_BATCH)
         ]
@@ -125,7 +127,8 @@ class TextTower:
         """
         pad_id = self.text_config["pad_token_id"]
         tokens = _pad_ids(ids, pad_id)
-        mask = tokens != pad_id  # (texts, tokens); also False if a text itself contains the padding token
+        # Shape (texts, tokens): False for padding. It is also False if a text itself contains the padding token.
+        mask = tokens != pad_id
         if not mask.any(axis=1).all():
             raise ValueError("Every text needs at least one token; the tokenizer gives none for an empty text.")
         # In XLM-RoBERTa, positions of tokens begin at `pad_token_id` + 1, and padding has the position `pad_token_id`.
@@ -144,7 +147,8 @@ class TextTower:
             inner = gelu(self._linear(hidden, f"{name}intermediate.dense."))
             hidden = self._layer_norm(self._linear(inner, f"{name}output.dense.") + hidden, f"{name}output.LayerNorm.")
         token_weights = mask[..., None].astype(np.float32)
-        pooled = (hidden * token_weights).sum(axis=1) / token_weights.sum(axis=1)  # (texts, hidden size)
+        # Mean over the tokens: (texts, hidden size).
+        pooled = (hidden * token_weights).sum(axis=1) / token_weights.sum(axis=1)
         if "text_projection.weight" in self.weights.tensors:
             return pooled @ self.weights.array("text_projection.weight").T
         inner = gelu(pooled @ self.weights.array("text_projection.0.weight").T)
@@ -186,7 +190,8 @@ class TextTower:
         return (shares @ value).swapaxes(1, 2).reshape(hidden.shape)
 
     def _linear(self, hidden: np.ndarray, name: str) -> np.ndarray:
-        flat = hidden.reshape(-1, hidden.shape[-1])  # so that NumPy computes one matrix product instead of one per text
+        # With one row per token, NumPy computes a single matrix product instead of a slower one per text.
+        flat = hidden.reshape(-1, hidden.shape[-1])
         result = flat @ self.weights.array(f"{name}weight").T + self.weights.array(f"{name}bias")
         return result.reshape(*hidden.shape[:-1], -1)
 
@@ -226,7 +231,8 @@ class ClipTextTower(TextTower):
         pads_right = settings.get("padding_side", "right") == "right"
         if not is_xlm_roberta or not pads_right or text_config["hidden_act"] not in ACTIVATIONS:
             return None
-        # `XLMRobertaTokenizer` takes only this step of the normalizer in tokenizer.json.
+        # Only the step "Precompiled" of the normalizer in tokenizer.json is kept, because `XLMRobertaTokenizer` of
+        # transformers ignores the other steps, and both must produce the same tokens.
         state = json.loads(tokenizer.normalizer.__getstate__()) if tokenizer.normalizer else {}
         steps = [step for step in state.get("normalizers", [state]) if step.get("type") == "Precompiled"]
         charsmaps = [base64.b64decode(step["precompiled_charsmap"]) for step in steps[:1]]
@@ -249,7 +255,8 @@ class ClipTextTower(TextTower):
             Embeddings (texts, width) that are not normalized.
         """
         eos_id = self.text_config["eos_token_id"]
-        tokens = _pad_ids(ids, eos_id)  # causal attention: a token does not attend to padding after it
+        # The padding does not change the result: with causal attention, a token does not attend to padding after it.
+        tokens = _pad_ids(ids, eos_id)
         hidden = self._run_layers(tokens, np.tri(tokens.shape[1], dtype=bool))
         pooled = hidden[np.arange(len(tokens)), (tokens == eos_id).argmax(axis=1)]
         return self._layer_norm(pooled, "text_model.final_layer_norm.") @ self.weights.array("text_projection.weight").T
@@ -429,4 +436,5 @@ def _erf(values: np.ndarray) -> np.ndarray:
     return np.copysign(1 - series * t * np.exp(-size * size), values)
 
 
-ACTIVATIONS = {"gelu": gelu, "gelu_pytorch_tanh": _gelu_tanh, "quick_gelu": quick_gelu}  # by their name in transformers
+# {name of the activation function in transformers: function that computes it in NumPy}
+ACTIVATIONS = {"gelu": gelu, "gelu_pytorch_tanh": _gelu_tanh, "quick_gelu": quick_gelu}

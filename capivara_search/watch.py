@@ -22,10 +22,11 @@ from capivara_search.folders import is_folder_available, load_ignore_rules
 from capivara_search.messages import log_message_from_code
 from capivara_search.results import IndexReport
 
-# Time without a change, in milliseconds, after which a burst of changes ends. A file that changes later is read again.
+# A burst of changes ends after this time without a change, in milliseconds. A file that is still being written then
+# changes again later, and is read again.
 SETTLED_MS = 1000
-MAX_BURST_MS = 2000  # maximum duration of a burst, even if changes never stop
-# Time between two scans of folders for which the operating system reports no changes.
+MAX_BURST_MS = 2000  # maximum duration of a burst in milliseconds, so that updates come even if changes never stop
+# Milliseconds between two scans of folders for which the operating system reports no changes, such as network folders.
 POLL_INTERVAL_MS = 2000
 # Types of file systems for which Linux does not report changes that other machines make. A dot is added to a type of
 # /proc/self/mountinfo, then the type must start with one of these texts. So "nfs." matches only the type nfs, whereas
@@ -33,8 +34,8 @@ POLL_INTERVAL_MS = 2000
 NETWORK_FILE_SYSTEMS = (*("nfs.", "nfs4.", "cifs.", "smb", "9p.", "afs.", "ceph.", "virtiofs.", "vboxsf.", "fuse."),)
 MOUNTINFO_FILE = Path("/proc/self/mountinfo")  # exists on Linux only
 # The follower is a child process of the web page's server. It runs `capivara watch`, which updates the index.
-RESTART_DELAY_S = 30  # time before a follower that has ended is started again
-SHUTDOWN_TIMEOUT_S = 15  # time that a follower gets to finish its batch before it is killed
+RESTART_DELAY_S = 30  # seconds before a follower that has ended is started again
+SHUTDOWN_TIMEOUT_S = 15  # seconds for a follower to finish its batch before it is killed
 # Code that the follower, the child process that updates the index, runs with `python -c`.
 FOLLOWER_PROGRAM = (
     "from capivara_search import command, watch; watch.end_with_parent_and_lower_priority(); command.run()"
@@ -67,7 +68,7 @@ def watch_folders_and_iter_index_updates(
         OSError: If the index can't be written, or there are too many folders for the operating system to watch.
         ImportError: If watchfiles is not installed.
     """
-    from watchfiles import watch  # imported late because only this function needs it
+    from watchfiles import watch  # imported late, because only `capivara watch` needs this package
 
     def known_folders() -> dict[Path, str]:
         """Return the folders to watch.
@@ -90,7 +91,7 @@ def watch_folders_and_iter_index_updates(
     def add(paths: Iterable[Path], only_paths: Collection[str] | None) -> IndexReport:
         """Update the index from the folders `paths`. If `only_paths` is given, update only these paths inside them."""
         report = index.add(*paths, only_paths=only_paths, on_progress=on_progress, real_paths=folders)
-        index.model.prepare_images()  # loads the model now, so that the first change need not wait for it
+        index.model.prepare_images()  # load the model now, so that the first change does not have to wait for it
         return report
 
     stop, is_first = stop or threading.Event(), True
@@ -117,7 +118,9 @@ def watch_folders_and_iter_index_updates(
         )  # fmt: skip
         for changes in all_changes:
             if available_folders(folders) != followed or known_folders() != folders:
-                break  # the set of folders has changed, for example because a disk was mounted: watch the new set
+                # The set of folders has changed, for example because a disk was mounted. Leave the loop to watch the
+                # new set.
+                break
             # All folders are updated once. This happens after `watch` has started, so that no change is missed.
             is_full_update = only_paths is None
             if not is_full_update:
@@ -125,7 +128,9 @@ def watch_folders_and_iter_index_updates(
             if is_full_update or only_paths:
                 try:
                     yield add(followed, only_paths)
-                except ValueError as error:  # for example because a folder was emptied; the index keeps its rows
+                except ValueError as error:
+                    # The update was refused, for example because a folder was emptied. The index keeps its rows. Only
+                    # the first update ends with this error; later, watching goes on.
                     if is_first:
                         raise
                     log_message_from_code("not_followed", error, level=logging.WARNING)
@@ -246,7 +251,7 @@ def keep_watch_subprocess_running(*flags: str) -> Iterator[None]:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, **options)
             while not stopping.wait(0.2) and process.poll() is None:
                 pass
-            process.stdin.close()  # tells the follower to end (`end_with_parent_and_lower_priority`)
+            process.stdin.close()  # the follower ends when its standard input is closed
             try:
                 process.wait(SHUTDOWN_TIMEOUT_S)
             except subprocess.TimeoutExpired:
@@ -272,8 +277,8 @@ def end_with_parent_and_lower_priority() -> None:
 
     def wait() -> None:
         """Wait until the standard input is closed, then send SIGINT to this process."""
-        os.read(0, 1)  # returns when the parent's end of the pipe is closed
-        if IS_WINDOWS:  # where `os.kill` would end the process without cleaning up
+        os.read(0, 1)  # blocks until the parent closes its end of the pipe or ends; the parent never writes
+        if IS_WINDOWS:  # on Windows, `os.kill` would end the process without cleaning up
             signal.raise_signal(signal.SIGINT)
         else:
             os.kill(os.getpid(), signal.SIGINT)

@@ -92,7 +92,7 @@ def add_folders_with_workers(arguments: WorkerArguments, real_paths: Mapping[Pat
         plan_update_and_prepare_index(
             index._table, index.model, arguments.real_paths, arguments.exclude, arguments.include
         )
-        arguments.model = index.model.source  # so that all tasks use the same model
+        arguments.model = index.model.source  # recorded in the arguments, so that all tasks use the same model
         return run_phases(PhaseStep.from_phases(arguments, PHASES, "index"), arguments)
 
 

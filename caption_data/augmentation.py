@@ -13,12 +13,14 @@ import torch
 
 from capivara_common.image_files import to_8_bit
 
-AUGMENTATION = {  # image and crop sizes in pixels, range of the crop's share of the image, strength of AugMix
+# Settings of the CAPIVARA paper (arXiv 2310.13683, section 4): image and crop sizes in pixels, range of the share of
+# the image that a crop covers, and strength of the augmentation AugMix.
+AUGMENTATION = {
     "resize": 250,
     "crop": 224,
     "scale": [0.9, 1.0],
     "augmix_severity": 2,
-}  # as in the CAPIVARA paper, arXiv 2310.13683, section 4
+}
 
 
 def derive_seed(*numbers: int) -> int:
@@ -78,7 +80,8 @@ def augment_image(image: PIL.Image.Image, seed: int) -> PIL.Image.Image:
 
     torch.manual_seed(seed)
     bicubic = transforms.InterpolationMode.BICUBIC
-    image = image.convert("LA") if image.mode == "La" else image  # PIL cannot convert La to RGB
+    # PIL can't convert the mode La (gray with premultiplied alpha) to RGB directly.
+    image = image.convert("LA") if image.mode == "La" else image
     image = transforms.Resize(AUGMENTATION["resize"], bicubic)(image.convert("RGB"))
     image = transforms.RandomResizedCrop(AUGMENTATION["crop"], AUGMENTATION["scale"], interpolation=bicubic)(image)
     return transforms.AugMix(severity=AUGMENTATION["augmix_severity"])(image)

@@ -27,7 +27,7 @@ from caption_data.sources import (
 )
 
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # names that the label column may have; WebDataset uses cls
-SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # folder name -> split name
+SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # {folder name: split name}
 SPLIT_FOLDERS |= {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "val", "dev"), "validation")
 
 

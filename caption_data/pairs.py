@@ -41,13 +41,15 @@ from modeling_capivara import clean_text
 # are built again.
 PAIR_TABLE_VERSION = 2
 MAP_BATCH_ROWS = 128  # number of rows whose image files are in memory at the same time
-CACHED_FINGERPRINT_ROWS = 100_000  # smaller tables are fingerprinted again at every start, which takes a second or two
+# The fingerprint of a table with fewer rows is not cached, because computing it at every start takes only a second or
+# two.
+CACHED_FINGERPRINT_ROWS = 100_000
 UNUSED_TABLE_LIFETIME_S = 30 * 24 * 3600  # seconds after which a table that no run has read is deleted
 PAIR_TABLE_FEATURES = Features(
     {name: Value("string") for name in ("digest", "reason", "detail")}
     | {"row": Value("int64"), "captions": CAPTIONS_FEATURE}
 )
-# Values of the column `reason` that do not mean that an image file is bad; all other values do.
+# Values of the column `reason` that say nothing about the image file. All other values mean that it can't be used.
 FILELESS_REASONS = ("", NOT_CHOSEN, "no caption", INVALID_EMBEDDING)
 IMAGE_KEYS = ("bytes", "path")  # keys of an encoded image in a row; at least one must be present
 ASCII_ALPHANUMERIC_RE = re.compile("[0-9A-Za-z]")
@@ -258,7 +260,7 @@ def _load_or_build_and_prune_cache(
         table._fingerprint = read_appended_digest(path)
         if state.is_local_main_process:
             os.utime(path)
-            for old in path.parent.iterdir():  # includes temporary files of killed runs
+            for old in path.parent.iterdir():  # also finds temporary files of killed runs
                 with suppress(OSError):  # another run may delete the same file, and `unlink` fails for folders
                     if time.time() - old.stat().st_mtime > UNUSED_TABLE_LIFETIME_S:
                         old.unlink()

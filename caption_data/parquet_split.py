@@ -37,7 +37,7 @@ class ParquetSplit(Split):
     """
 
     def __post_init__(self) -> None:
-        self._row_groups: list[tuple[Path, int, int]] = []  # file, index and number of rows of each row group
+        self._row_groups: list[tuple[Path, int, int]] = []  # (file, index, number of rows) of each row group
         schema = None
         for path in tqdm(self.paths, desc=f"Parquet files, {self.display_name}", unit="file", leave=False):
             with open_parquet(path) as file:
@@ -88,7 +88,8 @@ class ParquetSplit(Split):
                     to_skip -= len(batch) - len(rows)
                     for row in rows:
                         image = row.get(self.image_column)
-                        if isinstance(image, bytes | str):  # files of other programs hold plain bytes or paths
+                        # Files that other programs wrote may hold plain bytes or a path instead of a dict.
+                        if isinstance(image, bytes | str):
                             kind = "path" if isinstance(image, str) else "bytes"
                             row[self.image_column] = {"bytes": None, "path": None, kind: image}
                         yield row
@@ -136,7 +137,8 @@ def compute_split_content_digest(source: Split) -> str:
             is_whole = path.suffix in METADATA_SUFFIXES or size <= SAMPLE_COUNT * SAMPLE_BYTES
             if is_whole:
                 hashlib.file_digest(file, lambda: digest)
-            for number in range(0 if is_whole else SAMPLE_COUNT):  # the last sample covers the parquet footer
+            # The last sample ends at the end of the file, so it covers the footer with the metadata of a parquet file.
+            for number in range(0 if is_whole else SAMPLE_COUNT):
                 file.seek((size - SAMPLE_BYTES) * number // (SAMPLE_COUNT - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()

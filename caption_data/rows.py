@@ -29,7 +29,8 @@ from capivara_common.image_files import BadRow
 
 CAPTIONS_FEATURE = List(Value("string"))
 SIMILARITIES_FEATURE = List(Value("float32"))
-CAPTION_COLUMN_RE = re.compile(r"(generated-)?captions-[\w-]+")  # column names of the CAPIVARA authors
+# Names of caption columns, such as "captions-pt" and "generated-captions-pt" in the datasets of the CAPIVARA authors.
+CAPTION_COLUMN_RE = re.compile(r"(generated-)?captions-[\w-]+")
 SIMILARITY_COLUMN_RE = re.compile(r"similarities-[\w-]+")
 DATASET_HELP = (
     "Dataset: a saved Hugging Face dataset, a folder or glob pattern of parquet files or WebDataset tars, a folder of "
@@ -291,7 +292,8 @@ def _select_diverse(ranked: list[str], corpus: list[str], choice: CaptionChoice)
         return ranked
     # Shape: (captions, terms). Each row has unit length, or is zero if the caption has no term.
     vectors = vectorizer.fit(corpus).transform(ranked)
-    # Floating-point error can make the cosine of two copies slightly larger than 1, which `max_overlap` 1 must allow.
+    # Floating-point error can make the cosine of two equal vectors slightly larger than 1. Without rounding, a caption
+    # could then be dropped even if `max_overlap` is 1, which allows any overlap.
     overlaps = (vectors @ vectors.T).toarray().round(9)
     kept_indices = []
     for i in range(len(ranked)):

@@ -75,7 +75,7 @@ STAGE_FILE = "stage.json"  # file in each folder that a stage of `captions` writ
 # with two numbers: the number of its first row, and the number of its last row plus 1.
 PART_NAME_RE = re.compile(r"-(\d{9})-(\d{9})$")
 DATASET_INFO_TIMEOUT_S = 20  # seconds to wait for the Hub to answer whether a dataset exists
-PARQUET_BATCH_ROWS = 16  # rows that are decoded at the same time
+PARQUET_BATCH_ROWS = 16  # rows that are decoded at the same time; few, because each may hold a large image
 COLUMN_CHUNK_ROWS = 4096  # rows that are read at the same time if a single column without images is read
 # Parquet stores a repeated value once, so a malicious file of 1 kB can expand to gigabytes of text. Parquet reduces the
 # size of captions to about a tenth, and hardly reduces the size of images, so valid files stay far below this limit.
@@ -218,7 +218,8 @@ class Split:
                 names the digests of the image encoders. Also if the embeddings do not have the width of the model, or
                 the split lacks the needed views.
         """
-        from modeling_capivara.loading import load_transformers_config  # imports torch, which the stages do without
+        # Imported here because these imports load torch, which the stages of the caption pipeline do not need.
+        from modeling_capivara.loading import load_transformers_config
         from modeling_capivara.two_towers import embedding_width
 
         self.check_views(views)
@@ -230,7 +231,7 @@ class Split:
                 f"again: python -m captions.embed --model {model} --dataset IMAGES --output FOLDER"
             )
         _, width = check_embeds_columns_and_get_shape(self.features, self.display_name)
-        # The settings of open_clip models do not state the width.
+        # The settings of open_clip models do not state the width, so it can't be compared for them.
         if not model.startswith("open_clip:"):
             expected = embedding_width(load_transformers_config(model))
             if width != expected:
@@ -486,7 +487,9 @@ def disable_decoding(data: Dataset, image_column: str) -> Dataset:
     fingerprint = data._fingerprint
     for column in [name for name in plain if plain[name] != data.features[name]]:
         data = data.cast_column(column, plain[column])
-    data._fingerprint = fingerprint  # the rows are unchanged, and existing outputs record this fingerprint
+    # The cast has changed the fingerprint, but not the rows. Outputs of earlier runs record the fingerprint without the
+    # cast.
+    data._fingerprint = fingerprint
     return data
 
 
@@ -494,7 +497,7 @@ def _without_decoding(feature: Any) -> Any:
     """Return a feature (column type of `datasets`) in which decoding is turned off, also in nested features."""
     if isinstance(feature, dict):
         return {name: _without_decoding(field_feature) for name, field_feature in feature.items()}
-    if hasattr(feature, "feature"):  # the column types List and LargeList
+    if hasattr(feature, "feature"):  # true for the column types List and LargeList
         return replace(feature, feature=_without_decoding(feature.feature))
     return replace(feature, decode=False) if getattr(feature, "decode", False) else feature
 
@@ -553,9 +556,8 @@ def load_listed_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset
         return _call_loader(dataset, _load_dataset_with_size_check, form, data_files=names, split="train")
     except ValueError:
         if form == "parquet":
-            _check_decoded_size_of_parquet_files(
-                paths
-            )  # raises an error that names the damaged file; the current error does not
+            # The current error does not name a damaged file. If there is one, this check raises an error that does.
+            _check_decoded_size_of_parquet_files(paths)
         raise
 
 
@@ -571,7 +573,9 @@ def _load_dataset_with_size_check(*args: Any, split: str | None = None, **option
         ValueError: If parquet files are too large after decoding (see `_check_decoded_size_of_parquet_files`).
     """
     builder = load_dataset_builder(*args, **options)
-    if isinstance(builder, Parquet):  # `_generate_tables` only runs for files that are not cached
+    # Files that are already in the cache of `datasets` are not checked, because `_generate_tables` does not run for
+    # them.
+    if isinstance(builder, Parquet):
         builder._generate_tables = partial(_iter_size_checked_tables, builder._generate_tables)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
@@ -758,7 +762,7 @@ def _call_loader(subject: str, load: Callable, *args: Any, **options: Any) -> An
 def _format_error_on_one_line(error: BaseException) -> str:
     """Return the message of an error on a single line. If the error has a cause, return the message of the cause."""
     cause = error.__cause__ or error
-    return " ".join(str(cause).split()) or type(cause).__name__  # MemoryError has no text
+    return " ".join(str(cause).split()) or type(cause).__name__  # for example, a MemoryError has no text
 
 
 def _find_root_and_data_files(dataset: str) -> tuple[Path, list[Path]]:

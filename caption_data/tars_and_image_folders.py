@@ -36,7 +36,7 @@ FILE_TABLE_VERSION = 3
 # If a file is damaged, the stored table has one additional row after the last readable row of the file. This column
 # holds the description of the damage in the additional row, and is null in all other rows.
 DAMAGE_COLUMN = "damaged archive"
-IMAGE_FIELDS = {"bytes": Value("binary"), "path": Value("string")}  # an image that `datasets` has not decoded
+IMAGE_FIELDS = {"bytes": Value("binary"), "path": Value("string")}  # fields of an image that is not decoded yet
 # Additional fields of an image in a plain tar: path of the tar, and offset and size of the image in bytes.
 ARCHIVE_FIELDS = {"archive": Value("string"), "offset": Value("int64"), "size": Value("int64")}
 
@@ -232,7 +232,7 @@ def _iter_tar_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
                 }
             if "json" in sample:
                 row = _read_json_at_offset(file, *sample["json"][1:])
-            if "cls" in sample:  # class index, as in the tars of clip-benchmark
+            if "cls" in sample:  # index of the class of the image, as in the tars of the tool clip-benchmark
                 row = (row if isinstance(row, dict) else {}) | {"cls": _read_json_at_offset(file, *sample["cls"][1:])}
             yield row, image
 
@@ -247,7 +247,7 @@ def _iter_metadata_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None
     """
     for row in (_iter_csv_rows if path.suffix == ".csv" else _iter_json_rows)(path):
         image, name = None, row.pop("file_name", None) if isinstance(row, dict) else None
-        if isinstance(name, str):  # a URL stays as it is; opening it is refused later
+        if isinstance(name, str):  # a URL is kept unchanged; opening it is refused later
             image = {"path": replace_surrogates(name if "://" in name else os.path.abspath(path.parent / name))}
         yield row, image
 
@@ -324,7 +324,7 @@ def _iter_tar_member_positions(path: Path) -> Iterator[tuple[str, int, int]]:
     length = path.stat().st_size
     with tarfile.open(path, "r:") as tar:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile would keep all members in memory
+            tar.members.clear()  # otherwise tarfile would keep all members in memory
             if not member.offset_data <= member.offset_data + member.size <= length:
                 raise tarfile.ReadError(f"cut off at byte {length}, within {member.name!r}")
             if member.isreg() and not member.issparse():

@@ -70,7 +70,8 @@ from captions.stages import (
 from captions.translate import TranslateArguments
 from eval.records.tables import escape_markdown
 
-# Sections of a config in the order in which they run. `translate` may be a list of sections, one per translator.
+# Name of a section of the config -> class of its flags, in the order in which the stages run. `translate` may be a list
+# of sections, one per translator.
 STAGES = {
     "generate": GenerateArguments,
     "translate": TranslateArguments,
@@ -78,20 +79,24 @@ STAGES = {
     "select": SelectArguments,
     "embed": EmbedArguments,
 }
-READ_STAGE = "read"  # name of the stage that copies the rows of a split that needs no other stage
-# Keys of a config besides the stages, and keys of its section `card`. docs/how-to/your_language.md describes them.
+# Name of the stage that only copies rows. It runs for an evaluation split that needs no translation or embeddings.
+READ_STAGE = "read"
+# Keys that a config may have besides its stages, keys of its section `card` (about the dataset card), and keys of each
+# entry of `sources` there. docs/how-to/your_language.md describes them.
 REQUIRED_KEYS = ("dataset", "output", "language")
 CONFIG_KEYS = (*REQUIRED_KEYS, "source_language", "split", "evaluation_splits", "image_column", "rename", "card")
 CARD_KEYS = ("pretty_name", "description", "license", "license_name", "license_link", "sources", "attribution")
 SOURCE_KEYS = ("name", "url", "license")
 
 DATASET_FOLDER = "dataset"
-TARGET_FILE_BYTES = 300_000_000  # approximate size of a file of the dataset; the Hub recommends some hundred megabytes
-SKIPPED_FILE = "skipped.jsonl"  # list of the rows without an embedding, in a dataset without images
+# Approximate size of each file of the dataset. The Hugging Face Hub recommends files of some hundred megabytes.
+TARGET_FILE_BYTES = 300_000_000
+SKIPPED_FILE = "skipped.jsonl"  # list of rows that could not be embedded, in a dataset without images
 BUILD_FILE = "build.json"  # JSON file in the dataset with all values of the dataset card
 SIMILARITY_PLOT_FILE = "similarities.png"  # histogram of similarities, from the report of `captions.select`
 CARD_TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
-# Settings that the dataset card does not show: digests, long lists, and values that do not help a reader.
+# Matches the names of settings that the dataset card does not show: digests, long lists, and values that do not help a
+# reader. Nested settings have dotted names, for example `translator.generation`.
 HIDDEN_SETTINGS_RE = re.compile(r"(^|\.)(fingerprint|sha256|generation|prefixes|prompts|existing|target)(\.|$)")
 logger = logging.getLogger("capivara")
 
@@ -191,8 +196,8 @@ def read_build_plan(
     train, evaluation = content.get("split", "train"), _as_list(content.get("evaluation_splits", []))
     if train in evaluation:
         raise ValueError(f"{config}: evaluation_splits must not contain {train!r}, the split to build.")
-    # Evaluation splits are only translated, because captions that a model generates or selects would change what an
-    # evaluation measures.
+    # Evaluation splits are translated and embedded, but skip all other stages, because captions that a model generates
+    # or selects would change what an evaluation measures.
     translations = [(title, section) for title, section in chain if title.endswith(("translate", "embed"))]
     translations = translations or [(f"0-{READ_STAGE}", {})]
     steps = {train: _build_stage_arguments(content, chain, train, executor_flags or {}, config)}
@@ -243,14 +248,16 @@ def _build_stage_arguments(
         name, folder = title.partition("-")[2], output / title / split
         logs = Path(executor_flags.get("logging_dir", output / "logs")) / title / split
         values = {**executor_flags, "dataset": dataset, "output": str(folder), "split": split, "logging_dir": str(logs)}
-        if not steps:  # the first stage renames the columns for all later stages
+        # Only the first stage reads the original column names. Its output has the new names, which later stages read.
+        if not steps:
             values |= {key: content[key] for key in ("image_column", "rename") if key in content}
         if name in ("translate", "score", "select"):
             values["language"] = content["language"]
         if name == "translate":
             values["memory"] = str(output / title / "memory")
             values |= {key: content[key] for key in ("source_language",) if key in content}
-        # `{split}` in a value stands for the name of the split, because each split has its own translation table.
+        # `{split}` in a value stands for the name of the split. With it, one config can name a file for each split, for
+        # example the translation table `tables/{split}.tsv`.
         for key, value in section.items():
             values[key] = value.replace("{split}", split) if isinstance(value, str) else value
         values = {"import_file" if key == "import" else key: value for key, value in values.items()}
@@ -367,11 +374,13 @@ def build_dataset(args: BuildArguments) -> Path | None:
     overrides = {name: getattr(args, name) for name in REQUIRED_KEYS}
     try:
         plan = read_build_plan(args.config, args.executor_flags(), args.without_images, **overrides)
-    except ValueError as error:  # report an invalid config like an invalid flag
+    # Treat an invalid config like an invalid flag: the command ends with exit code 2.
+    except ValueError as error:
         raise UsageError(str(error)) from error
     for steps in plan.steps.values():
         if _get_stage_status(steps[0]) != "done":
-            _check_columns_of_all_stages(steps)  # raises errors before a model is downloaded or loaded
+            # Report missing columns now, before a model is downloaded or loaded.
+            _check_columns_of_all_stages(steps)
     for step in plan.all_steps():
         if _get_stage_status(step) != "done":
             step.check_backend()
@@ -390,8 +399,8 @@ def build_dataset(args: BuildArguments) -> Path | None:
     for steps in plan.steps.values():
         ready = list(itertools.takewhile(lambda step: not step.pending_manual_step(), steps))
         runnable, waiting = runnable + ready, waiting + steps[len(ready) :][:1]
-    # Complete stages are usually run again, and return at once. But if a stage waits for a translation table, they are
-    # skipped, so that the build asks for the table as soon as all other work is done.
+    # Complete stages are usually run again, and return at once. If a stage waits for a person to fill a translation
+    # table, complete stages are skipped, so that the build asks for the table without delay.
     left = [step for step in runnable if not waiting or _get_stage_status(step) != "done"]
     logs = (args.logging_dir or plan.output / "logs") / "dataset"
     phases = [phase for step in left for phase in PhaseStep.from_phases(step, step.phases, step.title)]
@@ -399,7 +408,8 @@ def build_dataset(args: BuildArguments) -> Path | None:
         phases.append(PhaseStep(Phase(write_dataset), plan, logs, "dataset"))
     try:
         is_complete = not phases or run_phases(phases, args)
-    except ValueError:  # the row counts can explain the error, for example if a filter dropped all rows
+    # Log the row counts before the error is raised, because they can explain it: a filter may have dropped all rows.
+    except ValueError:
         _log_counts(plan)
         raise
     _log_counts(plan)
@@ -536,7 +546,8 @@ def _describe_server_requests(steps: list[StageArguments]) -> list[str]:
         source = {name: getattr(first, name) for name in ("dataset", "rename", "image_column")}
         args = step if is_ready else replace(step, **source)
         if isinstance(args, GenerateArguments | TranslateArguments):
-            with suppress(ValueError):  # the source dataset can lack captions that an earlier stage will generate
+            # Give no estimate if the source dataset lacks captions that an earlier stage will generate.
+            with suppress(ValueError):
                 lines += [f"{step.title}: {line}" for line in args.describe_work(RowStage(args))]
     return lines
 
@@ -700,7 +711,8 @@ def _summarize_stage_for_card(step: StageArguments) -> dict[str, Any]:
     if quality.is_file():
         report_of_quality = read_json(quality, captions=int, flagged=int)
         quality_counts = {key: report_of_quality[key] for key in ("captions", "flagged")}
-        if usage := report_of_quality.get("usage"):  # a language model on a server
+        # Only backends that call a language model on a server report their use of tokens.
+        if usage := report_of_quality.get("usage"):
             flags = {name: flag["captions"] for name, flag in report_of_quality["flags"].items() if flag["captions"]}
             quality_counts |= {"flags": flags, "usage": usage}
     return {
@@ -743,10 +755,11 @@ def _render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str
         **{key: card.get(key) for key in ("license", "license_name", "license_link", "pretty_name")},
         task_categories=["image-to-text", "zero-shot-image-classification"],
         tags=["capivara", "image-text", *tags],
-        translations=translations or None,  # training copies this value to model cards
+        translations=translations or None,  # training copies this value to the cards of its models
         configs=[{"config_name": "default", "data_files": files}],
     )
-    prompts = {  # stage name -> prompts of its language model, as YAML text; they are the same for all splits
+    # Stage name -> prompts of its language model, as YAML text. All splits use the same prompts.
+    prompts = {
         step["name"]: yaml.dump(content, Dumper=_TextDumper, allow_unicode=True, sort_keys=False)
         for split in splits
         for step in split["steps"]
@@ -764,7 +777,7 @@ def _render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str
         translators=translators,
         plot_file=plot_file,
         prompts=prompts,
-        escape=escape_markdown,  # used for all texts that come from the config or the data
+        escape=escape_markdown,  # texts from the config or the data must not act as Markdown
         code=lambda name: "`" + re.sub(r"[`|\s]", "_", name) + "`",
         link=lambda name, url: f"[{name}](<{url}>)" if re.fullmatch(r"https?://[^\s<>]+", url) else name,
         settings=_describe_settings,
@@ -807,7 +820,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         folder = build_dataset(parse_arguments(BuildArguments, __doc__, argv))
     except ManualStepRequired as required:
-        print(f"Manual step: {required}")  # this is not an error, because everything else is done
+        print(f"Manual step: {required}")  # this is not an error: a person must now fill a translation table
         return
     if folder is not None:
         quoted = shlex.quote(str(folder))
@@ -818,7 +831,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Import this file as a named module, so that other processes can unpickle its classes.
+    # When this file runs as a command, its classes belong to the module `__main__`, and other processes cannot unpickle
+    # them. Import the file again under its own name to avoid this.
     from captions import build as module
 
     run_main_and_report_user_errors(module.main, resumable=True)

@@ -145,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Import this file as a named module, so that other processes can unpickle its classes.
+    # When this file runs as a command, its classes belong to the module `__main__`, and other processes cannot unpickle
+    # them. Import the file again under its own name to avoid this.
     from captions import embed
 
     run_main_and_report_user_errors(embed.main, resumable=True)

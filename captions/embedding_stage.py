@@ -41,7 +41,8 @@ class EmbedArguments(EncoderStageArguments):
     stage_name = "embed"
     # Language code -> "human" or "machine": who translated the captions in this language, for the dataset card.
     translations: ClassVar[dict[str, str]] = {}
-    # Command that error messages show if rows are missing. If empty, they show the command of this stage.
+    # Command that the user must run if rows are missing, for error messages. If empty, the messages show the command of
+    # this stage.
     rerun_command: ClassVar[str] = ""
     views: int = flag(
         1,
@@ -155,7 +156,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Import this file as a named module, so that other processes can unpickle its classes.
+    # When this file runs as a command, its classes belong to the module `__main__`, and other processes cannot unpickle
+    # them. Import the file again under its own name to avoid this.
     from captions import embedding_stage
 
     run_main_and_report_user_errors(embedding_stage.main, resumable=True)

@@ -19,13 +19,14 @@ import urllib.parse
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
-MAX_TRIES = 8  # largest number of attempts per request, with exponential backoff and jitter
+# Largest number of attempts per request. The time between attempts doubles each time, with a random factor.
+MAX_TRIES = 8
 # Shortest and longest time between two attempts, in seconds. One minute is long enough, because quotas are usually per
-# minute (Google: cloud.google.com/translate/quotas).
+# minute (see cloud.google.com/translate/quotas for Google).
 FIRST_WAIT_S, MAX_WAIT_S = 1.0, 60.0
 MAX_RETRY_AFTER_S = 600.0  # longest wait that a service may ask for with the header Retry-After
 RETRYABLE_STATUS_CODES = {408, 429, 500, 502, 503, 504}  # HTTP status codes of failures that may be temporary
-LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")  # hosts that may be called without encryption
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")  # names of this machine; calls to it may be unencrypted
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ def check_service_url(url: str, name: str, allow_http: bool = False) -> None:
             if it contains a user name, a key or a query, because addresses appear in logs.
     """
     parts = urllib.parse.urlsplit(url)
-    if parts.username is not None or parts.query or parts.fragment:  # the address is not shown: it may contain a key
+    # The error message does not show the address, because it may contain an API key.
+    if parts.username is not None or parts.query or parts.fragment:
         raise ValueError(
             f"{name} must not contain a user name, a key or a query. Set API keys as environment variables instead."
         )

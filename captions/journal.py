@@ -30,7 +30,8 @@ class Journal:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab", buffering=0)
-        # Begin with a line break: if a killed process left an incomplete line, this record still gets its own line.
+        # Begin with a line break. If a killed process has left an incomplete line, the new record would otherwise be
+        # appended to it, and could not be read.
         self._file.write(b"\n" + json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
 
     def remove(self) -> None:

@@ -11,8 +11,8 @@ from langcodes import Language, LanguageTagError
 
 from capivara_common.environment import require_packages
 
-MAX_NAMED_CODES = 8  # largest number of language codes in an error message
-NAMELESS_CODES = ("mis", "mul", "und", "zxx")  # ISO 639 codes that name no single language
+MAX_NAMED_CODES = 8  # largest number of similar language codes that an error message lists
+NAMELESS_CODES = ("mis", "mul", "und", "zxx")  # ISO 639 codes that name no single language, such as `mul` (multiple)
 
 
 def parse_language(code: str) -> Language | None:
@@ -62,7 +62,8 @@ def _is_same_language_and_script(wanted: Language, other: Language) -> bool:
 
     Codes with two different regions (pt-BR and pt-PT) are not the same. A code without a region matches any region.
     """
-    regions = {wanted.territory, other.territory} - {None, "XX"}  # in codes of mBART, XX means no region
+    # In the language codes of the model mBART, such as `ar_XX`, the region XX means that there is no region.
+    regions = {wanted.territory, other.territory} - {None, "XX"}
     return (
         wanted.language == other.language and len(regions) < 2 and wanted.maximize().script == other.maximize().script
     )

@@ -15,18 +15,22 @@ from caption_data.rows import TOKEN_PATTERN
 from captions.languages import parse_language
 
 QUALITY_FILE = "quality.json"  # file with the number of texts with each quality flag, in the output folder of a stage
-# Quality flags of answers of a language model that are no translation or caption; `captions.chat.answers` sets them.
+# Quality flags of a language model's unusable answers: the model refused the request, or its answer was cut off.
+# `captions.chat.answers` sets them.
 REFUSED, TRUNCATED = "refused", "truncated"
 QUALITY_FLAGS = ("empty", "copy", "wrong script", "length", "markup", REFUSED, TRUNCATED)
-MAX_CAPTION_LETTERS = 600  # longer generated captions look wrong; CLIP's text encoder reads only about 250 letters
-# Up to this number of words, a translation may be equal to the source, because it may be a name ("Rio de Janeiro").
+# Longer generated captions get a flag, because they are probably no captions. CLIP reads only about 250 letters.
+MAX_CAPTION_LETTERS = 600
+# Texts of at most this number of words may be equal to their translation, because they may be names, for example "Rio
+# de Janeiro". An equal translation of a longer text is flagged as a copy.
 MAX_NAME_WORDS = 3
 # Smallest share of letters that must be in the script of the language. The share is low because brands and names keep
 # their script, so that half of the letters of a Hindi caption may be Latin.
 MIN_SCRIPT_SHARE = 0.3
-TWO_SCRIPT_LANGUAGES = ("az", "kk", "ku", "pa", "sr", "tk", "ug", "uz")  # written in more than one script
-# Dict from a script code of ISO 15924 to a regular expression. It has the codes that are no Unicode script themselves,
-# because they stand for several Unicode scripts (Jpan) or for a variant of one (Hans).
+# Languages that are written in more than one script. If their code names no script, letters of any script are accepted.
+TWO_SCRIPT_LANGUAGES = ("az", "kk", "ku", "pa", "sr", "tk", "ug", "uz")
+# Script code of ISO 15924 -> characters of the script, for use in a regular expression. Only codes that Unicode does
+# not know as a script are listed: those of several Unicode scripts (Jpan), and variants of one (Hans).
 SCRIPT_PATTERNS = {
     "Hans": r"\p{Hani}",
     "Hant": r"\p{Hani}",

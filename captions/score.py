@@ -77,7 +77,7 @@ class ScoreArguments(EncoderStageArguments):
         embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
         if stage.source.is_embedded:
             stage.source.check_embeds(self.model, embedder.fingerprint)
-            # The rows already contain embeddings instead of images, so that they only need to be stacked to a tensor.
+            # The rows already contain embeddings instead of images, so "embedding" them only stacks them to a tensor.
             embedder = replace(embedder, embed_images=lambda embeds, batch_size: torch.from_numpy(np.stack(embeds)))
         settings = {"language": self.language, "model": self.model, "fingerprint": embedder.fingerprint}
         columns = {f"similarities-{self.language}": SIMILARITIES_FEATURE}
@@ -98,14 +98,14 @@ def _compute_caption_similarities(
         For each row, a dict `{"similarities-<language>": numbers}`, or a BadRow if the row has no caption or its image
         cannot be used.
     """
-    # The similarities of a row are stored in the order of these columns.
+    # The captions of a row come from several columns. Their similarities are stored in the order of these columns.
     columns, size = args.required_columns(), args.embedding_batch_size
     captions = [[text for column in columns for text in row.get(column) or []] for row in rows]
     captioned = [number for number, texts in enumerate(captions) if any(map(str.strip, texts))]
     results = [BadRow("no caption", f"all of {', '.join(columns)} are empty")] * len(rows)
     distinct = sorted({text for number in captioned for text in captions[number] if text.strip()}, key=len)
     embeds = embedder.embed_texts(distinct, 2 * size) if distinct else []
-    text_embeds = dict(zip(distinct, embeds, strict=True))  # shape of each embedding: (width,)
+    text_embeds = dict(zip(distinct, embeds, strict=True))  # caption -> its embedding (width,)
     images = [rows[number][DECODED_KEY] for number in captioned]
     image_embeds = embed_batch_except_bad_images(
         images, partial(embedder.embed_images, batch_size=size), skip_refused=True
@@ -128,7 +128,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Import this file as a named module, so that other processes can unpickle its classes.
+    # When this file runs as a command, its classes belong to the module `__main__`, and other processes cannot unpickle
+    # them. Import the file again under its own name to avoid this.
     from captions import score
 
     run_main_and_report_user_errors(score.main, resumable=True)

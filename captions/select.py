@@ -48,11 +48,12 @@ from captions.stages import (
 )
 from eval.records.tables import make_short_plain_line, write_html_from_template
 
-# Path of the HTML page in the output folder. The page is written last, so that the report is complete if it exists.
+# Path of the HTML page in the output folder. The page is written after all other files of the report, so that a report
+# with a page is complete.
 REPORT_PAGE = Path("report") / "index.html"
 REPORT_TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
 EXAMPLES_PER_SIDE = 6  # number of dropped examples, and of kept examples, on the HTML page
-# Cutoffs for which the page shows how many images would be kept. The CAPIVARA authors use 0.2.
+# The page shows for each of these cutoffs how many images would be kept. The CAPIVARA authors use 0.2.
 SIMILARITY_CUTOFFS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 MAX_SHOWN_CHARACTERS = 300  # longer captions are shortened on the HTML page
 DROPPED_COLOR = "#b9bec6"  # color of dropped captions in the histogram
@@ -205,8 +206,8 @@ def _write_selection_report(args: SelectArguments) -> None:
     kept_count = int(is_image_kept.sum())
     scored = captions.dropna(subset="similarity")
     first = scored[scored["first"]].assign(kept=lambda table: table["row"].map(is_image_kept).astype(bool))
-    # If only the pair filter has a cutoff, show only the first caption of each image, because the filter reads only
-    # that caption. The histogram of all captions would mix the effects of the filter and of a strategy such as `rank`.
+    # The pair filter drops an image if the similarity of its first caption is too low. If only this filter has a
+    # cutoff, show only first captions, because a strategy such as `rank` drops other captions for other reasons.
     by_first = args.min_pair_similarity is not None and args.strategy_cutoff is None
     shown, unit = (first, "images, by their first caption") if by_first else (scored, "captions")
     settings = ("split", "language", "caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
@@ -264,7 +265,7 @@ def _build_caption_similarity_frame(args: SelectArguments, source: Split) -> pd.
     unusable = {
         row for part in parts for row, reason in read_skipped_row_numbers_and_reasons(part) if reason != NOT_CHOSEN
     }
-    # Use arrays of C numbers, because lists of Python objects would need several times the memory.
+    # Use arrays of C numbers, because lists of Python numbers would need several times the memory for millions of rows.
     table = {"row": array("q"), "place": array("i"), "first": array("b"), "kept": array("b"), "similarity": array("d")}
     for number, row in enumerate(source.rows(column_names=present)):
         if number not in unusable:
@@ -338,7 +339,8 @@ def plot_kept_and_dropped_similarities(
         cutoff: Lowest similarity that the selection accepts; None to draw no line.
         path: PNG file to write.
     """
-    from matplotlib import pyplot as plt  # slow to import, and only one task draws
+    # Import here, because matplotlib is slow to import and only the task that writes the report needs it.
+    from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
     from eval.records.plots import MODEL_COLOR, TEXT_COLOR, draw_grid_and_hide_frame, save_png_and_close_figure
@@ -368,7 +370,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Import this file as a named module, so that other processes can unpickle its classes.
+    # When this file runs as a command, its classes belong to the module `__main__`, and other processes cannot unpickle
+    # them. Import the file again under its own name to avoid this.
     from captions import select
 
     run_main_and_report_user_errors(select.main, resumable=True)

@@ -64,12 +64,14 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range]) -> 
     """
     names = {args.column_renames().get(name, name): name for name in source.columns}
     columns = [names[column] for column in map_caption_columns_to_translated_columns(names, source.display_name, args)]
-    seen: set[bytes] = set()  # digests instead of sentences, because the sentences would need ten times the memory
+    # Digests of the sentences that were already returned. The sentences themselves would need several times the memory.
+    seen: set[bytes] = set()
     for part in parts:
         rows = itertools.islice(source.rows(part.start, column_names=columns), len(part))
         for row, column in ((row, column) for row in rows for column in columns):
             texts: list[str] = []
-            with suppress(BadRow):  # a row with invalid captions is skipped when the parts are written
+            # Ignore invalid captions here. Their rows are skipped, and recorded, when the output is written.
+            with suppress(BadRow):
                 texts = convert_to_caption_list(row.get(column), column)
             for sentence in filter(str.strip, texts):
                 digest = hashlib.blake2b(sentence.encode(), digest_size=16).digest()

@@ -60,21 +60,23 @@ from caption_data.rows import (
 )
 from caption_data.sources import STAGE_FILE, Split, check_stage_is_finished, open_parquet
 
-SPLIT_NAME_PATTERN = r"\w+([.-]\w+)*"  # valid split names; file names of parts begin with the split name
+SPLIT_NAME_PATTERN = r"\w+([.-]\w+)*"  # regular expression of valid split names; output files begin with this name
 IMAGE_COLUMN = "image"  # name of the image column in every output, as in the datasets of the CAPIVARA authors
-DECODED_KEY = "decoded image"  # key of the decoded image in a row that a stage processes
-STAGE_VERSION = 1  # version of the format of output folders; increase it if the format of parts changes
-# Keys of `stage.json` whose values must be equal for all parts of a folder.
+DECODED_KEY = "decoded image"  # key under which a stage finds the decoded image in a row
+STAGE_VERSION = 1  # version of the format of output folders; increase it when the format of their files changes
+# Keys of `stage.json` whose values must be equal for all parts (parquet files) of an output folder. If they differ, the
+# parts do not fit together, and the stage raises an error.
 IDENTITY_KEYS = ("version", "source", "rows_per_part", "settings", "columns")
-# Keys of "source" in `stage.json` whose values may differ between runs, because they contain the path of the source,
-# which depends on the machine.
+# Keys of "source" in `stage.json` whose values may differ between runs. They contain the path of the source dataset,
+# which may be different on each machine.
 IGNORED_SOURCE_KEYS = ("name", "damaged")
-# Types of the values in `stage.json`, by key.
+# Key of `stage.json` -> type of its value, to detect damaged files.
 RECORD_TYPES = {"version": int, "command": str, "source": dict, "rows_per_part": int}
 RECORD_TYPES |= {"settings": dict, "columns": dict, "versions": dict}
-MAX_ROWS = 10**9  # largest dataset: row numbers in the file names of parts have nine digits
+MAX_ROWS = 10**9  # limit for datasets, because row numbers in file names have nine digits
 ROWS_PER_GROUP = 16  # number of rows in a parquet row group, the smallest unit that a reader decodes
-MAX_PREPARED_ROWS = 50_000  # number of rows whose translations are in memory at the same time
+# A stage prepares at most this number of rows at a time, for example translates their captions, to limit the memory.
+MAX_PREPARED_ROWS = 50_000
 # Function that processes a batch of rows. For each row, it returns a dict with the values of the new columns, or a
 # BadRow if the row must be skipped.
 ProcessRows = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
@@ -92,13 +94,13 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     Raises ValueError if the value of a flag is invalid.
     """
 
-    uses_model = False  # True if the stage runs a model, so that its tasks get GPUs
+    uses_model = False  # True if the stage runs a model; its tasks then get GPUs
     decodes_images = False  # True if the stage needs the decoded image of each row, under the key `DECODED_KEY`
-    # True if the stage can also work on a dataset of embeddings. There, a stage with `decodes_images` gets the
-    # embedding of each row in place of the decoded image.
+    # True if the stage can also work on a dataset that contains embeddings instead of images. A stage with
+    # `decodes_images` then gets the embedding of each row in place of the decoded image.
     accepts_embeds = True
     keeps_images = True  # False if the output has no images
-    import_file = None  # path of a translation table; None here, because only `captions.translate` has this flag
+    import_file = None  # path of a translation table; only `captions.translate` has a flag for it
     dataset: str = flag(..., f"{DATASET_HELP} Can be the output folder of another stage.")
     output: Path = flag(..., "Output folder. To finish an interrupted run, run the same command again.")
     split: str = flag("train", "Split to read; output files are named after it.")
@@ -117,7 +119,8 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
                 f"{self.split!r}."
             )
         folder, output = Path(self.dataset).resolve(), self.output.resolve()
-        if Path(self.dataset).exists() and folder in (output, output.parent):  # the stage would read its own output
+        # With such an output folder, the stage would read its own output as if it were part of the dataset.
+        if Path(self.dataset).exists() and folder in (output, output.parent):
             raise ValueError(
                 f"The output folder {self.output} must not be the dataset folder or lie in it. Choose another --output."
             )
@@ -375,7 +378,7 @@ def _check_and_get_copied_column_types(source: Split, args: StageArguments) -> F
     return Features(features | {IMAGE_COLUMN: Image()})
 
 
-# Write the output of a stage
+# The functions and classes below write the output of a stage.
 
 
 @dataclass(frozen=True)
@@ -428,7 +431,8 @@ class RowStage:
         # service is called.
         next(self.source.rows(), None)
         self.features = _check_and_get_copied_column_types(self.source, args)
-        self.record = {  # the keys of `stage.json` that are known before a model is loaded
+        # Content of `stage.json`, without the keys that are only known after a model is loaded.
+        self.record = {
             "version": STAGE_VERSION,
             "command": args.command(),
             "source": {
@@ -440,8 +444,8 @@ class RowStage:
             },
             "rows_per_part": args.rows_per_part,
         }
-        self.path = partial(_part_path, args.output, self.source.split)  # path of a part from its row numbers
-        # Each task gets consecutive parts, so that it reads files in order.
+        self.path = partial(_part_path, args.output, self.source.split)  # function: row range of a part -> its path
+        # Each task gets consecutive parts, so that it reads the files of the source one after the other.
         parts = split_rows(len(self.source), args.rows_per_part)
         self.parts = parts[len(parts) * rank // world_size : len(parts) * (rank + 1) // world_size]
 
@@ -456,7 +460,7 @@ class RowStage:
             return False
         recorded = read_stage_record(self.args.output)
         current = self.record | {"settings": recorded["settings"] | self.args.known_settings()}
-        # Compare the flags as sets, because earlier versions of the program recorded them in another order.
+        # Compare the flags of the two commands as sets, because earlier versions recorded them in another order.
         recorded, current = (
             {**record, "command": set(record["command"].split(" --"))} for record in (recorded, current)
         )
@@ -526,7 +530,8 @@ class RowStage:
         A temporary file is deleted only if its finished parquet file exists. All other temporary files may belong to
         running tasks.
         """
-        for path in self.args.output.glob(".*.parquet.*.tmp"):  # name: "." + name of the part + random text + ".tmp"
+        # The name of a temporary file is "." + name of the finished file + "." + random text + ".tmp".
+        for path in self.args.output.glob(".*.parquet.*.tmp"):
             if path.with_name(re.sub(r"\.[^.]+\.tmp$", "", path.name[1:])).is_file():
                 path.unlink(missing_ok=True)
         return _count_written_and_skipped_rows(self.args.output, self.record, self.parts)
@@ -550,9 +555,11 @@ class RowStage:
                 if skipped:
                     write_skipped_rows(_skipped_path(path), skipped)
                 else:
-                    _skipped_path(path).unlink(missing_ok=True)  # a killed run may have left an old list
+                    # An earlier run that was killed may have left a list of skipped rows, which is now wrong.
+                    _skipped_path(path).unlink(missing_ok=True)
         except FileNotFoundError:
-            # If the part exists, another process wrote the same part and removed the temporary file of this process.
+            # The temporary file is gone. This is no error if the part exists: another process has then written the same
+            # part, and has removed the temporary file of this process.
             if not path.is_file():
                 raise
 
@@ -565,9 +572,10 @@ class RowStage:
             skipped: List to which the function appends a record for each row that cannot be used.
         """
         rows = itertools.islice(self.source.rows(part.start), len(part))
-        numbered = zip(part, rows, strict=True)  # `strict` raises if the source has lost rows
+        numbered = zip(part, rows, strict=True)  # `strict=True` raises an error if the source has lost rows
         while batch := list(itertools.islice(numbered, self.args.batch_rows)):
-            # The decoder threads end before the model computes, because they would slow down the threads of the model.
+            # Leave the `with` block, which ends the threads that decode images, before the model computes. Otherwise,
+            # these threads would slow down the threads of the model.
             with ThreadPoolExecutor(DECODER_THREADS) as threads:
                 results = list(threads.map(self._prepare_row, (row for _, row in batch)))
             valid_rows = [row for row in results if not isinstance(row, BadRow)]
@@ -623,7 +631,7 @@ def atomic_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
         OSError: If the disk is full.
     """
     with atomic_file(path) as temporary, temporary.open("wb") as file:
-        # Parquet dictionaries and statistics of image bytes cost time and have no benefit.
+        # Turn off parquet dictionaries and statistics: for image bytes, they cost time and have no benefit.
         with pq.ParquetWriter(file, schema, use_dictionary=False, write_statistics=False) as parquet:
             yield parquet
         file.flush()
@@ -655,7 +663,7 @@ def iter_length_limited_batches(items: Iterable[S], max_length: int, max_items: 
         yield group
 
 
-# Read and check the output folder of a stage
+# The functions and classes below read and check the output folder of a stage.
 
 
 def _part_path(output: Path, split: str, part: range) -> Path:
@@ -722,8 +730,8 @@ def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
         # raises an error.
         write_json(path, record)
     recorded = read_stage_record(output)
-    # `delete_parts_of_changed_rows_and_fingerprint` sets the fingerprint to None after it has deleted the parts with
-    # changed rows. The changed source is then accepted.
+    # If the fingerprint is None, `delete_parts_of_changed_rows_and_fingerprint` has set it, to announce that the source
+    # has changed. The new fingerprint is then accepted instead of raising an error.
     is_invalidated = recorded["source"].get("fingerprint") is None
     if is_invalidated:
         recorded["source"]["fingerprint"] = record["source"]["fingerprint"]
@@ -896,7 +904,7 @@ def read_skipped_row_numbers_and_reasons(part: Path) -> list[tuple[int, str]]:
         ) from error
 
 
-# Run a stage as a command
+# The functions below run a stage as a command.
 
 
 def run_stage_command(

@@ -47,8 +47,8 @@ from captions.translators import TRANSLATORS
 from captions.translators.base import Translator
 from captions.translators.seq2seq import PAPER_MODEL
 
-EXAMPLES_PER_FLAG = 5  # examples per flag in quality.json
-MAX_EXAMPLE_CHARACTERS = 200  # longer examples are shortened, because a sentence may be very long
+EXAMPLES_PER_FLAG = 5  # number of example translations that quality.json shows for each quality flag
+MAX_EXAMPLE_CHARACTERS = 200  # longer sentences are shortened in the examples of quality.json
 
 
 @dataclass(kw_only=True)
@@ -149,7 +149,8 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
                 sentence itself.
         """
         settings = {"translator": translator, "language": self.language, "source_language": self.source_language}
-        # `existing` was a flag of earlier versions of the program. The key keeps existing output folders valid.
+        # The key `existing` has no effect any more. Without it, output folders of earlier versions, which have the key,
+        # would count as written with other settings.
         return settings | {"existing": "refuse", "drop_flagged": self.drop_flagged}
 
     @property
@@ -200,8 +201,8 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         """
         columns = map_caption_columns_to_translated_columns(stage.features, stage.source.display_name, self)
         translator = TRANSLATORS[self.backend].load(self, stage)
-        translations: dict[str, str] = {}  # sentence -> translation, for the sentences of the next parts
-        faults: dict[str, str] = {}  # sentence -> fault, if the translator gave no usable answer
+        translations: dict[str, str] = {}  # sentence -> translation, only for the rows that are processed next
+        faults: dict[str, str] = {}  # sentence -> why the answer of the translator is not usable
 
         def prepare(parts: list[range]) -> None:
             sentences = set(iter_distinct_captions(self, stage.source, parts))
@@ -269,7 +270,8 @@ def _translate_with_memory(
     Returns:
         A dict `{sentence: translation}`.
     """
-    # The longest sentences come first, so that an out-of-memory error appears at the start.
+    # The longest sentences come first, because they need the most memory: if it is insufficient, the error then appears
+    # at the start instead of after hours.
     missing = sorted(sentences, key=lambda text: (-len(text), text))
     if translator.needs_table:
         return dict(zip(missing, translator.translate(missing), strict=True))
@@ -296,9 +298,6 @@ def _translate_with_memory(
     return translations
 
 
-# Run the command
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the command `captions.translate`, which translates the captions of a dataset.
 
@@ -313,7 +312,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Import this file as a named module, so that other processes can unpickle its classes.
+    # When this file runs as a command, its classes belong to the module `__main__`, and other processes cannot unpickle
+    # them. Import the file again under its own name to avoid this.
     from captions import translate
 
     run_main_and_report_user_errors(translate.main, resumable=True)

@@ -18,9 +18,9 @@ from captions.stages import atomic_parquet
 
 # Columns of the parquet files of a translation memory: a sentence and its translation.
 PAIR_SCHEMA = pa.schema({"source": pa.string(), "translation": pa.string()})
-# Columns for translators that report the fault and the tokens of each answer, such as language models.
+# Columns for translators such as language models, which also report the fault and the token counts of each answer.
 ANSWER_SCHEMA = pa.schema([*PAIR_SCHEMA, ("fault", pa.string()), *((name, pa.int32()) for name in USAGE_FIELDS)])
-MEMORY_BATCH_ROWS = 10_000  # sentences of a translation memory that are read at the same time
+MEMORY_BATCH_ROWS = 10_000  # number of sentences that are read from a file at a time, to limit the memory
 
 
 class TranslationMemory:
@@ -43,7 +43,8 @@ class TranslationMemory:
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):
         self.folder, self.fingerprint = folder / json_digest(fingerprint, sort_keys=True), fingerprint
         self.faults: dict[str, str] = {}
-        self._answers: dict[str, Answer] = {}  # sentence -> answer, for the answers that only the journal contains
+        # Sentence -> answer, for answers that are stored only in the journal, and not in a parquet file yet.
+        self._answers: dict[str, Answer] = {}
         self._journal = Journal(self.folder / f"{uuid.uuid4().hex}.jsonl")
 
     def find(self, sentences: Iterable[str]) -> dict[str, str]:

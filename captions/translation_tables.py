@@ -17,7 +17,8 @@ import pandas as pd
 
 from capivara_common.files import write_text
 
-# Column names. In the first line of a table, a name can be followed by `:` and a value, for example `translation:pt`.
+# Column names of a translation table, which people fill. In the first line of a table, a name can be followed by `:`
+# and a value, for example `translation:pt`.
 TABLE_COLUMNS = ("id", "source", "translation")
 MAX_NAMED_ROWS = 5  # largest number of rows without a translation that a message lists
 BLANK_CHARACTERS = " \xa0\u3000"  # a cell with only these characters looks empty

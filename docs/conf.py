@@ -14,12 +14,12 @@ project, author, release = "CAPIVARA", "The CAPIVARA developers", __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["package.md"]  # the project description for PyPI, which is not a page of this site
 html_theme = "furo"
-smartquotes = False  # would replace the two hyphens of a flag such as --model by a dash
+smartquotes = False  # would otherwise replace the two hyphens of a flag such as --model by a dash
 html_title = f"CAPIVARA {release}"
 html_copy_source = html_show_sourcelink = html_show_copyright = False
 myst_heading_anchors = 3
 myst_enable_extensions = ["attrs_inline"]
-default_role = "code"  # single backticks in docstrings are code
+default_role = "code"  # text between single backticks in docstrings is shown as code
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False

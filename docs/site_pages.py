@@ -143,7 +143,7 @@ def render_command_reference() -> str:
             start = "python train_accelerate.py" if module == "train_accelerate" else f"python -m {name}"
             text.append(f"### {name}\n\n`{start}`\n\n{_convert_description_to_markdown(parser.description or '')}")
             actions = [action for action in parser._actions if action.dest != "help"]
-            actions.sort(key=lambda action: not action.required)  # required flags first, as in `--help`
+            actions.sort(key=lambda action: not action.required)  # required flags come first, as in `--help`
             text.append(
                 _build_markdown_table(map(_build_command_argument_row, actions), "Flag", "Type", "Default", "Meaning")
             )

@@ -38,10 +38,11 @@ from eval.embeddings import (
 from eval.prompts import Prompts, load_prompts
 from eval.records.result_files import Record
 
-# Factor by which cosines are multiplied before the softmax. It is the upper limit of CLIP's learned logit scale (arXiv
-# 2103.00020, section 2.5).
+# Factor by which cosines are multiplied before the softmax, which would otherwise give all classes almost the same
+# probability. It is the upper limit of CLIP's learned logit scale (arXiv 2103.00020, section 2.5).
 CLIP_LOGIT_SCALE = 100
-CHANCE_DRAWS = 20  # number of random score matrices; the mean of their 11-point mAPs estimates the chance level
+# Number of random score matrices. The mean of their 11-point mAPs estimates the value that random guessing reaches.
+CHANCE_DRAWS = 20
 
 
 @dataclass
@@ -144,8 +145,8 @@ def compute_classification_metrics(scores: Tensor, labels: list, metric: str) ->
         targets = torch.zeros(scores.shape)
         for row, classes in enumerate(labels):
             targets[row, classes] = 1
-        # As in the published results, images are ranked by class probabilities, because cosines of different images are
-        # not on a common scale.
+        # As in the published results, the images are ranked by the probability of a class. Their cosines are not used,
+        # because cosines of different images are not on a common scale.
         return {"11point_mAP": metrics.eleven_point_map((CLIP_LOGIT_SCALE * scores).softmax(dim=-1), targets)}
     label_tensor = torch.tensor(labels)
     values = {"accuracy": metrics.top_k_accuracy(scores, label_tensor)}
@@ -169,7 +170,8 @@ def compute_chance_level(metric: str, labels: list, class_count: int) -> float:
     Returns:
         Expected value, from 0 to 1.
     """
-    if metric == "11point_mAP":  # it has no closed form, so the mean over random scores estimates it
+    # The 11-point mAP of random guessing has no simple formula, so it is estimated with random scores.
+    if metric == "11point_mAP":
         generator = torch.Generator().manual_seed(0)
         draws = [torch.rand(len(labels), class_count, generator=generator) for _ in range(CHANCE_DRAWS)]
         return float(np.mean([compute_classification_metrics(scores, labels, metric)[metric] for scores in draws]))
@@ -212,7 +214,8 @@ def evaluate_zero_shot_and_write_result(args: ClassificationArguments) -> list[R
     ]
     if get_or_init_distributed_state().is_main_process:
         parts = {"classes": prompts.names + ["(sem nome)"] * unnamed, "notes": list(prompts.notes)}
-        # Accuracy per class and confusion matrix are defined only if each image has one class.
+        # Accuracy per class and confusion matrix are defined only if each image has one class. If images have several
+        # classes, each label is a list.
         if not isinstance(labels[0], list):
             label_tensor = torch.tensor(labels)
             accuracies = metrics.per_class_accuracy(scores, label_tensor).tolist()

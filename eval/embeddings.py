@@ -32,7 +32,7 @@ from caption_data.sources import Split
 from eval.records.result_files import Record, write_records_to_result_file
 from modeling_capivara.two_towers import Embedder, load_embedder
 
-# Largest number of embeddings in a cache file.
+# Largest number of image embeddings and of text embeddings in one file of the cache.
 IMAGES_PER_SHARD = 256
 TEXTS_PER_SHARD = 2048
 
@@ -83,12 +83,14 @@ class CachedEmbedder:
     embedder: Embedder
     cache_folder: Path | None = None  # folder of all caches; None: a temporary folder that is deleted with this object
     batch_size: int = 32  # images in a batch; a batch of texts is twice as large
-    # Additional keys for the result file, which describe embeddings that come with the dataset instead of images.
-    result_metadata: dict[str, Any] = field(default_factory=dict, init=False)  # set by `embed_images`
+    # Additional keys for the result file, set by `embed_images`. They describe embeddings that come with the dataset
+    # instead of images.
+    result_metadata: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._temporary = None if self.cache_folder else tempfile.TemporaryDirectory(prefix="capivara-embeddings-")
-        if self.cache_folder is None:  # all processes use the temporary folder of the main process
+        # All processes use the temporary folder of the main process, so that they share one cache.
+        if self.cache_folder is None:
             self.cache_folder = Path(broadcast_object_list([self._temporary.name])[0])
 
     def embed_images(self, images: Split, description: str = "Images") -> EmbeddedImages:
@@ -134,7 +136,7 @@ class CachedEmbedder:
         Returns:
             Unit-length embeddings (texts, width), float32, in the order of `texts`.
         """
-        # Texts of similar length are in one batch, so that they need little padding.
+        # Texts are sorted by length, because a batch of texts of similar length needs little padding.
         distinct = sorted(set(texts), key=lambda text: (len(text), text))
         store = self._store(self.embedder.fingerprint, 2 * self.batch_size)
 

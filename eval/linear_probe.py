@@ -33,7 +33,9 @@ from eval.embeddings import load_embedder_with_cache, run_evaluation_command, wr
 from eval.prompts import load_prompts
 from eval.records.result_files import Record
 
-INVERSE_PENALTIES = np.logspace(-3, 5, 9)  # scikit-learn's C, from the strongest to the weakest penalty
+# Values of scikit-learn's C to choose from: 0.001, 0.01, and so on to 100,000. A smaller C is a stronger penalty on
+# large weights.
+INVERSE_PENALTIES = np.logspace(-3, 5, 9)
 MAX_ITERATIONS = 1000  # largest number of iterations of scikit-learn's solver
 
 
@@ -130,13 +132,17 @@ def tune_probe_and_score_images(
         fold = np.repeat([-1, 0], [len(train[1]), len(validation[1])])
     regression = LogisticRegression(max_iter=MAX_ITERATIONS)
     can_select = 0 in fold and len(np.unique(fit_data[1][fold < 0])) > 1
-    if can_select:  # GridSearchCV fits the best C again, to training and validation images
+    # GridSearchCV selects the C that suits the validation images best. It then fits a classifier with this C to
+    # training and validation images together.
+    if can_select:
         regression = GridSearchCV(regression, {"C": INVERSE_PENALTIES.tolist()}, cv=PredefinedSplit(fold))
     regression.fit(*fit_data)
-    # Classes without training images keep -1e9, so that they are never predicted.
+    # Classes without training images get no score from the classifier. They keep -1e9, so that they are never
+    # predicted.
     scores = torch.full((len(test[1]), class_count), -1e9, dtype=torch.double)
     decision = regression.decision_function(test[0])
-    if decision.ndim == 1:  # for two classes, scikit-learn returns only the score of the second
+    # For two classes, scikit-learn returns only the score of the second class. The first class gets its negative.
+    if decision.ndim == 1:
         decision = np.stack([-decision, decision], axis=1)
     scores[:, torch.as_tensor(regression.classes_)] = torch.from_numpy(decision).double()
     return scores, float(regression.best_params_["C"]) if can_select else 1.0
@@ -166,7 +172,7 @@ def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[R
         if any(isinstance(label, list) for label in data.labels):
             raise ValueError(f"The linear probe needs one label per image, but {args.images} has lists of labels.")
         for other_name, other in loaded.items():
-            # Equal splits would mean that the probe is trained on the test images.
+            # If two splits held the same images, the classifier could be trained on the images that it is tested on.
             if other.images.image_digests == data.images.image_digests:
                 raise ValueError(
                     f"Splits must hold different images, but {other_name!r} and {name!r} hold the same. "

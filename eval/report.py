@@ -53,7 +53,8 @@ RUN_SHEET_FILE = "retrieval.png"
 # Suffix of the image with the best and worst queries, which `eval.retrieval` writes. It replaces `.json` in the name of
 # the result file.
 QUERY_SHEET_SUFFIX = ".queries.png"
-# Two metric values (0 to 1) that differ by at most this count as equal, because the device may change the last digits.
+# Two metric values (0 to 1) that differ by at most this much count as equal, because another device, such as a GPU, can
+# round differently.
 REPORT_TOLERANCE = 5e-4
 
 
@@ -73,7 +74,7 @@ class ResultsFolder:
     The content of the files is not trusted.
     """
 
-    folder: Path  # absolute, with links resolved
+    folder: Path  # absolute path, with symbolic links resolved
     results: list[ResultFile] = field(default_factory=list)  # ordered by name
     runs: list[tuple[str, dict]] = field(default_factory=list)  # (file name, content) of each run.json
     faults: list[tuple[str, str]] = field(default_factory=list)  # (file name, why it is not fully shown)
@@ -102,12 +103,16 @@ def read_results_folder(folder: Path) -> ResultsFolder:
         try:
             content, _ = read_untrusted_json_object_and_bytes(path)
             if "summary_version" in content:
-                continue  # a summary (of eval.suite or examples.real_images) repeats the result files next to it
+                # A summary (of eval.suite or examples.real_images) repeats the result files next to it. It is left out,
+                # so that no result is shown twice.
+                continue
             if "records" in content:
                 results_folder.results.append(parse_result(content, name))
             elif "curve" in content:
                 results_folder.runs.append((name, content))
-            elif not (path.parent / "config.json").is_file():  # JSON files in the folder of a model are not results
+            elif not (path.parent / "config.json").is_file():
+                # Without a config.json next to it, the file is not part of a model's folder, which may have other JSON
+                # files than results.
                 raise ValueError("must contain the records of a measurement or the curve of a training run")
         except (OSError, ValueError) as error:
             results_folder.faults.append((name, getattr(error, "strerror", None) or str(error)))
@@ -269,7 +274,8 @@ def _copy_images_into_report_as_jpeg(
     for inside in (sheet for sheet in sheets if os.path.lexists(results_folder.folder / sheet)):
         try:
             image = decode_image({"bytes": None, "path": str(results_folder.folder / inside)}, files).convert("RGBA")
-        except BadImage as error:  # only the reason is shown, because the detail may name folders of this machine
+        except BadImage as error:
+            # The page shows only the short reason, because the full message may name folders of this machine.
             results_folder.faults.append(
                 (make_short_plain_line(str(inside), 120), f"the image is not shown: {error.reason}")
             )
@@ -280,7 +286,8 @@ def _copy_images_into_report_as_jpeg(
             copies.append((f"{results_folder.image_count:03d}.jpg", title))
             opaque = Image.new("RGB", image.size, "white")
             opaque.paste(image, mask=image)
-            opaque.save(output / copies[-1][0], quality=85)  # only the pixels are copied, no metadata
+            # The new image has only the pixels of the old one, so metadata such as the place of a photo are left out.
+            opaque.save(output / copies[-1][0], quality=85)
     return copies
 
 

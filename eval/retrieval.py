@@ -219,7 +219,9 @@ def compute_retrieval_records(
             record(metric=f"recall@{k}", value=metrics.recall_at_k(ranks, k), chance=chance)
             for k, chance in chances.items()
         ]
-        if len(cutoffs) == len(RECALL_CUTOFFS):  # a mean of fewer recalls would be another metric of the same name
+        # The mean recall needs recall@1, recall@5 and recall@10. A mean of fewer recalls would have the same name, but
+        # could not be compared.
+        if len(cutoffs) == len(RECALL_CUTOFFS):
             recalls.append(build_mean_recall_record(recalls))
         records += [*recalls, record(metric="median_rank", value=metrics.median_rank(ranks))]
     return records
@@ -312,7 +314,8 @@ class RetrievalData:
         images = store.embed_images(self.images)
         texts, row_of_text = check_and_flatten_captions(self.captions)
         has_image = torch.isin(row_of_text, images.rows)
-        # All captions are embedded, so that their cache does not depend on which images can be read.
+        # All captions are embedded, also those of unreadable images. The cached embeddings are then valid no matter
+        # which images can be read.
         text_embeds = store.embed_texts(texts, "Captions")[has_image]
         image_of_text = torch.searchsorted(images.rows, row_of_text[has_image])
         return RetrievalEmbeddings(text_embeds, images.embeds, image_of_text), images
@@ -362,7 +365,9 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
     check_output_file(args.output)
     data = load_retrieval_data(args)
     store = load_embedder_with_cache(args)
-    if args.dim is not None:  # refuse a wrong value before the dataset is embedded
+    # A wrong value of --dim is refused here, before the whole dataset is embedded. One text is embedded to learn the
+    # model's number of dimensions.
+    if args.dim is not None:
         check_truncate_dim(args.dim, store.embedder.embed_texts(["capivara"]).shape[1], "dim")
     started = time.perf_counter()
     full_embeddings, images = data.embed(store)
@@ -384,7 +389,8 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
         metadata = {"dataset": args.dataset, "name": name, "fingerprint": data.fingerprint(), "skipped": images.skipped}
         write_result_file_with_model_metadata(args, records, store, started, **metadata)
         if draw_sheet:
-            from eval.records.plots import plot_retrieval_sheet  # imports matplotlib, which other callers don't need
+            # The import is here and not at the top, because it loads matplotlib, which is needed only for this sheet.
+            from eval.records.plots import plot_retrieval_sheet
 
             sheet, rows = args.output.with_suffix(".queries.png"), images.rows.tolist()
             queries = [text for row in rows for text in data.captions[row]]

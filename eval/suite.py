@@ -125,13 +125,15 @@ def _check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
         names += seed_runs or [name]
     if not names:
         raise UsageError("A model is required. Give --model MODEL, or --runs RUN RUN RUN.")
-    names = list(dict.fromkeys(names))  # --model may also be listed in --runs
+    # A model that is given in both --model and --runs is measured only once.
+    names = list(dict.fromkeys(names))
     runs = [("capivara", run, name) for run, name in enumerate(names)]
     models = []
     for role, run, name in [("baseline", 0, args.baseline)] * bool(args.baseline) + runs:
         run_file, is_baseline = Path(name) / "run.json", role == "baseline"
         run_data = {} if is_baseline or not run_file.is_file() else read_json(run_file)
-        # The fingerprint only tells models apart, so nothing is measured for "auto".
+        # Here the model is loaded only for its fingerprint, which tells models apart. The precision "auto" would first
+        # measure which precision is fastest; this is not needed, so float32 replaces it.
         precision = "float32" if args.precision == "auto" else args.precision
         model = load_embedder(name, "cpu", is_baseline, precision)
         entry = {"name": name, "role": role, "run": run, "seed": run_data.get("seed"), "fingerprint": model.fingerprint}
@@ -166,7 +168,8 @@ def _check_models_and_plan_measurements(args: SuiteArguments) -> tuple[list[dict
         languages = benchmark.languages
         if requested:
             languages = [code for code in benchmark.available_languages if code in requested]
-        if not languages and benchmark.key in args.only:  # the user named this benchmark, so the table must list it
+        # If the user named this benchmark in --only, the table must list it and say why it was not measured.
+        if not languages and benchmark.key in args.only:
             languages, known = [benchmark.language], " ".join(benchmark.available_languages)
             reason = f"its languages are {known}, but --languages is {' '.join(requested)}"
             source = {"data": "", "local": False, "reason": reason}
@@ -227,9 +230,12 @@ def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
             try:
                 run_measurement(args, benchmarks[measurement["benchmark"]], model, measurement)
                 measurement["status"] = "measured"
-            except Exception as error:  # one benchmark that fails must not end the others
+            except Exception as error:
+                # Every error is caught, so that one benchmark that fails does not end the others.
                 error_type = ""
-                if not isinstance(error, ValueError | OSError | ImportError):  # out of memory, or a bug
+                # Other errors, such as too little memory or a bug, are unexpected. Their message may not be clear on
+                # its own, so their type and traceback are shown.
+                if not isinstance(error, ValueError | OSError | ImportError):
                     error_type = f"{type(error).__name__}: "
                     traceback.print_exc()
                 measurement |= {
@@ -307,13 +313,14 @@ def build_suite_rows_and_remarks(
     """
     metrics = [(benchmark.key, language, benchmark.metric) for benchmark, language in pairs]
     metrics = pandas.DataFrame(metrics, columns=["benchmark", "language", "metric"])
-    # The merge keeps only results in the metric that was published for the benchmark.
+    # A result file can have several metrics. The merge keeps only the metric that was published for the benchmark.
     frame = pandas.DataFrame(values, columns=[*GROUP_COLUMNS, "metric", "run", "value", "n"]).merge(metrics)
     frame["value"] = 100 * frame["value"].astype(float)
     average, averages_left_out = read_benchmark(BENCHMARKS_FOLDER / "elevater.json"), []
     members = [benchmark.key for benchmark, _ in pairs if average.key in benchmark.suite]
     member_values = frame[frame["benchmark"].isin(members)]
-    # A row of `member_values` is the result of a model on a dataset, so `seeds` counts the datasets of each model here.
+    # The column `seeds` is the number of averaged rows. Here each row is the result of a model on a dataset, so `seeds`
+    # is the number of datasets on which the model was measured.
     run_means = compute_means_and_deviations(member_values, ["role", "run"]).reset_index()
     if len(members) == average.count and (run_means["seeds"] == average.count).sum() == sum(model_counts.values()):
         run_means = run_means.assign(value=run_means["mean"], benchmark=average.key, language="pt", direction="", n=0)
@@ -370,7 +377,8 @@ def _build_suite_table_row(cells: pandas.DataFrame, protocol: str) -> dict[str, 
     benchmark: Benchmark = first["data"]
     title = benchmark.title + ("" if benchmark.languages == (first["language"],) else f" ({first['language']})")
     section = "beyond" if "beyond" in benchmark.suite else "paper"
-    # From text to image, `n` is the number of captions, not of images. The average has n = 0.
+    # `n` is the number of images, with two exceptions: from text to image it is the number of captions, and for the
+    # average over benchmarks it is 0.
     image_counts = [int(n) for n in cells["n"] if n > 0 and first["direction"] != "text_to_image"]
     images = image_counts[0] if image_counts else None
     same_number = None in (benchmark.test_images, images) or images == benchmark.test_images

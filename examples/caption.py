@@ -97,8 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load_model(args.model).eval().to(resolve_device(args.device)), load_processor(args.model)
     names: list[str] = [] if args.pictures else [f"test/{row}" for row in range(len(data["test"]))]
     pictures = _iter_pictures(args.pictures, names) if args.pictures else data["test"]["image"]
-    images = embed_images(model, processor, pictures, progress="Pictures")  # (pictures, width), unit length
-    texts = embed_texts(model, processor, bank, progress="Bank")  # (sentences, width), unit length
+    # Both have the shape (inputs, width) and rows of length 1, so that `texts @ image` gives cosines.
+    images = embed_images(model, processor, pictures, progress="Pictures")
+    texts = embed_texts(model, processor, bank, progress="Bank")
     writer = csv.writer(sys.stdout)
     writer.writerow(["picture", "score", "caption"])
     for name, image in zip(names, images, strict=True):

@@ -42,9 +42,9 @@ from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
 COLLECTION_NAME = "pictures"
-SEARCH_DEPTH = max(RECALL_CUTOFFS)  # number of images retrieved per query
-# Two vectors are considered equal if no number differs by more than this. Qdrant's local mode normalizes the stored
-# vectors at every query, which changes the last bits of their numbers.
+SEARCH_DEPTH = max(RECALL_CUTOFFS)  # number of images that a search returns; recall needs no more
+# A stored vector counts as changed only if one of its numbers differs by more than this. A smaller difference is
+# rounding: Qdrant's local mode normalizes the stored vectors at every query, which changes the last bits.
 VECTOR_TOLERANCE = 1e-6
 
 

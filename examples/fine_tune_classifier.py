@@ -34,8 +34,8 @@ from examples import collect_run_conditions
 from modeling_capivara import CapivaraForImageClassification
 from modeling_capivara.loading import load_model, load_processor
 
-DIGITS_BENCHMARK = "mnist"  # benchmark whose class names and templates are used for scikit-learn's digits
-TEST_DIGITS = 450  # a quarter of the 1,797 digits
+DIGITS_BENCHMARK = "mnist"  # has the class names and templates for the digits of scikit-learn
+TEST_DIGITS = 450  # number of test images, a quarter of scikit-learn's 1,797 digits
 
 CARD_TEMPLATE = """---
 library_name: transformers
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.image_size:
             processor.image_processor.size = {"shortest_edge": args.image_size}
             processor.image_processor.crop_size = {"height": args.image_size, "width": args.image_size}
-        # The class prompts are already complete sentences with the right articles, so the template is just the prompt.
+        # The class prompts are already complete sentences with the right articles, so the template adds nothing.
         labels = dict(zip(prompts.names, prompts.class_prompts, strict=True))
         model = CapivaraForImageClassification.from_zero_shot(load_model(args.model).eval(), processor, labels, ["{}"])
         if args.head_only:
@@ -189,9 +189,10 @@ def main(argv: list[str] | None = None) -> None:
             per_device_eval_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=0.1,  # a fraction of all steps
+            warmup_steps=0.1,  # a value below 1 is a fraction of all steps
             seed=args.seed,
-            remove_unused_columns=False,  # `Trainer` would remove the image column, which only `collate` uses
+            # Otherwise, `Trainer` would remove the image column before `collate` can preprocess the images.
+            remove_unused_columns=False,
             save_strategy="no",
             logging_steps=10,
             use_cpu=device.type == "cpu",

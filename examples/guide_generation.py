@@ -32,13 +32,14 @@ from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
-STRIP_IMAGES = 8  # images in steps.png
+STRIP_IMAGES = 8  # number of images side by side in steps.png, which shows the progress
 STRIP_SIDE = 128  # side of each image in steps.png, in pixels
-INITIAL_NOISE = 0.02  # standard deviation of the initial values, before the sigmoid
-# Largest random changes in a view, that is, in a randomly transformed copy of the image.
+# Standard deviation of the initial values. It is small, so that the sigmoid turns all into almost the same gray.
+INITIAL_NOISE = 0.02
+# Largest random changes in a view. A view is a randomly transformed copy of the image.
 MAX_ROTATION = 0.15  # radians
 MAX_ZOOM = 0.5  # fraction of the image's side that is cropped away
-MAX_SHIFT = 0.25  # shift of the crop, as a fraction of half the image's side
+MAX_SHIFT = 0.25  # shift of the crop's center, as a fraction of half the image's side
 VIEW_NOISE = 0.1  # standard deviation of the noise that is added to a view to hide patterns of single pixels
 OTHER_SENTENCES = ["lua crescente", "coração azul", "coração vermelho", "gato", "carro", "rosto sorridente"]
 
@@ -87,11 +88,11 @@ def _make_random_views(pixels: Tensor, count: int, generator: torch.Generator) -
         The views, (count, 3, side, side), values from 0 to 1.
     """
 
-    def uniform(bound: float) -> Tensor:  # (count,), from -bound to bound
+    def uniform(bound: float) -> Tensor:  # shape (count,), values from -bound to bound
         return bound * (2 * torch.rand(count, generator=generator) - 1)
 
     angle, shift = uniform(MAX_ROTATION), torch.stack([uniform(MAX_SHIFT), uniform(MAX_SHIFT)], dim=1)
-    side = 1 - MAX_ZOOM * torch.rand(count, generator=generator)  # fraction of the image's side
+    side = 1 - MAX_ZOOM * torch.rand(count, generator=generator)  # side of each crop, as a fraction of the image's side
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
     affine = torch.cat([side[:, None, None] * rotation, shift[:, :, None]], dim=2).to(pixels.device)
     grid = F.affine_grid(affine, [count, *pixels.shape[1:]], align_corners=False)
@@ -141,16 +142,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(GuideArguments, __doc__, argv)
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         model, processor = load_model(args.model).eval().to(resolve_device(args.device)), load_processor(args.model)
-        model.requires_grad_(False)  # only the image is optimized
+        model.requires_grad_(False)  # only the picture is optimized, so the weights need no gradients
         generator, started = torch.Generator().manual_seed(args.seed), time.perf_counter()
         cells = min(args.cells, args.size)
-        colors = INITIAL_NOISE * torch.randn(1, 3, cells, cells, generator=generator)  # almost gray after sigmoid
+        # The sigmoid in `draw_picture` turns these small random numbers into an almost uniform gray.
+        colors = INITIAL_NOISE * torch.randn(1, 3, cells, cells, generator=generator)
         colors = colors.to(model.device).requires_grad_()
 
-        def draw_picture() -> Tensor:  # (1, 3, size, size), from 0 to 1
+        def draw_picture() -> Tensor:  # shape (1, 3, size, size), values from 0 to 1
             return F.interpolate(colors, size=(args.size, args.size), mode="bicubic").sigmoid()
 
-        # The embedding is cloned, because a tensor that was made in inference mode can't be used in a backward pass.
+        # The embedding was made in inference mode. Only its copy can be used in a backward pass, so it is cloned.
         target = embed_texts(model, processor, [args.sentence]).clone().to(model.device)
         optimizer = torch.optim.Adam([colors], lr=args.learning_rate)
         pictures = [convert_tensor_to_pil_image(draw_picture())]

@@ -27,9 +27,9 @@ from capivara_common.files import atomic_folder, read_json, write_json
 from eval import classification, linear_probe, prompts, retrieval
 from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
 
-# Name of a photograph in a PyPI package -> a short name and a sentence about it, each in English and Portuguese.
+# Name of a photograph in a PyPI package -> its short name and a sentence about it, each in English and Portuguese.
 PHOTOGRAPHS = read_json(Path(__file__).parent / "photographs.json")
-# The photographs of scikit-image. In the dataset `photos`, each of them is a class.
+# The photographs of scikit-image. In the dataset `photos`, each of them is a class, so its name needs a gender.
 CLASS_PHOTOGRAPHS = {name: entry for name, entry in PHOTOGRAPHS.items() if "gender" in entry}
 PHOTO_TEMPLATES = [
     "uma foto de {um}.",
@@ -86,7 +86,8 @@ def _make_digits_dataset_and_classes() -> tuple[DatasetDict, dict]:
 
     digits = load_digits()
     names = prompts.load_prompts("mnist").english_names
-    pixels = np.rint(255 - digits.images * (255 / 16)).astype(np.uint8)  # dark on white, as on paper
+    # scikit-learn's digits are bright on dark, from 0 to 16. They become dark on white, as on paper, from 0 to 255.
+    pixels = np.rint(255 - digits.images * (255 / 16)).astype(np.uint8)
     size = (DIGIT_SIDE_PIXELS, DIGIT_SIDE_PIXELS)
     images = [PIL.Image.fromarray(digit).resize(size, PIL.Image.Resampling.NEAREST).convert("RGB") for digit in pixels]
     is_test = np.arange(len(images)) % 4 == 0
@@ -136,7 +137,8 @@ def load_example_photo(name: str) -> PIL.Image.Image:
 
         return PIL.Image.fromarray(load_sample_image(f"{name}.jpg"))
     pixels = getattr(skimage.data, name)()
-    pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # the left image of a stereo pair
+    # A stereo pair is a tuple, of which only the left image is used.
+    pixels = pixels[0] if isinstance(pixels, tuple) else pixels
     pixels = pixels if pixels.dtype == np.uint8 else (255 * (pixels / pixels.max())).astype(np.uint8)
     return PIL.Image.fromarray(pixels).convert("RGB")
 

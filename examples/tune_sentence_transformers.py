@@ -101,7 +101,7 @@ def load_images_with_one_random_caption(dataset: Path, split: str, language: str
     if not {"image", column} <= set(data[split].column_names):
         raise ValueError(f"{dataset} needs the columns image and {column}; it has {data[split].column_names}.")
     captions = [[cell] if isinstance(cell, str) else cell for cell in data[split][column]]
-    check_and_flatten_captions(captions)  # raises ValueError if a caption is missing
+    check_and_flatten_captions(captions)  # only for the check: raises ValueError if a caption is missing
     rng = random.Random(seed)
     texts = [{"text": rng.choice(image_captions)} for image_captions in captions]
     return data[split].select_columns("image").add_column("text", texts).select_columns(["text", "image"])
@@ -124,7 +124,7 @@ def build_clip_loss(encoder: SentenceTransformer, mini_batch_size: int) -> Cache
     """
     return CachedMultipleNegativesRankingLoss(
         encoder,
-        scale=1.0,  # the learned scale is part of `similarity_fct`
+        scale=1.0,  # `similarity_fct` already multiplies by the learned scale
         similarity_fct=partial(similarity_logits, logit_scale=encoder[0].auto_model.logit_scale),
         directions=("query_to_doc", "doc_to_query"),
         partition_mode="per_direction",
@@ -188,9 +188,9 @@ def main(argv: list[str] | None = None) -> None:
             per_device_train_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=0.1,  # a fraction of all steps
+            warmup_steps=0.1,  # a value below 1 is a fraction of all steps
             seed=args.seed,
-            dataloader_drop_last=True,  # CLIP's loss of a last batch with a single pair would be 0
+            dataloader_drop_last=True,  # a last batch with a single pair would have a CLIP loss of 0 and teach nothing
             save_strategy="no",
             logging_steps=10,
             use_cpu=encoder.device.type == "cpu",

@@ -197,14 +197,17 @@ def find_differences_between_card_and_files(folder: Path) -> list[str]:
     Raises:
         ValueError: If the folder has no card, or the run is not finished.
     """
-    list_seed_run_folders(folder)  # raises ValueError if the run is not finished
+    # Called only for its check: it raises a ValueError if the training run is not finished.
+    list_seed_run_folders(folder)
     if not (folder / CARD_FILE).is_file():
         raise ValueError(f"{folder} has no {CARD_FILE}. Write it with `python -m hub_upload.card --model {folder}`.")
     text = _read_text(folder / CARD_FILE)
     if not (options := _read_render_options_from_card_comment(text)):
         return [f"{CARD_FILE}: the card was not written by `python -m hub_upload.card`, so it can't be verified."]
     try:
-        with values.wrap_format_errors(folder):  # the options in the card may have wrong types, too
+        # The options are read from the card, where a user may have changed them to values of the wrong type. The
+        # resulting errors become a ValueError.
+        with values.wrap_format_errors(folder):
             render_options = {name: options.get(name) for name in ("language", "repo_id", "license")}
             expected = str(render_card(collect_run_metadata(folder), **render_options))
     except ValueError as error:
@@ -214,7 +217,8 @@ def find_differences_between_card_and_files(folder: Path) -> list[str]:
     faults = [*_iter_line_differences(expected_front_matter, front_matter)]
     if options["version"] == TEMPLATE_VERSION:
         return [*faults, *_iter_line_differences(expected_body, body, allow_additions=True)]
-    html_lines = [line for line in body.rstrip().split("\n")[:-1] if "<" in line]  # the last line has the options
+    # The last line is left out, because it is the HTML comment with the options of the card.
+    html_lines = [line for line in body.rstrip().split("\n")[:-1] if "<" in line]
     faults += [f"{CARD_FILE}: the card has {line[:MAX_SHOWN_CHARACTERS]!r}." for line in html_lines]
     expected_values, card_values = ("\n".join(sorted(CARD_VALUE_RE.findall(part))) for part in (expected_body, body))
     return [*faults, *_iter_line_differences(expected_values, card_values)]
@@ -318,10 +322,12 @@ def _build_card_front_matter(run_metadata: dict[str, Any], title: str) -> ModelC
         model_type = "clip"
     tags = ["capivara", model_type, "image-text-retrieval", "zero-shot", *["multilingual"] * (len(languages) > 1)]
     model, seed = run_metadata["origins"]["model"], run_metadata["run"]["seed"]
-    # A base model in a local folder has no Hub id. Its card may name models on the Hub from which it was derived.
+    # A base model in a local folder has no Hub id. In this case, the card lists the models on the Hub from which the
+    # base model was derived, if the base model's own card names them.
     base = _filter_hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
     results = [value for value in run_metadata["values"] if value.model == "capivara" and value.metric != GAIN_METRIC]
-    # If several seeds were measured, the model index shows the seed of the weights in the folder.
+    # If several seeds were measured, the model index lists only the results of the seed whose weights are in the
+    # folder.
     published = [
         measurement
         for value in results
@@ -329,7 +335,8 @@ def _build_card_front_matter(run_metadata: dict[str, Any], title: str) -> ModelC
         if value.seeds == 1 or measurement.seed == seed
     ]
     return ModelCardData(
-        language=[code for code in languages if re.fullmatch(r"[a-z]{2,3}", code)] or None,  # ISO 639-1 or -3
+        # The Hub expects language codes of two or three letters (ISO 639-1 or 639-3), so other codes are left out.
+        language=[code for code in languages if re.fullmatch(r"[a-z]{2,3}", code)] or None,
         license=run_metadata["license"],
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",

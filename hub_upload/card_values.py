@@ -47,7 +47,8 @@ MARKDOWN_TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER), autoescape=False, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
-# Identifiers from https://huggingface.co/docs/hub/repositories-licenses, without "unknown" and "other".
+# The license identifiers that the Hub accepts, from https://huggingface.co/docs/hub/repositories-licenses. "unknown"
+# and "other" are left out, because they name no license.
 HUB_LICENSES = frozenset((Path(__file__).parent / "licenses.txt").read_text(encoding="utf-8").split())
 FORMAT_FILES = {  # Hub tag of an export format -> files that a folder with this format contains
     "open_clip": ("open_clip_config.json", "open_clip_model.safetensors"),
@@ -55,7 +56,8 @@ FORMAT_FILES = {  # Hub tag of an export format -> files that a folder with this
     "onnx": ("onnx/text_model.onnx", "onnx/vision_model.onnx"),
     "transformers.js": ("onnx/model.onnx", "preprocessor_config.json"),
 }
-# owner/name as the Hub accepts it: at most 96 characters each, without "--" and "..".
+# Pattern of a Hub id, such as "hiaac-nlp/CAPIVARA". Owner and name have at most 96 characters each and contain neither
+# "--" nor "..".
 HUB_ID_RE = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
 CAPIVARA_CLASS = KINDS[NATIVE_MODEL_TYPE].class_name
 FIXED_LENGTH_CLASSES = [kind.class_name for kind in KINDS.values() if kind.pads_to_max_length]
@@ -64,13 +66,13 @@ FIXED_LENGTH_CLASSES = [kind.class_name for kind in KINDS.values() if kind.pads_
 CARD_TOLERANCE = 5e-5
 # The base model is evaluated again with every seed, possibly on another device, where rounding may change the ranks of
 # some queries. So larger differences are allowed between evaluations of the base model.
-BASELINE_TOLERANCE_QUERIES = 3  # number of queries whose results may differ
-BASELINE_TOLERANCE_RANKS = 1  # allowed difference of a median rank
+BASELINE_TOLERANCE_QUERIES = 3  # number of queries whose results may differ between two evaluations
+BASELINE_TOLERANCE_RANKS = 1  # largest allowed difference between two median ranks
 MAX_LINE_CHARACTERS = 300  # longer texts from files are truncated to this length
 # Texts that can be written as Markdown code without escaping: ASCII letters, digits and characters of names and paths.
 PLAIN_CODE_RE = re.compile(r"[A-Za-z0-9][\w./@:+=,() -]*", re.ASCII)
-# The folders of an absolute path without the file name. Unix paths, paths from the home folder (~) and Windows paths
-# match; URLs don't match.
+# The folders of an absolute path, without the file name. They are removed from published texts, because they may reveal
+# names of users and computers. Unix paths, paths from the home folder (~) and Windows paths match; URLs don't match.
 PATH_PREFIX_RE = re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\"<>]+/)+|\b[A-Za-z]:\\(?:[^\s\\]+\\)+")
 # Texts and labels in the code examples of a Portuguese model's card. The examples use a red and a blue image.
 PORTUGUESE_EXAMPLES = {"texts": ["um quadrado vermelho", "um céu azul"], "labels": ["vermelho", "azul", "verde"]}
@@ -426,7 +428,8 @@ def to_publishable_line(value: Any) -> str:
         The line of text, which is not escaped for Markdown.
     """
     line = " ".join(str(value).split())
-    # Category C of Unicode: control characters, text direction marks, private use.
+    # Remove all characters of the Unicode category C: control characters, text direction marks and private-use
+    # characters. They are invisible, and some of them change how the text around them is displayed.
     line = "".join(letter for letter in line if unicodedata.category(letter)[0] != "C")
     line = PATH_PREFIX_RE.sub("", line)
     return line if len(line) <= MAX_LINE_CHARACTERS else line[: MAX_LINE_CHARACTERS - 1] + "…"
@@ -442,7 +445,8 @@ def escape_value_for_markdown(value: Any) -> str:
         One line of escaped text.
     """
     line = re.sub(r"([\\`*_\[\]|~$!#])", r"\\\1", to_publishable_line(value))
-    # At the start of a line, these characters and numbers would begin a list or mark a heading.
+    # At the start of a line, "-", "+", "=" or a number such as "1." would begin a list or mark a heading, so a
+    # backslash escapes it.
     line = re.sub(r"^([-+=]|\d+(?=[.)](\s|$)))", r"\\\1" if line[:1] in "-+=" else r"\1\\", line)
     return html.escape(line, quote=False)
 
@@ -730,5 +734,6 @@ def _select_hyperparameters_for_card(config: dict[str, Any], fixed: dict[str, An
     if config.get("caption_strategy") == "none":
         settings |= dict.fromkeys(("caption_count", "min_similarity"))
     if settings["image_embedding_cache"] not in (None, "", "off"):
-        settings["image_embedding_cache"] = "on"  # the setting may be a folder of this machine
+        # The setting may be the path of a folder on this computer, which must not be published.
+        settings["image_embedding_cache"] = "on"
     return {key: value for key, value in settings.items() if value is not False and value not in (None, "", [], {})}

@@ -331,7 +331,8 @@ def _write_processor_with_code_if_needed(model: Path, folder: Path, processor: P
             for loading_option in ("is_local", "local_files_only"):
                 settings.pop(loading_option, None)
             write_json(folder / name, settings)
-    if not isinstance(processor, CapivaraProcessor):  # a processor of transformers, which needs no code in the folder
+    # A processor of transformers needs no Python code in the model folder, so only its tokenizer is written.
+    if not isinstance(processor, CapivaraProcessor):
         # The tokenizer files are not copied but written again, because `load_processor` has corrected the maximum text
         # length, the model inputs and the handling of capital letters.
         save_tokenizer_for_publication(processor.tokenizer, folder)
@@ -354,7 +355,8 @@ def _copy_existing_card_and_run_files(model: Path, folder: Path) -> None:
     """
     results = model / "results"
     if not results.is_dir() and model.name.startswith("seed-"):
-        results = model.parent / "results"  # results of all seeds, in the folder of the run
+        # The folder of one seed has no results of its own: the parent folder has the results of all seeds.
+        results = model.parent / "results"
     records = {f"results/{path.name}": path for path in sorted(results.glob("*.json"))}
     if (model / "run.json").is_file():
         records["run.json"] = model / "run.json"

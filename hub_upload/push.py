@@ -71,7 +71,7 @@ REPOSITORY_FOLDER = "repository"  # subfolder of the run that holds the export u
 # Formats that a training run publishes. ONNX is not one of them, because its export takes minutes and needs additional
 # packages.
 PUBLISHED_FORMATS = ("transformers", "open_clip", "sentence_transformers")
-format_bytes = partial(tqdm.format_sizeof, suffix="B")  # returns for example "1.46GB"; units are powers of 1000
+format_bytes = partial(tqdm.format_sizeof, suffix="B")  # for example "1.46GB"; units are powers of 1000
 logger = logging.getLogger("capivara")
 
 
@@ -228,7 +228,8 @@ def plan_push(args: PushArguments) -> PushPlan:
     added = [file for file in files if file.path_in_repo not in unchanged]
     deleted = []
     if args.repo_type == "space":
-        # Without deletion, files of earlier versions of the Space, such as fragments of its index, would stay forever.
+        # A push of a Space deletes files on the Hub that the local folders no longer contain. Otherwise, files of
+        # earlier versions of the Space, such as fragments of its index, would stay forever.
         ours, folders = {path.as_posix() for path in paths}, {path.parts[0] for path in paths}
         deleted = [path for path in remote.files if path not in ours and path.partition("/")[0] in folders]
     _check_visibility(args.repo_id, remote, args.private)
@@ -288,7 +289,8 @@ def _describe_push(plan: PushPlan) -> str:
         lines.append(f"  {verb}  {_printable_name(path)}  ({format_bytes(sizes[path])})")
     lines += [f"  delete  {_printable_name(path)}" for path in plan.deleted_paths]
     lines += [f"  same    {len(plan.unchanged_paths)} files"] if plan.unchanged_paths else []
-    listed = {".gitattributes", *plan.deleted_paths, *plan.unchanged_paths, *sizes}  # the Hub creates .gitattributes
+    # The Hub itself creates .gitattributes, so this file is not reported as a file that is missing in the folder.
+    listed = {".gitattributes", *plan.deleted_paths, *plan.unchanged_paths, *sizes}
     others = sorted({*remote_files} - listed)
     lines += [f"  stays   {_printable_name(path)}  (on the Hub, not in the folder)" for path in others]
     if plan.metadata is None:
@@ -510,14 +512,17 @@ def _convert_hub_errors_and_mask_logs(repo_id: str, again: str = RETRY_HINT) -> 
     logging.captureWarnings(True)
     try:
         yield
-    except Exception as error:  # any type of error, because a proxy may answer with an HTML page that can't be parsed
+    # Errors of every type are caught: a proxy, for example, may answer with an HTML page, which causes a parsing error.
+    except Exception as error:
         for bar in list(getattr(tqdm, "_instances", ())):
-            bar.close()  # otherwise the message would continue the line of the progress bar
+            # Without this, the error message would be appended to the line of the progress bar.
+            bar.close()
         if isinstance(error, PushError):
             raise
         logger.debug("A call to the Hub failed.", exc_info=True)
         while isinstance(error, RuntimeError) and error.__cause__ is not None:
-            error = error.__cause__  # huggingface_hub wraps errors of uploads in a RuntimeError
+            # huggingface_hub wraps errors of uploads in a RuntimeError, so the cause is the actual error.
+            error = error.__cause__
         has_answer = isinstance(error, errors.HfHubHTTPError)
         is_unreachable = isinstance(error, errors.OfflineModeIsEnabled | errors.HTTPError) and not has_answer
         error_type = HubUnreachableError if is_unreachable else PushError
@@ -578,7 +583,9 @@ def ensure_writable_repository(repo_id: str, private: bool = False) -> None:
         _check_visibility(repo_id, remote, private)
         if not remote.exists:
             api.create_repo(repo_id, private=private or None)
-        elif "write" in inspect.signature(api.auth_check).parameters:  # early 2.x releases can't check write access
+        # Early 2.x releases of huggingface_hub can't check whether the token has write access. With them, a token
+        # without it fails only at the upload.
+        elif "write" in inspect.signature(api.auth_check).parameters:
             _retry_once(lambda: api.auth_check(repo_id, write=True))
 
 
@@ -597,7 +604,9 @@ def try_export_and_push_run(run: Path, repo_id: str, private: bool = False, card
     Returns:
         True if the model is now on the Hub, False if the push failed.
     """
-    from hub_upload.export import export_model  # imports torch, which `hub_upload.push` does not need
+    # Imported here and not at the top of the file, because this module imports torch, which is slow, and other
+    # functions of this file don't need it.
+    from hub_upload.export import export_model
 
     repository = run / REPOSITORY_FOLDER
     words = ["python", "-m", "hub_upload.push", "--model", str(repository), "--repo_id", repo_id, "--push"]

@@ -48,7 +48,7 @@ ALLOWED_FILES = (
     *("visual/model.onnx", "visual/preprocess_cfg.json"),
     *("README.md", "LICENSE", "run.json", "results/*.json", *RUN_PLOT_FILES),
 )
-# Tokens of a vocabulary may look like paths, so these files are searched for secrets only.
+# Vocabulary files are searched for secrets, but not for absolute paths, because some tokens look like paths.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
 BINARY_SUFFIXES = (
     *(".safetensors", ".onnx", ".data", ".onnx_data", ".onnx_data_1", ".model"),
@@ -180,8 +180,8 @@ def check_model_files(folder: Path) -> None:
             check_paths(path, name)
 
 
-# First bytes of files whose content can't be searched for secrets: gzip, bzip2, xz, zstandard and zip archives, and
-# text in UTF-16 (little-endian, then big-endian).
+# First bytes of files whose content can't be searched for secrets, because it is compressed (gzip, bzip2, xz,
+# zstandard, zip) or text in UTF-16 (little-endian, big-endian).
 UNSEARCHABLE_PREFIXES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"\xff\xfe", b"\xfe\xff")
 
 
@@ -374,7 +374,8 @@ def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
             check_file_for_secrets(path, name)
         elif name.suffix in (".parquet", ".arrow"):
             _check_table_contents(path, name)
-        else:  # tar archives too; `check_file_for_secrets` refuses compressed ones
+        else:
+            # All other files, including tar archives. `check_file_for_secrets` refuses compressed archives.
             check_file_for_secrets(path, name)
             is_metadata = name.suffix == ".json" and path.stat().st_size <= MAX_METADATA_JSON_BYTES
             if name.name in DATASET_FILE_NAMES or is_metadata:
@@ -402,7 +403,8 @@ def _check_table_contents(path: Path, name: Path) -> None:
             for column, array in zip(batch.schema.names, batch.columns, strict=True):
                 if not _find_secret_or_image_fault_in_array(array):
                     continue
-                # Binary search for the first row with a fault, because each check compiles a long pattern.
+                # Binary search finds the first faulty row in a few checks. To check every row would be slow, because
+                # each check compiles a long pattern.
                 row = bisect_left(
                     range(len(array)),
                     True,

@@ -25,12 +25,13 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     "vocab_size": (1, 10**7),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "type_vocab_size"), (0, 10**6)),
     **dict.fromkeys(("image_size", "img_size", "patch_size", "num_channels"), (1, 10_000)),
-    **dict.fromkeys(("height", "width", "shortest_edge", "longest_edge"), (1, 10_000)),  # image processor
+    **dict.fromkeys(("height", "width", "shortest_edge", "longest_edge"), (1, 10_000)),  # settings of image processors
     **dict.fromkeys(("num_labels", "num_classes"), (0, 10**6)),
     "pad_token_id": (0, 10**7 - 1),
     **dict.fromkeys(EPSILON_KEYS, (0, 1)),
     **dict.fromkeys(DROPOUT_KEYS, (0, 1)),
-    # Natural logarithms. The published values are 4.8 (SigLIP after training) and at most 4.6 (CLIP).
+    # These settings are natural logarithms of the factor for cosines. Published models have 4.8 (SigLIP after training)
+    # or at most 4.6 (CLIP).
     **dict.fromkeys(("logit_scale", "logit_scale_init_value", "init_logit_scale"), (-20, 20)),
 }
 # Model types of text towers that number positions from `pad_token_id` + 1, so these towers need a padding token.
@@ -38,7 +39,8 @@ PADDING_MODEL_TYPES = ("xlm-roberta", "xlm-roberta-xl", "roberta", "camembert", 
 NOT_FINITE_MESSAGE = (
     "The embeddings are not finite: weights or settings of the model are damaged. Download or save the model again."
 )
-# Dictionaries of class names. Their keys may be any words, also names of settings, so their values are not checked.
+# These settings map class names to numbers or back. A class may have the name of a setting, such as "width", so the
+# values are not checked.
 LABEL_KEYS = ("id2label", "label2id")
 
 
@@ -71,7 +73,8 @@ def check_config_ranges(values: Mapping[str, Any], section: str = "") -> None:
             continue
         smallest, largest = SIZE_LIMITS[key]
         for number in value if isinstance(value, list | tuple) else [value]:
-            # NaN fails every comparison. Booleans are excluded because Python counts True as the int 1.
+            # `not a <= number <= b` also refuses NaN, because every comparison with NaN is false. Booleans are refused
+            # explicitly, because Python counts True as the int 1.
             if isinstance(number, bool) or (isinstance(number, int | float) and not smallest <= number <= largest):
                 raise ValueError(f"{section}{key} must be from {smallest} to {largest}, got {str(value)[:80]}.")
 

@@ -10,7 +10,8 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .checks_capivara import SIZE_LIMITS, check_config_ranges
 
-# The ViT-B/32 of open_clip's `xlm-roberta-base-ViT-B-32` uses exact GELU; the default of CLIPVisionConfig is QuickGELU.
+# The image tower of open_clip's `xlm-roberta-base-ViT-B-32` uses exact GELU. The default of CLIPVisionConfig,
+# QuickGELU, would give other embeddings.
 VISION_DEFAULTS = {"model_type": "clip_vision_model", "hidden_act": "gelu"}
 
 # Values of XLM-RoBERTa base. They are necessary because the defaults of XLMRobertaConfig are the values of BERT.
@@ -78,7 +79,8 @@ class CapivaraConfig(PreTrainedConfig):
     """
 
     model_type = "capivara"
-    # transformers' `Trainer` gathers all outputs during evaluation except these two, which are large.
+    # During evaluation, transformers' `Trainer` collects all outputs except these two, which are large and would fill
+    # the memory.
     keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(AutoConfig, "clip_vision_model", VISION_DEFAULTS),
@@ -89,7 +91,9 @@ class CapivaraConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 512
     text_projection_type: Literal["mlp", "linear"] = "mlp"
-    logit_scale_init_value: float = math.log(1 / 0.07)  # CLIP (arXiv 2103.00020), section 2.5
+    # Natural logarithm of the factor for cosines, 1 / temperature. The initial temperature is the one of CLIP, 0.07
+    # (arXiv 2103.00020, section 2.5).
+    logit_scale_init_value: float = math.log(1 / 0.07)
     logit_bias_init_value: float | None = None
     matryoshka_dims: list[int] | None = None
     trimmed_vocabulary: dict | None = None
@@ -172,7 +176,8 @@ def _build_tower_config(name: str, config: dict | PreTrainedConfig | None, defau
     if model_type == defaults["model_type"]:
         config = {**defaults, **config}
     if model_type == "timm_wrapper":
-        config.setdefault("num_classes", 0)  # `from_dict` requires the key, and a tower has no classifier
+        # `from_dict` requires the number of classes of a timm model. It is 0, because an image tower has no classifier.
+        config.setdefault("num_classes", 0)
     # The constructor is not used, because only `from_dict` restores the labels of a TimmWrapperConfig.
     return _build_tower_config(name, CONFIG_MAPPING[model_type].from_dict(config), defaults)
 

@@ -58,7 +58,7 @@ PARAMETER_NAMES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
     "visual.conv1.": "vision_model.embeddings.patch_embedding.",
-    "visual.ln_pre.": "vision_model.pre_layrnorm.",  # the misspelling is transformers' own
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",  # transformers misspells this name
     "visual.ln_post.": "vision_model.post_layernorm.",
     "visual.trunk.": "vision_model.timm_model.",
     "visual.head.proj.": "visual_projection.",
@@ -154,14 +154,15 @@ def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     for name, tensor in state.items():
         open_clip_name = _rename_parameter(name, names)
         if match := ATTENTION_PROJECTION_RE.fullmatch(name):
-            # open_clip has one tensor for the query, key and value projections: build it once, at the query projection.
+            # open_clip has one tensor for the query, key and value projections. It is built when the loop reaches the
+            # query projection, and the other two are skipped.
             if match[2] == "q":
                 projections = [state[f"{match[1]}{letter}_proj.{match[3]}"] for letter in "qkv"]
                 result[_rename_parameter(f"{match[1]}in_proj_{match[3]}", names)] = torch.cat(projections)
         elif is_vit and name == "visual_projection.weight":
             result["visual.proj"] = tensor.T.contiguous()
         elif is_siglip and ".attn_pool.in_proj_" in open_clip_name:
-            # timm's attention pooling has one tensor for the query and one for key and value.
+            # timm's attention pooling has one tensor for the query, and one tensor for key and value together.
             query_rows = len(tensor) // 3
             for suffix, rows in {"q.": tensor[:query_rows], "kv.": tensor[query_rows:]}.items():
                 result[open_clip_name.replace("in_proj_", suffix)] = rows.clone()
@@ -278,9 +279,12 @@ def to_capivara_config(model_cfg: dict) -> CapivaraConfig:
         return CapivaraConfig(
             vision_config=vision, text_config=_load_text_config(text_cfg.get("hf_model_name")), **options
         )
-    except Exception as error:  # missing fields, wrong types, and errors of transformers' configuration classes
+    # These are errors about missing fields and wrong types, and the errors of transformers' configuration classes.
+    except Exception as error:
         reason = " ".join(str(error).split())
-        if not isinstance(error, ValueError):  # a KeyError, for instance, has only the key as its message
+        # The type is added because the message alone may be unclear: the message of a KeyError, for instance, is only
+        # the key.
+        if not isinstance(error, ValueError):
             reason = f"{type(error).__name__} {reason}"
         raise ValueError(f"model_cfg of {OPEN_CLIP_CONFIG} can't be converted: {reason}") from error
 
@@ -315,7 +319,7 @@ def to_open_clip_model_cfg(
             _raise_unsupported(
                 "vision_config.model_args", vision.model_args, "none, with do_pooling true", "config.json"
             )
-        # An empty `timm_pool` keeps the pooling of the timm model.
+        # With an empty `timm_pool`, open_clip keeps the pooling of the timm model instead of replacing it.
         vision_cfg = {"timm_model_name": vision.architecture, "timm_pool": "", "timm_proj": "linear"}
         vision_cfg["image_size"] = image_size or 224
     else:
@@ -328,7 +332,8 @@ def to_open_clip_model_cfg(
                 "crop_size.height", image_size, f"the image tower's {vision.image_size}", "the processor"
             )
         ratio = vision.intermediate_size / vision.hidden_size
-        # open_clip computes the size with this rounding.
+        # open_clip stores only this ratio, and computes the size of the hidden layer as int(width * ratio). If that
+        # would be one too small because of rounding, the ratio is slightly increased.
         if int(vision.hidden_size * ratio) != vision.intermediate_size:
             ratio = (vision.intermediate_size + 0.5) / vision.hidden_size
         vision_cfg = {name: getattr(vision, ours) for name, (ours, _) in VIT_FIELDS.items()}
@@ -369,7 +374,8 @@ def _load_text_config(name: Any) -> PreTrainedConfig:
         ValueError: If there is no configuration, or the text tower is not of a supported type.
     """
     if name in BASE_TEXT_NAMES:
-        return CapivaraConfig().text_config  # the same values, without a download
+        # CAPIVARA's default text tower is the same model, so its configuration need not be downloaded.
+        return CapivaraConfig().text_config
     try:
         config = load_transformers_config(name, trust_remote_code=False) if isinstance(name, str) else None
     except (OSError, ValueError) as error:
@@ -560,10 +566,12 @@ def _download_model(repo_id: str, revision: str | None) -> Path:
     try:
         patterns = ["README.md", *(f"*{end}" for end in TOKENIZER_SUFFIXES), OPEN_CLIP_WEIGHT_FILES[0]]
         folder = Path(snapshot_download(repo_id, allow_patterns=patterns, revision=revision))
-        # Weight files are tried one by one, because a second file with the same weights would add over a gigabyte.
+        # Repositories may hold the same weights in several formats. The files are tried one by one, because a second
+        # one would be an unnecessary download of more than a gigabyte.
         for name in OPEN_CLIP_WEIGHT_FILES[1:]:
             if not any((folder / weight_file).is_file() for weight_file in OPEN_CLIP_WEIGHT_FILES):
-                # The snapshot folder is named after its commit, so all files come from the same commit.
+                # The name of the snapshot folder is its commit. With it as the revision, the weights come from the same
+                # commit as the other files, even if the repository has changed since.
                 folder = Path(snapshot_download(repo_id, allow_patterns=[name], revision=folder.name))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ValueError(f"{repo_id} could not be fetched from the Hub: {_first_error_line(error)}") from error
@@ -623,7 +631,8 @@ def _load_checkpoint(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        is_zip = zipfile.is_zipfile(path)  # PyTorch can list the Python objects of a checkpoint only in its zip format
+        # PyTorch can list the Python objects in a checkpoint only if the file has its newer format, a zip archive.
+        is_zip = zipfile.is_zipfile(path)
         unsafe_names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
         if unsafe_names:
             code = f"torch.load({path.name!r}, weights_only=False)['state_dict'], {path.stem + '.safetensors'!r}"
@@ -632,7 +641,8 @@ def _load_checkpoint(path: Path) -> Any:
                 f"trust the file, convert it where it was written: safetensors.torch.save_file({code})"
             )
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # the readers raise many types for damaged or malicious files
+    # For damaged or malicious files, the readers raise errors of many types.
+    except Exception as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {_first_error_line(error)}") from error
 
 
@@ -649,7 +659,8 @@ def _load_and_check_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTo
     Raises:
         ValueError: If the tokenizer can't be loaded, has more tokens than the text tower, or has another padding token.
     """
-    # "xlm-roberta-base" is an old name, which the Hub redirects.
+    # Some models name their tokenizer "xlm-roberta-base", an old Hub id that the Hub redirects. The current id is used
+    # instead.
     source = BASE_TEXT_MODEL if name in BASE_TEXT_NAMES and not Path(name).is_dir() else name
     try:
         with wrap_tokenizer_errors("it"):
@@ -703,7 +714,8 @@ def _convert_write_and_verify_model(
         write_origin_card(open_clip_source.folder, folder, description, open_clip_source.repo_id)
     model, processor = load_model(folder).eval(), load_processor(folder)
     returned = to_open_clip_state_dict(model)
-    # The floats are compared as integers, because NaN is not equal to itself.
+    # The bits of the floats are compared, as integers, because a float NaN would count as changed: it is not equal to
+    # itself.
     changed = returned.keys() ^ state.keys()
     for name in returned.keys() & state.keys():
         if not torch.equal(returned[name].view(torch.int32), state[name].view(torch.int32)):
@@ -713,7 +725,8 @@ def _convert_write_and_verify_model(
             f"The conversion changed tensors, so nothing was written: {format_weight_names_for_error(changed)}."
         )
     for embeds in (embed_images(model, processor, random_images()), embed_texts(model, processor, random_texts())):
-        if not (embeds[0] - embeds[1:]).abs().amax(dim=1).min() > 1e-6:  # written so that NaN is refused
+        # The condition is written with `not`, so that it also refuses NaN, because every comparison with NaN is false.
+        if not (embeds[0] - embeds[1:]).abs().amax(dim=1).min() > 1e-6:
             fault = "embeddings of random images or texts are not finite, or do not differ"
             hint = "The file is damaged or does not contain a trained model"
             raise ValueError(f"{open_clip_source.weights}: {fault}. {hint}.")

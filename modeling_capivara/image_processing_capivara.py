@@ -14,7 +14,7 @@ from transformers.utils import TensorType
 # less than a million pixels after the resize, but a strip of 1 x 20,000 pixels would have a billion.
 MAX_RESIZED_PIXELS = 2**26
 
-CHANNEL_COUNTS = (1, 2, 3, 4)  # gray, gray with alpha, RGB, RGB with alpha
+CHANNEL_COUNTS = (1, 2, 3, 4)  # gray, gray + alpha, RGB, RGB + alpha
 
 
 class CapivaraImageProcessorKwargs(ImagesKwargs, total=False):
@@ -115,9 +115,11 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
         """
         if not isinstance(image, Image.Image):
             return _array_to_pil(image, input_data_format)
-        if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float pixels, which PIL would clip to white
+        # Images with 16-bit, 32-bit or float pixels are converted here. PIL would clip all values above 255 to white.
+        if image.mode.startswith(("I", "F")):
             return Image.fromarray(convert_pixels_to_uint8(np.asarray(image)))
-        return image.convert("LA") if image.mode == "La" else image  # PIL can't convert La directly to RGB
+        # PIL can't convert La (gray with premultiplied alpha) directly to RGB, but it can convert LA.
+        return image.convert("LA") if image.mode == "La" else image
 
     def _preprocess(
         self,
@@ -145,7 +147,9 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
                 image = center_crop(image, crop_size.height, crop_size.width)
             array = torch.from_numpy(np.array(image.convert("RGB"))).to(device or "cpu")  # (height, width, 3), uint8
             image_pixels = array.permute(2, 0, 1).contiguous().float()
-            if do_rescale:  # multiplying by 1 / 255 instead of dividing by 255 would change the last bit
+            # A division by 255 and a multiplication by 1 / 255 may differ in the last bit. The default factor is
+            # applied as a division.
+            if do_rescale:
                 image_pixels = (
                     image_pixels.div_(255) if rescale_factor == 1 / 255 else image_pixels.mul_(rescale_factor)
                 )
@@ -153,7 +157,8 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
                 mean, std = (image_pixels.new_tensor(value).reshape(-1, 1, 1) for value in (image_mean, image_std))
                 image_pixels = image_pixels.sub_(mean).div_(std)
             pixels.append(image_pixels)
-        if len({image_pixels.shape for image_pixels in pixels}) == 1:  # images of different sizes stay a list
+        # Only images of the same size can be stacked. Images of different sizes stay a list.
+        if len({image_pixels.shape for image_pixels in pixels}) == 1:
             pixels = torch.stack(pixels)  # (images, 3, height, width)
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
@@ -271,7 +276,8 @@ def convert_pixels_to_uint8(array: np.ndarray) -> np.ndarray:
     low, high = float(array.min()), float(array.max())
     is_float = np.issubdtype(array.dtype, np.floating)
     limit = 255 if is_float else 65535
-    if not (low >= 0 and high <= limit):  # written so that NaN is refused
+    # The condition is written with `not`, so that it also refuses NaN, because every comparison with NaN is false.
+    if not (low >= 0 and high <= limit):
         raise ValueError(
             f"Pixels must be from 0 to {limit} for {array.dtype}, got {low:g} to {high:g}. Pass normalized "
             "`pixel_values` to the model, not to the processor."

@@ -42,7 +42,7 @@ from .checks_capivara import PADDING_MODEL_TYPES, check_config_ranges, wrap_toke
 from .configuration_capivara import collect_config_values_to_check
 
 WEIGHTS_FILE = "model.safetensors"
-MAX_NAMED_KEYS = 5  # largest number of weights that an error message names, because a model has hundreds of weights
+MAX_NAMED_KEYS = 5  # a model has hundreds of weights, so error messages name at most this many
 # Metadata fields that the card of a converted or trimmed model copies from the card of the original model.
 INHERITED_CARD_FIELDS = ("license", "license_name", "license_link", "language", "attribution")
 ORIGIN_CARD_TEXT = "For a description, the training data and the license, see the card of the original model."
@@ -65,9 +65,9 @@ def load_transformers_config(source: str, **options: Any) -> PreTrainedConfig:
     try:
         check_config_ranges(PreTrainedConfig.get_config_dict(source, revision=options.get("revision"))[0])
         config = AutoConfig.from_pretrained(source, **{"trust_remote_code": False, **options})
-        check_config_ranges(
-            collect_config_values_to_check(config)
-        )  # finds sizes that a model type stores under its own names
+        # The second check finds sizes that a model type stores under its own names, which only its configuration class
+        # knows.
+        check_config_ranges(collect_config_values_to_check(config))
     except OSError:
         raise
     except Exception as error:  # damaged files make transformers raise many types, even RecursionError
@@ -92,10 +92,14 @@ def load_model(source: str | Path) -> PreTrainedModel:
     check_model_file_exists(source, "config.json", "is not a model folder")
     try:
         if Path(source).is_dir():
-            for name in ("logit_scale", "logit_bias"):  # a clear error, before transformers loads all weights
+            # Check these two numbers first, so that a wrong one causes a clear error before transformers loads all
+            # weights.
+            for name in ("logit_scale", "logit_bias"):
                 read_scalar(Path(source), name)
         options = {"dtype": "float32", "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-        options["ignore_mismatched_sizes"] = True  # lists mismatched weights in the report instead of raising an error
+        # With this option, transformers does not raise an error for weights of the wrong shape, but lists them in the
+        # report.
+        options["ignore_mismatched_sizes"] = True
         with _silence_load_report():
             model, report = AutoModel.from_pretrained(source, config=load_two_towers_config(source), **options)
     except Exception as error:
@@ -198,7 +202,7 @@ def build_save_only_model_from_tensors(
         model = AutoModel.from_config(config, dtype=torch.float32)
     expected = model.state_dict()
     shapes = [(key, tensors[key].shape, expected[key].shape) for key in tensors.keys() & expected.keys()]
-    # PyTorch loads a tensor of shape [1] into a scalar, so this is not a mismatch.
+    # A tensor of shape [1] where a scalar is expected is not a mismatch, because PyTorch can load it.
     mismatched = [
         (key, actual, needed) for key, actual, needed in shapes if actual != needed and (actual, needed) != ((1,), ())
     ]
@@ -263,7 +267,8 @@ def load_processor(source: str | Path) -> ProcessorMixin:
         ValueError: If there is no processor, a file is damaged, or the processor belongs to another model.
     """
     hint = "save one with `CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`"
-    # Older processors of transformers are stored in two files instead of processor_config.json.
+    # Older versions of transformers store a processor in two files, preprocessor_config.json and tokenizer_config.json,
+    # instead of processor_config.json.
     in_two_files = (Path(source) / "preprocessor_config.json").is_file()
     required_file = "tokenizer_config.json" if in_two_files else "processor_config.json"
     check_model_file_exists(source, required_file, f"has no processor; {hint}")
@@ -272,7 +277,8 @@ def load_processor(source: str | Path) -> ProcessorMixin:
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
             raise ValueError(f"its class {type(processor).__name__} does not process both texts and images")
-        # Published SigLIP 2 models name Gemma's tokenizer, but were trained on lowercase texts.
+        # Published SigLIP 2 models name Gemma's tokenizer, which keeps capital letters, but they were trained on
+        # lowercase texts. So the class is replaced.
         if isinstance(processor.tokenizer, GemmaTokenizer):
             processor.tokenizer = Siglip2Tokenizer.from_pretrained(source)
         check_config_ranges(processor.image_processor.to_dict())
@@ -299,12 +305,14 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
         raise ValueError("its tokenizer has no padding token")
     if token_id >= text_config.vocab_size:
         raise ValueError(f"its padding token {token!r} is not among the model's {text_config.vocab_size} tokens")
-    last_id = max([len(tokenizer) - 1, *tokenizer.added_tokens_decoder])  # an added token may have any id
+    # The number of tokens is not enough to find the largest id, because an added token may have any id.
+    last_id = max([len(tokenizer) - 1, *tokenizer.added_tokens_decoder])
     if last_id >= text_config.vocab_size:
         problem = f"its tokenizer has the token {tokenizer.convert_ids_to_tokens(last_id)!r} with the id {last_id}"
         hint = "add rows with `resize_token_embeddings`, or remove tokens"
         raise ValueError(f"{problem}, but the model has {text_config.vocab_size} tokens; {hint}")
-    # Some text towers number positions from the id of the padding token, so another id would shift them.
+    # Some text towers number the positions of tokens from the id of the padding token, so another id would shift all
+    # positions.
     needs_same_id = KINDS[config.model_type].is_native or text_config.model_type in PADDING_MODEL_TYPES
     if needs_same_id and token_id != text_config.pad_token_id:
         raise ValueError(f"its padding token {token!r} has the id {token_id}, not {text_config.pad_token_id}")
@@ -347,13 +355,15 @@ def _check_and_adapt_processor(processor: ProcessorMixin, config: PreTrainedConf
     if (size.get("height"), size.get("width")) != (side, side) or side is None:
         raise ValueError(f"its images have {size}, but the image tower takes {side} x {side} pixels")
     positions = config.text_config.max_position_embeddings
-    if config.text_config.model_type in PADDING_MODEL_TYPES:  # they number positions from `pad_token_id` + 1
+    # These text towers number positions from `pad_token_id` + 1, so fewer positions are left for tokens.
+    if config.text_config.model_type in PADDING_MODEL_TYPES:
         positions -= config.text_config.pad_token_id + 1
-    if kind.pads_to_max_length:  # the model attends to padding, so tokenizers must not return a mask by default
+    # Such a model attends to the padding, too, so its tokenizer must not return an attention mask by default.
+    if kind.pads_to_max_length:
         tokenizer.model_input_names = ["input_ids"]
     elif "attention_mask" not in tokenizer.model_input_names:
         raise ValueError("its tokenizer returns no attention mask, so texts would depend on the padding of their batch")
-    # Siglip2Processor, for instance, sets its own maximum length.
+    # Some processors, such as Siglip2Processor, set their own maximum length, which may be below that of the tokenizer.
     processor_max_length = getattr(processor, "text_kwargs", {}).get("max_length", positions)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions, processor_max_length)
 
@@ -376,7 +386,9 @@ def check_model_file_exists(source: str | Path, required_file: str, fault: str) 
             raise make_coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=source)
         return check_hub_model_reachable(source, required_file)
     if (folder / "config.json").is_file():
-        load_two_towers_config(folder)  # transformers' own error would not name the folder
+        # Read the configuration here, because the error that transformers raises for a damaged file does not name the
+        # folder.
+        load_two_towers_config(folder)
     if not (folder / required_file).is_file():
         text = "The folder {model} {fault} ({file} is missing)."
         raise make_coded_error(ValueError, "not_a_model", text, model=source, fault=fault, file=required_file)
@@ -395,7 +407,9 @@ def load_two_towers_config(source: str | Path) -> PreTrainedConfig:
         ValueError: If the configuration is missing or damaged, or the model is not a supported two-tower model.
     """
     try:
-        if Path(source).is_dir():  # transformers' own error about an unknown `model_type` would list all its types
+        # Check the model type first, because the error that transformers raises for an unknown type lists all its
+        # types.
+        if Path(source).is_dir():
             get_supported_model_kind(read_json(Path(source) / "config.json", model_type=str))
         config = load_transformers_config(str(source))
         get_supported_model_kind(config.to_dict())
@@ -437,7 +451,8 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
         be read.
     """
     try:
-        # huggingface_hub's `metadata_load` would reject the whole card for a single byte that is not UTF-8.
+        # The card is not read with huggingface_hub's `metadata_load`, because that would reject the whole card for a
+        # single byte that is not UTF-8.
         block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8-sig", errors="replace"))
         metadata = yaml.safe_load(block[2]) if block else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError):  # PyYAML raises ValueError for impossible dates

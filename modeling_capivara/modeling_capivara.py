@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_capivara import CapivaraConfig
 
-TEXT_BATCH_SIZE = 64  # prompts per forward pass of the text tower, when class embeddings are computed
+TEXT_BATCH_SIZE = 64  # prompts per forward pass when class embeddings are computed
 # Prefixes of the parameters that `CapivaraModel` and `CapivaraForImageClassification` have in common.
 SHARED_PARAMETER_PREFIXES = ("vision_model.", "visual_projection.", "logit_scale")
 
@@ -194,7 +194,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
 
     def __init__(self, config: CapivaraConfig):
         super().__init__(config)
-        # The dtypes in the towers' own configurations are ignored, so that all parts of the model agree.
+        # Both towers get the default dtype, so that all parts of the model agree. The dtypes in the towers' own
+        # configurations are ignored.
         dtype = torch.get_default_dtype()
         self.vision_model = AutoModel.from_config(config.vision_config, dtype=dtype)
         self.text_model = AutoModel.from_config(
@@ -232,8 +233,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
             ImportError: If the package modeling-capivara is not installed. This happens if the class was loaded from a
                 model folder with `trust_remote_code=True`.
         """
-        # `save_pretrained` copies this file into model folders, together with all modules that an import statement in
-        # it names. The modules of the cache and of the converter must not be copied, so `import_module` imports them.
+        # `save_pretrained` copies this file into model folders, and also every module that this file names in an import
+        # statement. `import_module` is used, because the modules of the cache and the converter must not be copied.
         from importlib import import_module
 
         try:
@@ -257,7 +258,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
             save_directory: Folder to write to; it is created if necessary.
             **kwargs: Options of transformers' `PreTrainedModel.save_pretrained`.
         """
-        # transformers itself writes only one Auto class, `AutoModel`, to `auto_map`.
+        # transformers itself writes only `AutoModel` to `auto_map`, so the Auto classes for image classification are
+        # added here.
         names = {"ZeroShotImage": "CapivaraModel", "Image": "CapivaraForImageClassification"}
         auto_map = {f"AutoModelFor{task}Classification": f"modeling_capivara.{name}" for task, name in names.items()}
         self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map
@@ -355,7 +357,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
             default_mask = (input_ids != (-1 if pad is None else pad)).long()
         attention_mask = default_mask if attention_mask is None else attention_mask
         _check_attention_mask(attention_mask, tokens)
-        if position_ids is not None:  # None is not passed on, because not every text tower accepts the argument
+        # The argument is passed on only if it is given, because some text towers don't accept it.
+        if position_ids is not None:
             kwargs["position_ids"] = position_ids
         outputs = self.text_model(attention_mask=attention_mask, return_dict=True, **kwargs)
         pooled = mean_pooling(outputs.last_hidden_state, attention_mask)  # (texts, text width), float32
@@ -466,7 +469,8 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
     # The loss is a mean over the batch, so transformers' `Trainer` must average it over accumulation steps itself.
     accepts_loss_kwargs = False
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\."]
-    # In bfloat16, with 8 bits of precision, the logits of similar classes would be equal.
+    # The classifier stays float32. In bfloat16, which has a precision of only 8 bits, the logits of similar classes
+    # could be equal.
     _keep_in_fp32_modules_strict = ["classifier"]
 
     def __init__(self, config: CapivaraConfig):
@@ -545,7 +549,8 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
             if not reference.endswith(".CapivaraModel")
         }
         super().save_pretrained(save_directory, **kwargs)
-        self.config.auto_map = auto_map  # the configuration object may be shared with a `CapivaraModel`
+        # Undo the change of `auto_map`, because a `CapivaraModel` may share this configuration object.
+        self.config.auto_map = auto_map
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the patch embedding layer of the image tower."""
@@ -690,7 +695,8 @@ def _get_no_pooler_kwargs(text_config: PreTrainedConfig) -> dict[str, bool]:
     Returns:
         The arguments. Empty if models of this type have no such option.
     """
-    model_class = MODEL_MAPPING.get(type(text_config), object)  # for unknown types, AutoModel raises a clear error
+    # For an unknown type, no argument is returned. AutoModel then raises a clear error.
+    model_class = MODEL_MAPPING.get(type(text_config), object)
     has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return {"add_pooling_layer": False} if has_pooler else {}
 
@@ -699,7 +705,8 @@ def _build_text_projection(config: CapivaraConfig) -> nn.Module:
     width = config.text_config.hidden_size
     if config.text_projection_type == "linear":
         return nn.Linear(width, config.projection_dim, bias=False)
-    hidden = (width + config.projection_dim) // 2  # as in open_clip; 640 for a projection from 768 to 512
+    # The width of the hidden layer is the mean of both widths, as in open_clip: 640 for a projection from 768 to 512.
+    hidden = (width + config.projection_dim) // 2
     first, last = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, config.projection_dim, bias=False)
     return nn.Sequential(first, nn.GELU(), last)
 
@@ -843,4 +850,5 @@ def _get_pooler_output(outputs: ModelOutput, config: PreTrainedConfig) -> Tensor
     if pooled is None:
         hint = "Use a tower that does, such as 'clip_vision_model', 'vit' or 'timm_wrapper'"
         raise ValueError(f"The image tower {config.model_type!r} returns no `pooler_output` to project. {hint}.")
-    return pooled.flatten(1)  # some convolutional towers return (images, width, 1, 1)
+    # Some convolutional towers return the shape (images, width, 1, 1).
+    return pooled.flatten(1)

@@ -69,7 +69,8 @@ class CapivaraProcessor(ProcessorMixin):
         """
         if text is not None:
             text = check_and_collect_texts(text)
-            defaults = {"padding": True, "truncation": True}  # the tokenizer knows the default of `max_length`
+            # `max_length` is not set here, because the tokenizer has its own default.
+            defaults = {"padding": True, "truncation": True}
             explicit = {**self.tokenizer.init_kwargs, **kwargs}
             defaults = {key: value for key, value in defaults.items() if key not in explicit}
             kwargs["text_kwargs"] = {**defaults, **kwargs.get("text_kwargs", {})}

@@ -10,15 +10,15 @@ from collections.abc import Iterable
 import ftfy
 from ftfy.fixes import unescape_html
 
-CONTEXT_LENGTH = 77  # tokens, including the begin and end tokens; open_clip's default, which CAPIVARA uses
+CONTEXT_LENGTH = 77  # in tokens, with begin and end tokens; the default of open_clip, used by CAPIVARA
 # Only this many characters and lines of a text are read, after long white space is shortened. A quarter of the
 # characters is enough for 77 tokens, even if every letter is written as an HTML entity. The limits are necessary,
 # because the time of ftfy grows with the square of the number of characters, and with the number of lines.
 MAX_CHARACTERS = 4096
 MAX_LINES = 512
 LONG_WHITESPACE_RE = re.compile(r"\s{6,}")
-# ftfy may need one pass for each "&" or ";". A text with more than this number of these characters is cleaned by
-# `_unescape_and_repair_line`, which limits the number of passes.
+# ftfy may make one pass over the text for each "&" or ";", which is slow for many of them. If a text has more than this
+# number, `_unescape_and_repair_line` cleans it, which limits the number of passes.
 MAX_FTFY_ENTITY_SIGNS = 8
 # Nested entities ("&amp;amp;") up to this depth are resolved one level per pass, as in ftfy. All deeper levels are
 # resolved together in the last pass.
@@ -56,13 +56,14 @@ def _truncate_text(text: str) -> str:
     Returns:
         The start of the shortened text, with at most `MAX_CHARACTERS` characters and `MAX_LINES` lines.
     """
-    # Each replacement leaves at least four characters, so more than `MAX_CHARACTERS` replacements can't be needed.
+    # After `MAX_CHARACTERS` replacements, the text is long enough, because each replacement leaves at least four
+    # characters. The rest would be cut off anyway.
     shortened = LONG_WHITESPACE_RE.sub(_shorten_whitespace, text, count=MAX_CHARACTERS)
     truncated = "\n".join(shortened[:MAX_CHARACTERS].split("\n")[:MAX_LINES])
     if truncated == shortened:
         return shortened
-    # If possible, end with an ASCII character: a sequence of mojibake that is cut in two would keep ftfy from
-    # recognizing the mojibake in the rest of the line.
+    # If possible, the text is cut after an ASCII character. A cut through mojibake (wrongly decoded characters, such as
+    # "Ã©" for "é") would keep ftfy from repairing the rest of the line.
     ends = range(len(truncated), max(len(truncated) - 256, 0), -1)
     return truncated[: next((end for end in ends if truncated[end - 1].isascii()), len(truncated))]
 
@@ -88,7 +89,9 @@ def _fix_text_with_limited_ftfy_passes(text: str) -> str:
     """
     if sum(map(text.count, "&;＆；")) <= MAX_FTFY_ENTITY_SIGNS:
         return ftfy.fix_text(text)
-    bracket = text.find("<")  # ftfy resolves no entities from the line with the first "<" on
+    # ftfy resolves no HTML entities in the line with the first "<" and all later lines, because the text may be HTML.
+    # So only the lines before it need the limit.
+    bracket = text.find("<")
     end = len(text) if bracket < 0 else text.rfind("\n", 0, bracket) + 1
     return "".join(map(_unescape_and_repair_line, re.split("(?<=\n)", text[:end]))) + ftfy.fix_text(text[end:])
 

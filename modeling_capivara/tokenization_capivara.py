@@ -50,7 +50,8 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
             hint = f"got {type(tokenizer).__name__}. Use one that is saved as tokenizer.json"
             raise ValueError(f"A CAPIVARA tokenizer must be a fast tokenizer (of the tokenizers library), {hint}.")
         converted = cls(**_get_tokenizer_copy_kwargs(tokenizer))
-        converted.init_kwargs.pop("max_length", None)  # left over from the last call of `tokenizer`
+        # This value is left over from the last call of `tokenizer`, and transformers would read it as a setting.
+        converted.init_kwargs.pop("max_length", None)
         return converted
 
     def without_cleaning(self) -> PreTrainedTokenizerFast:
@@ -64,7 +65,8 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
     @classmethod
     def _from_pretrained(cls, *args, **kwargs):
         tokenizer = super()._from_pretrained(*args, **kwargs)
-        # Earlier versions of this class saved the length of the last call, which transformers would read as a setting.
+        # Earlier versions of this class saved the maximum length of the last call. transformers would read it as a
+        # setting, so it is removed.
         backend = tokenizer.backend_tokenizer
         last_call_lengths = (backend.truncation or {}).get("max_length"), (backend.padding or {}).get("length")
         if "max_length" not in kwargs and tokenizer.init_kwargs.get("max_length") in last_call_lengths:
@@ -82,7 +84,9 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         truncation = True if truncation is None else truncation
         if max_length is None and (truncation or padding == "max_length"):
             max_length = min(self.model_max_length, CONTEXT_LENGTH)
-            pad_to_multiple_of = None  # not checked here: transformers would require that it divides this limit, 77
+            # transformers would raise an error unless `pad_to_multiple_of` divides the maximum length, which is 77 by
+            # default.
+            pad_to_multiple_of = None
         return super()._get_padding_truncation_strategies(padding, truncation, max_length, pad_to_multiple_of, **kwargs)
 
     def _encode_plus(self, text, text_pair=None, **kwargs) -> BatchEncoding:
@@ -90,7 +94,8 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         with wrap_tokenizer_errors(f"The tokenizer of {self.name_or_path or 'the model'}"):
             batch = super()._encode_plus(text, text_pair, **kwargs)
         pad = self.pad_token_id
-        # If the padding token also ends a text, masking it would mask the end of every text.
+        # Padding is not masked if the padding token is also the token that ends a text, because the end of every text
+        # would be masked, too.
         if "attention_mask" in batch and pad not in (None, self.eos_token_id, self.sep_token_id):
             batch["attention_mask"] = _mask_padding(batch["input_ids"], batch["attention_mask"], pad)
         return batch

@@ -47,10 +47,10 @@ from .loading import (
 # numbers, one in 400 long Portuguese sentences contains a removed token, and the model has less than 215 million
 # parameters. docs/reference/benchmarks.md compares other numbers.
 DEFAULT_WORD_COUNTS = (150_000, 50_000)
-MAX_CHECKED_WORDS = 10_000  # words per language on which the trimmed tokenizer is compared with the original one
+MAX_CHECKED_WORDS = 10_000  # words per language for comparing the trimmed with the original tokenizer
 TOKENIZER_BATCH_SIZE = 10_000  # texts per call of a tokenizer
-WORD_START_MARKER = "▁"  # first character of a token that starts a word
-BYTE_TOKEN_PATTERN = "<0x[0-9A-F]{2}>"  # token of a single byte
+WORD_START_MARKER = "▁"  # first character of every token that starts a word
+BYTE_TOKEN_PATTERN = "<0x[0-9A-F]{2}>"  # token for a single byte, such as "<0xC3>"
 # Files that are copied to the trimmed model if they exist. Files of evaluation results are not copied, because the
 # results were measured with the original model.
 COPIED_FILES = ("LICENSE", "run.json", "rotation.safetensors")
@@ -227,7 +227,8 @@ def select_token_ids_to_keep(
         ValueError: If the tokenizer is of an unsupported type, or wordfreq has no word list of a language.
         ImportError: If wordfreq is not installed.
     """
-    word_counts = [*words, *[words[-1]] * len(languages)]  # longer than `languages`
+    # The last number applies to all further languages. The list is longer than necessary, and `zip` ignores the rest.
+    word_counts = [*words, *[words[-1]] * len(languages)]
     lists = {language: frequent_words(language, count) for language, count in zip(languages, word_counts, strict=False)}
     kept_ids = _get_always_kept_token_ids(processor.tokenizer)
     for language, word_list in lists.items():
@@ -251,7 +252,8 @@ def frequent_words(language: str, number: int) -> list[str]:
         ImportError: If wordfreq is not installed.
     """
     require_packages("Trimming a vocabulary", "trim", "wordfreq")
-    import wordfreq  # an optional dependency that only trimming needs
+    # Imported here, because wordfreq is an optional dependency that only trimming needs.
+    import wordfreq
 
     available = wordfreq.available_languages()
     if language not in available:
@@ -365,7 +367,9 @@ def _get_always_kept_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     state = _check_and_get_tokenizer_json(tokenizer)
     special_ids = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     ids = {*range(max(special_ids - {None}) + 1), *(token["id"] for token in state["added_tokens"])}
-    if state["model"]["type"] == "Unigram":  # the score of a letter without a token depends on the lowest score
+    # A Unigram tokenizer derives the score of unknown letters from the lowest score of all tokens. So the token with
+    # the lowest score is kept, to split texts as before.
+    if state["model"]["type"] == "Unigram":
         scores = [score for _, score in state["model"]["vocab"]]
         ids.add(min(range(len(scores)), key=scores.__getitem__))
     for token_id, token in enumerate(_list_tokens_in_id_order(state)):
@@ -456,7 +460,8 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) 
     """
     state, new_id = _check_and_get_tokenizer_json(tokenizer), {old_id: new for new, old_id in enumerate(kept_ids)}
     model, tokens = state["model"], _list_tokens_in_id_order(state)
-    model_ids = [old_id for old_id in kept_ids if old_id < len(tokens)]  # added tokens may have higher ids
+    # Added tokens are not part of the model's vocabulary. Their ids may be higher, and they are left out here.
+    model_ids = [old_id for old_id in kept_ids if old_id < len(tokens)]
     if model["type"] == "Unigram":
         model["vocab"] = [model["vocab"][old_id] for old_id in model_ids]
         model["unk_id"] = new_id[model["unk_id"]]

@@ -144,9 +144,11 @@ def tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[dict[str, 
         values. SigLIP models require padding. For them, the dictionary has only "input_ids", padded to the maximum
         length.
     """
-    options: dict[str, Any] = {"padding": False}  # a CapivaraProcessor truncates by default
+    # Truncation is not set here, because a CapivaraProcessor truncates texts by default.
+    options: dict[str, Any] = {"padding": False}
     if not isinstance(processor, CapivaraProcessor):
-        # SigLIP's embedding is the state of the last token of a text that is padded to the maximum length.
+        # SigLIP takes the state of the last token as the embedding of a text, so its texts must be padded to the
+        # maximum length as in training. Other models need no padding here.
         padding = "max_length" if pads_to_max_length(processor) else False
         options = {"padding": padding, "truncation": True, "max_length": processor.tokenizer.model_max_length}
     tokens = processor(text=list(texts), **options)
@@ -221,7 +223,8 @@ class Embedder:
             CPU.
         """
         embed = partial(self.embed_images, batch_size=batch_size)
-        if self.name.startswith("open_clip:"):  # `embed_images` has no parameter `chunk_images`
+        # The `embed_images` of an open_clip model has no parameter `chunk_images`, so there is nothing to tune.
+        if self.name.startswith("open_clip:"):
             return embed
         return with_tuned_chunk_size(embed, image_count, self.device, self.image_fingerprint, record)
 
@@ -347,7 +350,8 @@ def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin,
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend:
         rules = backend.to_str()
-    else:  # the slow tokenizer of the first SigLIP, based on sentencepiece
+    else:
+        # The first SigLIP has a slow tokenizer (in Python, based on sentencepiece) without a `backend_tokenizer`.
         rules = json.dumps([tokenizer.get_vocab(), getattr(tokenizer, "do_lower_case", None)], sort_keys=True)
     rules += str(tokenizer.model_max_length)
     fingerprint = _digest_parts(weights_digest(model), config.to_json_string() + image_processor, rules, precision)
@@ -397,7 +401,8 @@ def _find_open_clip_model(source: str) -> tuple[str, str | None, str]:
     elif not source.startswith("local-dir:"):
         name, _, pretrained = source.partition(":")
         settings = open_clip.get_pretrained_cfg(name, pretrained)
-        if not settings and not Path(pretrained).is_file():  # open_clip would initialize the weights randomly
+        # Without this error, open_clip would use randomly initialized weights.
+        if not settings and not Path(pretrained).is_file():
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             raise ValueError(
                 f"open_clip:{source} names no weights; write open_clip:{name}:TAG. Tags of {name}: {tags}."
@@ -412,7 +417,8 @@ def _find_open_clip_model(source: str) -> tuple[str, str | None, str]:
 
 def _load_open_clip_embedder(source: str, device: torch.device, precision: str) -> Embedder:
     name, pretrained, repository = _find_open_clip_model(source)
-    import open_clip  # it is installed if the model was found
+    # Imported here, because open_clip is an optional dependency. It is installed, because the model was found with it.
+    import open_clip
 
     try:
         if pretrained is None:
@@ -422,7 +428,8 @@ def _load_open_clip_embedder(source: str, device: torch.device, precision: str) 
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
         with wrap_tokenizer_errors("its tokenizer"):
             model, tokenizer = model.eval().to(device), open_clip.get_tokenizer(name)
-    except Exception as error:  # open_clip raises many types for unknown names or tags and damaged folders
+    # For unknown names or tags and for damaged folders, open_clip raises errors of many types.
+    except Exception as error:
         raise ValueError(f"open_clip can't load {source!r}: {' '.join(str(error).split())}") from error
 
     def encode_images(batch: list[Image.Image]) -> Tensor:
@@ -433,8 +440,8 @@ def _load_open_clip_embedder(source: str, device: torch.device, precision: str) 
 
     digest = _digest_parts("open_clip", source, weights_digest(model), repr(preprocess), precision)
     images, texts = partial(_embed_in_batches, encode_images), partial(_embed_in_batches, encode_texts)
-    # For a model of open_clip, it is not known which parameters the image embeddings depend on. So both fingerprints
-    # are the digest of the whole model.
+    # The fingerprint of the image embeddings could cover only the image tower, but it is not known which parameters of
+    # an open_clip model belong to it. So both fingerprints are the digest of the whole model.
     return Embedder(f"open_clip:{source}", device, precision, digest, digest, describe_model(model), images, texts)
 
 

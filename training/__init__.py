@@ -4,4 +4,5 @@ The command `train_accelerate.py` runs the training. Importing this package firs
 so that Ctrl-C during slow imports ends the program without a traceback.
 """
 
+# Imported first and only for its effect: Ctrl-C during the slow imports of a command prints one line, no traceback.
 import capivara_common.interrupt  # noqa: F401

@@ -164,7 +164,7 @@ class RunArguments(
     """
 
     groups = (RequiredArguments, DataArguments, PairArguments, BatchArguments, OptimizationArguments, OutputArguments)
-    embedding_batch_size = 32  # images that go through the frozen image tower together
+    embedding_batch_size = 32  # number of images that go through the frozen image tower at a time
 
     def __post_init__(self) -> None:
         self.dataset = [self.dataset] if isinstance(self.dataset, str) else self.dataset

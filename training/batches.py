@@ -104,7 +104,9 @@ def apportion_batch_to_datasets(batch_size: int, dataset_sizes: Sequence[int]) -
         )
     exact = [batch_size * size / pairs for size in dataset_sizes]
     counts = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])  # largest remainder first
+    # Rounding down leaves some pairs of the batch over. The datasets whose shares lost the largest fractions get one
+    # more each.
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
     for i in by_remainder[: batch_size - sum(counts)]:
         counts[i] += 1
     for count, size in zip(counts, dataset_sizes, strict=True):
@@ -186,7 +188,8 @@ def sample_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, 
     Returns:
         One caption for each of `rows`, in their order.
     """
-    # The third number, 1, makes these random numbers independent of those that shuffle rows in `batch_indices`.
+    # Row shuffling in `batch_indices` also derives random numbers from the seed. The additional number 1 makes the
+    # numbers here independent of those.
     draws = np.random.default_rng([seed, step, 1]).random(len(rows))
     # A column of `datasets` is read in one call for all rows, which is much faster than row by row.
     choices = [captions[row] for row in rows] if isinstance(captions, list) else captions[rows.tolist()]
@@ -225,7 +228,8 @@ class StepPlan:
     views: np.ndarray  # (pairs,), number of the augmented version of each image, see `sample_view_numbers`
     texts: list[str]  # caption of each pair
     batches: list[MicroBatch]  # the micro-batches of all processes
-    replacement_counts: Counter[int] = field(default_factory=Counter)  # {dataset index: replacements used so far}
+    # {position of a dataset in the list of training datasets: number of its pairs that have been replaced so far}
+    replacement_counts: Counter[int] = field(default_factory=Counter)
 
     def items(self, places: Tensor) -> list[tuple[int, int, int]]:
         """Say where to load the images at some positions of the batch from: dataset, row and view.

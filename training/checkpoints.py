@@ -27,7 +27,9 @@ STATE_FILE = "trainer.json"
 # Checksums of all other files of a checkpoint, in the format of `sha256sum`. CPUs have instructions for SHA-256, which
 # make it faster than BLAKE2 here.
 CHECKSUM_FILE = "SHA256SUMS"
-LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".json")  # files that loading a checkpoint may read
+# Endings of files that loading a checkpoint may read. If a checkpoint has an additional file with such an ending, which
+# is not in the list of checksums, it is refused.
+LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".json")
 # Settings that may differ between a run and its continuation, because they do not affect the weights. `hub_strategy`
 # and `carbon_country` no longer exist, but runs of earlier versions still have them.
 CHANGEABLE_SETTINGS = {
@@ -35,7 +37,8 @@ CHANGEABLE_SETTINGS = {
     *("loading_workers", "num_threads", "max_bad_share", "push_to_hub", "hub_model_id", "hub_private"),
     *("hub_strategy", "carbon_country"),
 }
-# Default of every setting. If a run was started before a setting existed, it is compared with this default.
+# Default of every setting. A run that was started before a setting existed did not store it, so the default is taken as
+# its value.
 SETTING_DEFAULTS = {setting.name: setting.default for setting in fields(RunArguments)}
 logger = logging.getLogger("capivara")
 
@@ -121,13 +124,14 @@ class Checkpoints:
                 write_bytes(temporary / CHECKSUM_FILE, build_sha256sum_content(temporary))
                 temporary.rename(path)
                 for old in {*self.steps()[: -self.keep_last]} - {state.best_step}:
-                    # Renamed first, so that a process killed during deletion leaves no checkpoint that looks valid.
+                    # The folder is renamed before it is deleted. If the process is killed during deletion, an
+                    # incomplete checkpoint would otherwise look valid.
                     outdated = self.folder / f"tmp-old-{old:08d}"
                     self.path(old).rename(outdated)
                     shutil.rmtree(outdated, ignore_errors=True)
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
-            # torch reports a full disk as RuntimeError, safetensors as SafetensorError.
+            # A full disk is reported as RuntimeError by torch and as SafetensorError by safetensors.
             raise OSError(
                 f"The checkpoint of step {state.step} can't be written to {self.folder}: {error}. Earlier checkpoints "
                 "are complete. Free some space and resume with --resume auto."
@@ -196,7 +200,8 @@ def _check_checkpoint_files(path: Path) -> None:
     """
     listed = (path / CHECKSUM_FILE).read_bytes() if (path / CHECKSUM_FILE).is_file() else b""
     expected, actual = ({*sums.split(b"\n")} for sums in (listed, build_sha256sum_content(path)))
-    name_start = 66  # a line is the digest, 64 hexadecimal digits, then two spaces and the file name
+    # Position of the file name in a line, after the digest (64 hexadecimal digits) and two spaces.
+    name_start = 66
     names = {line[name_start:].decode("utf-8", "replace") for line in expected - actual}
     additional = [line[name_start:].decode() for line in actual - expected]
     names |= {name for name in additional if name.endswith(LOADED_SUFFIXES)}
@@ -228,7 +233,8 @@ def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str,
             f"{path} has settings of an earlier version of the program, which this version does not know: "
             f"{', '.join(unknown)}. A finished model in it can still be used. To train again, use another --output_dir."
         )
-    # Compare only whether an image cache is used, not its location: cached embeddings are float16, others are not.
+    # The location of the image cache may change, because it does not affect the result. Whether a cache is used does
+    # affect it: cached embeddings are rounded to float16, others are not.
     old, new = ({**c, "image_embedding_cache": c.get("image_embedding_cache") != "off"} for c in (state.config, config))
     differences = {
         key: (state.config.get(key), config.get(key))

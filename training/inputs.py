@@ -61,9 +61,11 @@ from training.arguments import RunArguments
 from training.batches import BatchPlanner, StepPlan, apportion_batch_to_datasets
 from training.trainable import freeze_parameters_and_add_adapters
 
-# Part of the key of the embedding cache. Increase it when preprocessing or augmentation changes the pixels.
+# Part of the key of the embedding cache. Increase it when a change of preprocessing or augmentation changes the pixels,
+# so that embeddings of the old pixels are not used any more.
 PIXELS_VERSION = 1
-SHARD_ROWS = 2048  # images per file of the cache; a process that is killed loses at most one unfinished file
+# Number of images per file of the cache. A process that is killed loses at most one unfinished file.
+SHARD_ROWS = 2048
 logger = logging.getLogger("capivara")
 DATA_FLAGS_HINT = (
     "--dataset and --train_split choose the training data; --evaluation_dataset, --validation_split and --test_split "
@@ -85,7 +87,7 @@ class PairDataset:
     # list of texts. `reason` and `detail` say why the pair can't be used; they are empty for usable pairs. With an
     # embedding cache, the column `vectors` has the embeddings of all views, (views x width,), float16.
     table: Dataset
-    processor: ProcessorMixin | None  # processor of the model; None if only the number of pairs is needed
+    processor: ProcessorMixin | None  # the model's processor; None if only the number of pairs is needed
     # Views of every image. 1: the image itself. V above 1: V augmentations that stay the same during the whole run. 0:
     # a new augmentation at every step.
     augmented_views: int = 1
@@ -168,7 +170,8 @@ class TrainingInputs:
         """
         captions = [pairs.table["captions"] for pairs in self.training]
         counts = apportion_batch_to_datasets(args.effective_batch_size, list(map(len, self.training)))
-        # A copy, because the planner runs in a thread, and a tokenizer stores padding and length of its last call.
+        # The planner runs in another thread, so it gets its own copy. A tokenizer stores padding and length of its last
+        # call, which calls from two threads would overwrite.
         processor = copy.deepcopy(self.processor)
         return BatchPlanner(captions, counts, processor, args.micro_batch_size, args.augmented_views, args.seed)
 
@@ -206,11 +209,12 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
         ValueError: If data, columns or model are missing or invalid. Also if the usable pairs do not fill a batch. A
             dataset with embeddings instead of images is refused if another image encoder made them.
     """
-    splits = _open_and_check_splits(args)  # before a model is loaded, because missing data is the most common error
+    # The data are opened before a model is loaded, so that missing data, the most common error, is reported at once.
+    splits = _open_and_check_splits(args)
     processor = load_processor(args.model)
     base = load_model(args.model)
-    # This call checks the regular expressions of --frozen_parameters and --lora_targets before any long work. It gets
-    # another model than `base`, because it changes the model.
+    # This call checks the regular expressions of --frozen_parameters and --lora_targets before any long work. It
+    # changes the model, so it gets another copy than `base`.
     freeze_parameters_and_add_adapters(load_model(args.model), args)
     base.to(accelerator.device).eval()
     for split in splits.values():
@@ -219,7 +223,7 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
     validation = load_evaluation_pairs(args, splits, args.validation_split, [args.language], processor)[args.language]
     test = load_evaluation_pairs(args, splits, args.test_split, args.eval_languages, processor)
     training = load_training_pairs(args, splits, processor)
-    # Raise an error before images are embedded if too many rows can't be used. The result is not needed yet.
+    # This call raises an error before images are embedded if too many rows can't be used. Its result is not needed yet.
     _split_usable_and_skipped_pairs(training, args)
 
     def with_vectors(pairs: PairDataset, uses_cache: bool = args.image_embedding_cache != "off") -> PairDataset:
@@ -233,7 +237,8 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
         _check_no_bad_rows(pairs)
         return torch.from_numpy(vectors_to_array(pairs.table.data.column("vectors")).astype(np.float32))
 
-    # The final evaluation does not use the cache, whose embeddings are in float16.
+    # The cache stores embeddings rounded to float16. The final evaluation does not use it, so that its results have no
+    # rounding errors from the cache.
     test_embeds = load_embeds(with_vectors(test[args.language], uses_cache=False), "Images, test")
     validation = with_vectors(validation)
     validation_embeds = load_embeds(validation, "Images, validation")
@@ -401,7 +406,8 @@ def _get_caption_column(args: RunArguments, language: str) -> str:
 def _require_nonempty_captions(texts: list[str]) -> list[str]:
     """Return the captions of a row unchanged. Raises ValueError if a caption is empty or not a text."""
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"an empty caption in {texts!r}")  # the caller adds the row to the message
+        # The caller adds the number of the row to this message.
+        raise ValueError(f"an empty caption in {texts!r}")
     return texts
 
 
@@ -480,7 +486,9 @@ def prefetch_pixels(
         `BadImage` if the image can't be used.
     """
     options = {}
-    if workers:  # "spawn", because a forked process would inherit the locks of torch's threads and could hang
+    # Workers are started with "spawn". A forked process would inherit the locks of torch's threads and could wait for
+    # them forever.
+    if workers:
         options = {"multiprocessing_context": "spawn", "prefetch_factor": 4}
     dataset = _ViewDataset(training)
     return iter(DataLoader(dataset, batch_sampler=items, num_workers=workers, collate_fn=list, **options))
@@ -535,7 +543,9 @@ def _add_stored_embeddings_column(pairs: PairDataset) -> PairDataset:
         A copy of the dataset with the new column. Its `augmented_views` is the number of views in the dataset.
     """
     data = pairs.source.data.select_columns(EMBEDS_COLUMN)
-    if data._indices is not None:  # only some rows are selected, so their embeddings are copied
+    # `_indices` lists the selected rows if not all rows are used. The embeddings of these rows are copied, because
+    # `data.data` below would still have all rows.
+    if data._indices is not None:
         data = data.flatten_indices()
     table = pairs.table.data.table.append_column("vectors", data.data.column(EMBEDS_COLUMN))
     fingerprint = json_digest([data._fingerprint, pairs.table._fingerprint])
@@ -592,7 +602,8 @@ def _choose_embedding_precision(
     if precision != "bf16" or not args.has_auto_precision or is_short:
         return precision
     record = open_image_embedding_store(model, pairs, args, "auto").record_folder(pairs.table["digest"])
-    with accelerator.main_process_first():  # the other processes read its recorded choice
+    # The main process chooses first and records its choice. The other processes then read it, so that all agree.
+    with accelerator.main_process_first():
         choice = choose_fastest_precision(model, pairs.processor, record)
     return "no" if choice == "float32" else precision
 
@@ -633,7 +644,8 @@ def embed_images_into_column(
     embed = with_tuned_chunk_size(embed, len(pairs) * views, accelerator.device, encoder, store.record_folder(digests))
     cached = store.load_or_embed(digests, load, embed, title, rows_per_shard=SHARD_ROWS, views=views)
     table = pairs.table.data.table
-    # At most one of the two tables has a reason for a row and the other has an empty text, so joining keeps the reason.
+    # Both tables have texts that say why a row can't be used, and at most one of the two texts is not empty. Joining
+    # them keeps it.
     for name in ("reason", "detail"):
         joined = pc.binary_join_element_wise(table[name], cached[name], "")
         table = table.set_column(table.column_names.index(name), name, joined)

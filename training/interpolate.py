@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     check_output_folder_and_clean_leftovers(args.output)
     base_model, model = load_model(args.base), load_model(args.trained)
     rotation = load_rotation(args.trained)
-    if rotation is not None:  # `training.rotate` was applied after training, so the base needs the same rotation
+    # If `training.rotate` has rotated the trained model, the base needs the same rotation. Otherwise the interpolated
+    # weights would mix two embedding spaces.
+    if rotation is not None:
         rotate_model_(base_model, rotation)
     base, trained = base_model.state_dict(), model.state_dict()
     if {key: tensor.shape for key, tensor in trained.items()} != {key: tensor.shape for key, tensor in base.items()}:

@@ -79,8 +79,8 @@ class TrainingLoop:
         """
         args, accelerator = self.args, self.checkpoints.accelerator
         self.accelerator = accelerator
-        # evaluation_mode=True keeps Accelerate from adding the DistributedDataParallel wrapper, which `WholeBatch` must
-        # not have.
+        # `WholeBatch` sums the gradients of all processes itself, once per step. evaluation_mode=True keeps Accelerate
+        # from adding the wrapper DistributedDataParallel, which would do so at every micro-batch.
         self.prepared_model = accelerator.prepare_model(self.wrapped_model, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped_model, args))
         if resume:
@@ -107,7 +107,9 @@ class TrainingLoop:
             while state.step < args.max_steps:
                 started = time.perf_counter()
                 plan = plans(state.step).result()
-                plans(min(state.step + 1, args.max_steps - 1))  # plan the next step in the executor's thread
+                # Start planning the next step in the executor's thread, so that its plan is ready when this step is
+                # done.
+                plans(min(state.step + 1, args.max_steps - 1))
                 try:
                     point = self._run_step(plan, pixels, started)
                     bar.set_postfix(loss=f"{point['loss']:.3f}", lr=f"{point['learning_rate']:.1e}")
@@ -118,13 +120,14 @@ class TrainingLoop:
                     raise FloatingPointError(f"Step {plan.step + 1}: {error} {hint}") from error
                 if self.received_signals:
                     accelerator.set_trigger()
-                # True in all processes if one process has set the trigger, so that all stop after the same step.
+                # `check_trigger` is true in all processes if one process has set the trigger, so all stop after the
+                # same step.
                 if accelerator.check_trigger():
                     self.checkpoints.save(state)
                     number = self.received_signals[0][0] if self.received_signals else signal.SIGTERM
                     raise KeyboardInterrupt(number, f"Stopped after step {state.step}, which is saved.")
-        # Remove Accelerate's autocast from `forward`, so that base and trained model are evaluated in the same
-        # precision.
+        # Accelerate has made `forward` use mixed precision (autocast). This is undone, so that base and trained model
+        # are evaluated in the same precision.
         accelerator.unwrap_model(self.prepared_model, keep_fp32_wrapper=False).eval()
         accelerator.free_memory()
         return state
@@ -165,8 +168,8 @@ class TrainingLoop:
         """
         plan, image_embeds = self._load_image_embeds(plan, pixels)
         waited = time.perf_counter() - started
-        # Switch to training mode only after the images are embedded: the image tower may have batch norms, so it must
-        # run in evaluation mode.
+        # Switch to training mode only now that the images are embedded. The image tower may have batch norms, which
+        # would give other embeddings in training mode.
         self.wrapped_model.train()
         self.optimizer.zero_grad(set_to_none=False)
         learning_rate = learning_rate_at(plan.step, self.args)
@@ -234,13 +237,15 @@ class TrainingLoop:
         args, state = self.args, self.state
         state.step = point["step"]
         last = state.step == args.max_steps
-        checkpointed = args.max_steps > args.save_steps  # shorter runs write no checkpoints
+        # A run of at most `save_steps` steps writes no checkpoints, not even after its last step.
+        checkpointed = args.max_steps > args.save_steps
         due = checkpointed and (last or state.step % args.save_steps == 0)
         if last or state.step % args.eval_steps == 0:
             try:
                 point["validation"] = measures = self._measure_validation()
             except ValueError as error:
-                # The same evaluation succeeded before the first step, so the weights must have become NaN or infinite.
+                # The same evaluation succeeded before the first step. If it fails now, training has made the weights
+                # NaN or infinite.
                 raise FloatingPointError(str(error)) from error
             recall = measures["mean_recall"]
             if checkpointed and (state.best_recall is None or recall > state.best_recall):
@@ -283,10 +288,12 @@ class TrainingLoop:
                     embeds[[*images]] = embed_pixels(
                         self.prepared_model, torch.stack([*images.values()]), self.accelerator
                     )
-            # Sorted by position in the batch, so that replacements do not depend on the number of processes.
+            # Bad images are sorted by position in the batch, so that their replacements do not depend on the number of
+            # processes.
             bad = dict(sorted(gather_object(bad), key=lambda item: item[0]))
             if not bad:
-                # Each process has filled the rows of its own images. All other rows are zero, so the sum is complete.
+                # Each process has filled the rows of its own images and left all others zero. The sum over all
+                # processes has all embeddings.
                 return plan, self.accelerator.reduce(embeds, "sum")
             self._record_bad_images(plan, bad)
             plan = self.executor.submit(self.planner.replace_pairs, plan, [*bad]).result()
@@ -314,8 +321,8 @@ class TrainingLoop:
                 inputs.skipped.append(skipped)
                 logger.warning("%s, row %d: %s. Other pairs replace it.", pairs.source.display_name, row, image)
         self._write_skipped()
-        # Rows whose image turned out to be unusable during training are both in `inputs.training` and `inputs.skipped`.
-        # `recorded` lists these rows, so its length is subtracted to count each row once.
+        # Rows whose image turned out to be unusable during training are in both `inputs.training` and `inputs.skipped`.
+        # `recorded` lists them, so subtracting its length counts each row once.
         rows = sum(map(len, inputs.training)) + len(inputs.skipped) - len(recorded)
         try:
             check_bad_share(inputs.skipped, rows, self.args.max_bad_share)

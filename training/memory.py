@@ -44,11 +44,11 @@ def measure_graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        # Both results stay alive until the end. Otherwise new storage could get the address of freed storage, and would
-        # not be counted.
+        # The first result is kept alive during the second run. Otherwise new tensors could get the addresses of freed
+        # tensors, and would not be counted, because `counted` already has these addresses.
         results = [run()]
-        # The first run also saves the weights that autocast casts. Autocast caches them, so the second run adds only
-        # the tensors of its graph.
+        # The first run also saves copies of the weights in autocast's precision. Autocast caches these copies, so the
+        # second run adds only the tensors of its own graph.
         shared = sum(sizes)
         results.append(run())
     return sum(sizes) - shared

@@ -31,8 +31,8 @@ from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images
 
 ROTATION_FILE = "rotation.safetensors"  # name of the file in the folder of the rotated model
-# Largest number of images from which the axes are computed. It suffices to estimate the second moments of 1000
-# dimensions.
+# Largest number of images from which the axes are computed. So many are enough to estimate the second moments (mean
+# products of two dimensions) for 1000 dimensions; more would only take longer.
 MAX_ROTATION_IMAGES = 2**14
 
 
@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = np.linspace(0, len(source) - 1, min(len(source), MAX_ROTATION_IMAGES)).astype(np.int64)
     source.data = source.data.select(rows)
     images = (image for image in source.decode_images(range(len(source))) if not isinstance(image, BadImage))
-    first = list(islice(images, 1))  # `embed_images` must not be called without images
+    # `embed_images` must get at least one image, so the first one is decoded to see whether there is one.
+    first = list(islice(images, 1))
     embeds = embed_images(model, processor, chain(first, images), progress="Images") if first else torch.empty(0)
     if len(embeds) <= width:
         raise ValueError(

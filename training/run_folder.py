@@ -74,7 +74,8 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
         chosen = unfinished[-1].with_suffix("") if unfinished else find_free_numbered_folder(Path("runs"), name)
         return broadcast_object_list([chosen])[0]
     if state.is_main_process:
-        remove_or_restore_leftovers(args.output_dir)  # before any process checks the folder
+        # Leftovers of an interrupted run are cleared away here, before any process checks the folder.
+        remove_or_restore_leftovers(args.output_dir)
     state.wait_for_everyone()
     if args.resume and (seeds := list_seed_run_folders(args.output_dir)):
         names = ", ".join(folder.name for folder in seeds)
@@ -86,8 +87,8 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
         check_output_folder_and_clean_leftovers(args.output_dir, args.overwrite_output_dir)
     if args.overwrite_output_dir:
         needed = [args.model, args.evaluation_dataset, *args.dataset]
-        # Check the parent folders as well, because an input can be a file pattern such as `shards/*.tar`. Its files are
-        # in the parent folder of the pattern.
+        # The parent folders are checked as well. An input can be a file pattern such as `shards/*.tar`, whose files are
+        # in its parent folder.
         check_inputs_outside(args.output_dir, *needed, *(Path(name).parent for name in needed))
     partial = get_partial_folder_path(args.output_dir)
     if args.resume is None and not args.overwrite_output_dir and _can_resume(partial):

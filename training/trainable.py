@@ -16,13 +16,15 @@ from transformers import PreTrainedModel
 from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES, freeze_image_encoder, uses_sigmoid_loss
 from training.arguments import RunArguments
 
-MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are multiplied by at most 100
-ADAM_BETAS = (0.9, 0.98)  # in every recipe of CAPIVARA (arXiv 2310.13683)
+# Logarithm of the largest factor by which CLIP multiplies cosines to get logits (arXiv 2103.00020, section 2.5).
+MAX_LOGIT_SCALE = math.log(100)
+ADAM_BETAS = (0.9, 0.98)  # as in every recipe of CAPIVARA (arXiv 2310.13683)
 # Modules that are trained in full while LoRA adapters are trained in other layers: the text projection, as in CAPIVARA
 # (arXiv 2310.13683), and `text_model.head`, which is the text projection of SigLIP.
 FULLY_TRAINED_MODULES = ["text_projection", "text_model.head"]
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-# Parts that peft inserts into the names of parameters. Without them, a name is the same as before wrapping.
+# Parts that peft inserts into the names of parameters. They are removed from a name before it is compared with the
+# regular expressions of a user, so that these work with and without LoRA adapters.
 _PEFT_INFIX_RE = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)")
 
 
@@ -55,7 +57,8 @@ def freeze_parameters_and_add_adapters(model: PreTrainedModel, args: RunArgument
                 f"frozen_parameters must match names of parameters, got {expression!r}. Examples: {examples}."
             )
     wrapped = _add_adapters(model, args) if args.lora_rank else model
-    # Freeze parameters only after adding adapters, because peft makes the fully trained modules trainable.
+    # Parameters are frozen only after adapters are added. In the opposite order, peft would make the parameters of the
+    # fully trained modules trainable again.
     for name, parameter in model.named_parameters():
         if any(re.fullmatch(expression, _PEFT_INFIX_RE.sub("", name)) for expression in frozen):
             parameter.requires_grad_(False)
@@ -182,7 +185,9 @@ def build_optimizer(model: nn.Module, args: RunArguments) -> torch.optim.Optimiz
         betas=ADAM_BETAS,
         eps=args.adam_epsilon,
         weight_decay=args.weight_decay,
-        fused=True,  # one pass over the 190 million numbers of the token embeddings instead of ten
+        # A fused optimizer updates the weights in one pass instead of about ten. This matters, because the token
+        # embeddings alone have 190 million numbers.
+        fused=True,
     )
 
 

@@ -84,7 +84,8 @@ class ExactBatchTrainer(Trainer):
         names = [name for name, p in self.accelerator.unwrap_model(model).named_parameters() if p.requires_grad]
         if not any(name.startswith(IMAGE_ENCODER_PREFIXES) for name in names):
             image_embeds = torch.cat([embed_pixels(model, batch.pixel_values, self.accelerator) for batch in batches])
-            for batch in batches:  # without pixels, `WholeBatch` does not embed the images again, with gradients
+            # The pixels are removed, so that `WholeBatch` does not embed the images again, with gradients.
+            for batch in batches:
                 batch.pixel_values = None
         report = self._whole_batch(self.state.global_step, batches, pairs, image_embeds)
         return torch.tensor(report.loss, device=self.args.device)

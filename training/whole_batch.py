@@ -32,11 +32,11 @@ from modeling_capivara.two_towers import (
 from training.batches import MicroBatch
 from training.memory import available_memory, keep_freed_memory, measure_graph_bytes, return_freed_memory
 
-# Largest number of logits that a loss computes at once: 64 MiB in float32. Larger batches are divided into tiles of
-# this size.
+# Largest number of logits that a loss computes at once: 64 MiB in float32. The logits of a larger batch are computed in
+# tiles (blocks of rows), because all of them at once may not fit into memory.
 MAX_TILE_LOGITS = 2**24
-# Share of the free memory that kept autograd graphs may take. Free memory is what is left when gradients and optimizer
-# state are allocated. The rest of it is for the micro-batch that is being recomputed.
+# Autograd graphs of micro-batches may take this share of the memory that is free when gradients and optimizer state are
+# allocated. Other graphs are computed again in the backward pass, for which the remaining 40 % are reserved.
 GRAPH_MEMORY_SHARE = 0.6
 # Function that returns this process's share of the loss as a scalar. Arguments: text embeddings and image embeddings of
 # the whole batch, logit scale, and the numbers of the rows whose loss this process computes.
@@ -47,7 +47,7 @@ LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class StepReport:
     """Loss and memory use of one optimizer step. The gradients are stored in the parameters of the model, not here."""
 
-    loss: float  # loss of the whole batch, in nats
+    loss: float  # loss of the whole batch, in nats (computed with the natural logarithm)
     graphs_kept: int  # number of micro-batches of this process whose autograd graph was kept instead of recomputed
 
 
@@ -84,10 +84,10 @@ class WholeBatch:
     """
 
     model: nn.Module  # model with two encoders, in training mode, see `modeling_capivara.two_towers`
-    accelerator: Accelerator  # device, precision and processes
+    accelerator: Accelerator  # knows the device, the precision and the number of processes
     seed: int  # seed of dropout
-    # Bytes for the micro-batches whose autograd graph is kept. None: the first step sets it to the share
-    # `GRAPH_MEMORY_SHARE` of the free memory.
+    # Memory in bytes for autograd graphs that are kept until the backward pass. None: the first step sets it to the
+    # share `GRAPH_MEMORY_SHARE` of the free memory.
     budget: float | None = None
     _bytes_per_token: float = 0.0  # size of a graph divided by its number of tokens, measured on the first micro-batch
     _bytes_per_text: float = 1.0  # size of a graph divided by its number of texts, measured on the first micro-batch
@@ -122,12 +122,13 @@ class WholeBatch:
         word_rows = look_up_token_embeddings_once(
             self.model.text_model.get_input_embeddings(), [batch.input_ids.to(local_rows.device) for batch in batches]
         )
-        with word_rows, self.accelerator.autocast():  # one block, so that autocast casts a weight once per step
+        # All micro-batches are in one autocast block, so that each weight is cast only once per step.
+        with word_rows, self.accelerator.autocast():
             parts, graphs_kept = self._embed_batches(step, batches)
             if graphs_kept == len(batches):
                 keep_freed_memory()
-            # The loss is computed from detached copies of the embeddings. The gradients of these copies are then the
-            # start of the backward passes through the encoders.
+            # The loss is computed from detached copies of the embeddings, so its backward pass ends at them. Their
+            # gradients are then passed on through the encoders, one micro-batch at a time.
             leaves = [[embeds.detach().requires_grad_(embeds.requires_grad) for embeds in part] for part in parts]
             texts = self._gather([leaf[0] for leaf in leaves], local_rows, pairs)
             if image_embeds is None:
@@ -140,13 +141,14 @@ class WholeBatch:
                 raise FloatingPointError(f"The loss is {whole.item()}.")
             with torch.autocast(local_rows.device.type, enabled=False):
                 self.accelerator.backward(loss)
-                # A separate backward pass for each micro-batch: a common pass would sum the gradients of a weight's
-                # bfloat16 cast, which all micro-batches share, with 8 bits of precision.
+                # Each micro-batch has its own backward pass. All micro-batches share the bfloat16 copy of a weight, so
+                # a common pass would sum their gradients in bfloat16, which has only 8 bits of precision.
                 for part, leaf in zip(parts, leaves, strict=True):
                     trained = [i for i, embeds in enumerate(leaf) if embeds.grad is not None]
                     torch.autograd.backward([part[i] for i in trained], [leaf[i].grad for i in trained])
         if graphs_kept < len(batches):
-            # Recomputed graphs leave gaps in the heap. Allocating Adam's moments in these gaps would fragment the heap.
+            # Recomputed graphs leave gaps in the heap. Freed memory is returned to the system, so that Adam's moments
+            # are not allocated in these gaps, which would fragment the heap.
             return_freed_memory()
         if self.accelerator.num_processes > 1:
             self._sum_gradients()
@@ -181,7 +183,9 @@ class WholeBatch:
                 bytes_used += size
                 parts.append(self._embed(step, batch))
                 graphs_kept += 1
-            else:  # `_embed` sets the random state itself, so `checkpoint` need not store it
+            else:
+                # `_embed` sets the random state itself, so `checkpoint` does not need to store it
+                # (preserve_rng_state=False).
                 parts.append(checkpoint(self._embed, step, batch, use_reentrant=False, preserve_rng_state=False))
         return parts[::-1], graphs_kept
 
@@ -196,7 +200,8 @@ class WholeBatch:
             A list with the text embeddings, (texts, width). If the micro-batch has pixels, the list also has the image
             embeddings, (texts, width).
         """
-        # Dropout must be the same when a micro-batch is embedded again, and for any number of processes.
+        # The seed makes dropout the same when a micro-batch is embedded again in the backward pass, and for any number
+        # of processes.
         torch.manual_seed(derive_seed(self.seed, step, batch.index))
         inputs = batch.model_inputs(self.accelerator.device)
         pixels = inputs.pop("pixel_values", None)
@@ -218,8 +223,8 @@ class WholeBatch:
             return torch.cat(parts)
         model = self.accelerator.unwrap_model(self.model)
         options = {"device": local_rows.device, "dtype": torch.promote_types(model.dtype, torch.float32)}
-        # requires_grad=True, because the backward pass of `all_reduce` waits for all processes, also for a process
-        # without micro-batches.
+        # Without requires_grad=True, a process without micro-batches would have no backward pass of `all_reduce`, and
+        # the other processes would wait for it forever.
         whole = torch.zeros(pairs, embedding_width(model.config), requires_grad=True, **options)
         if parts:
             whole = whole.index_copy(0, local_rows, torch.cat(parts).to(whole.dtype))
@@ -364,13 +369,15 @@ def look_up_token_embeddings_once(table: nn.Embedding, input_ids: Sequence[Tenso
     """
     ids = torch.cat([torch.empty(0, dtype=torch.long, device=table.weight.device), *map(torch.flatten, input_ids)])
     ids = ids.unique()
-    # A sparse gradient has only the rows that were looked up; a dense gradient would be as large as the table.
+    # With `sparse`, the gradient has only the rows that were looked up. A dense gradient would be as large as the
+    # table.
     was_sparse, table.sparse = table.sparse, True
     # Call the table instead of indexing its weight: some tables scale their rows, and the row of the padding token must
     # get no gradient.
     looked_up = table(ids)
     table.sparse = was_sparse
-    rows = looked_up.detach().requires_grad_(looked_up.requires_grad)  # leaf that sums the gradients
+    # Autograd sums the gradients of all later lookups in this detached copy of the rows.
+    rows = looked_up.detach().requires_grad_(looked_up.requires_grad)
     ended = False
 
     def check_context(gradient: Tensor) -> None:

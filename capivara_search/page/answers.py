@@ -27,11 +27,13 @@ from capivara_search.results import DEFAULT_LABEL_TEMPLATE, Hit
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
 
-MAX_TEXT_CHARACTERS = 10_000  # a longer text is refused
-MODEL_TEXT_CHARACTERS = 400  # about 77 tokens, the context length of the model; further text is ignored
+MAX_TEXT_CHARACTERS = 10_000  # a question with a longer text is refused
+# The model reads 77 tokens, which is about this many characters, and ignores the rest. The page tells the user if a
+# text is longer.
+MODEL_TEXT_CHARACTERS = 400
 MAX_ANSWER_PICTURES = 240
 MAX_LABELS, MIN_LABELS = 50, 2
-MAX_FEEDBACK_PICTURES = 20  # limit for `Question.more` and for `Question.less`
+MAX_FEEDBACK_PICTURES = 20  # limit for each of the lists `Question.more` and `Question.less`
 YEAR_LIMIT = 9999  # dates must be before this year, because Python has no date after the end of the year 9999
 
 
@@ -180,8 +182,8 @@ class PageAnswers:
 
     def __init__(self, index: "PictureIndex"):
         self.index = index
-        # Cached result of `status`: the version of the index when videos were counted (-1: not counted yet), and the
-        # number of ignored video files in the indexed folders.
+        # (Version of the index, number of ignored video files at this version). The page asks for the number again and
+        # again, so it is counted only when the version has changed. The version -1 means that it was not counted yet.
         self._video_count = (-1, 0)
 
     def search(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
@@ -212,7 +214,8 @@ class PageAnswers:
             hits = self.index.newest(question.k, group_duplicates=True, **filters)
         else:
             is_text_query = image is None and not (question.like or question.more or question.less)
-            k = question.k + bool(question.like)  # the query picture is found, too, and removed below
+            # The picture of the query is always among its own hits and is removed below, so one more hit is requested.
+            k = question.k + bool(question.like)
             hits = self.index.search_vector(vector, k, is_text_query=is_text_query, group_duplicates=True, **filters)
         has_target = question.text.strip() or image is not None or question.like or question.more
         with_score = vector is not None and bool(has_target)
@@ -321,8 +324,9 @@ class PageAnswers:
         feedback = [(1.0, self._require_vectors([path])[0]) for path in question.more]
         feedback += [(-1.0, self._require_vectors([path])[0]) for path in question.less]
         if question.more and not vectors:
-            # The first picture of `more` becomes the query, so that a picture of `less` has only half its weight
-            # (`query.FEEDBACK_STRENGTH`). As feedback, both pictures would have the same weight.
+            # Without another query, the first picture of `more` becomes the query, whose weight is twice the weight of
+            # feedback (`query.FEEDBACK_STRENGTH`). If it were feedback, a picture of `less` would count as much as the
+            # wanted picture.
             vectors = [feedback.pop(0)[1]]
         vector = np.mean(vectors, axis=0) if vectors else None
         return self.index.apply_feedback(vector, feedback) if feedback else vector

@@ -25,9 +25,9 @@ from capivara_common.environment import CODE_ROOT
 from capivara_common.image_files import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, BadImage
 from capivara_search.picture_reading import MAX_PICTURE_PIXELS, decode_picture, limit_long_side
 
-# Python code that the child process runs.
+# Code that the child process runs with `python -c`. Its argument is the time limit for each picture, in seconds.
 DECODER_PROGRAM = "import sys; from capivara_search.page.decoder import main; main(float(sys.argv[1]))"
-DECODE_TIMEOUT_S = 10  # a photograph of 50 million pixels takes under 2 s
+DECODE_TIMEOUT_S = 10  # seconds per picture; a photograph of 50 million pixels takes under 2 s
 MAX_VIEW_SIDE = 1600  # longest side of a decoded image, in pixels; the model uses only a few hundred pixels
 
 
@@ -59,7 +59,7 @@ class DecoderProcess:
                     json.loads(_receive_message(self._process.stdout)),
                     _receive_message(self._process.stdout),
                 )
-            except (EOFError, OSError):  # the process has ended
+            except (EOFError, OSError):  # the pipe is closed, because the child has crashed or ended at the time limit
                 self.close()
                 self._start()
                 message = f"it could not be decoded in {DECODE_TIMEOUT_S} s, or the decoder crashed"
@@ -72,7 +72,9 @@ class DecoderProcess:
         """Kill the child process that decodes pictures."""
         self._process.kill()
         self._process.stdout.close()
-        with suppress(OSError):  # closing writes what is left in the buffer, but nobody reads it any more
+        # Closing the pipe writes what is left in its buffer. This fails, because the process that would read it was
+        # killed.
+        with suppress(OSError):
             self._process.stdin.close()
         self._process.wait()
 
@@ -118,8 +120,11 @@ def main(seconds: float) -> None:
     Args:
         seconds: Time limit for each picture, in seconds. The process ends if a picture takes longer.
     """
-    warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # `decode_picture` refuses such pictures
-    # Only this function writes to the pipe; whatever else is printed goes to the standard error.
+    # PIL warns about pictures with very many pixels. The warning is not needed, because `decode_picture` refuses such
+    # pictures with an error.
+    warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+    # The pipe to the parent must carry nothing but answers. It is therefore moved to another descriptor, and the
+    # standard output, to which libraries may print, becomes the standard error.
     page, pixels_out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
@@ -128,7 +133,8 @@ def main(seconds: float) -> None:
                 name, data = _receive_message(page).decode(), _receive_message(page)
             except (EOFError, OSError):
                 return
-            # The timer is a thread of C code, so it ends the process even while a C library blocks all Python threads.
+            # A malicious picture may keep a C library busy forever, and Python threads might then not run any more.
+            # `faulthandler` uses a thread of C code, so it can end the process nevertheless.
             faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
             try:
                 limit = MAX_PICTURE_PIXELS if name else MAX_IMAGE_PIXELS

@@ -32,23 +32,32 @@ from capivara_search.messages import make_error_from_code
 
 try:
     import resource
-except ImportError:  # Windows
+except ImportError:  # the module exists only on Unix
     resource = None
 
-MAX_UPLOAD_BYTES = 20_000_000  # size of an uploaded picture; photos from phones have less than 15 MB
-MAX_QUESTION_BYTES = 200_000  # length of the line of JSON of a question; it usually has less than 10 kB
-MAX_LARGE_BODIES = 8  # maximum number of bodies above MAX_QUESTION_BYTES in memory; further requests wait
-BODY_SLOT_TIMEOUT_S = 30  # how long a request with a large body waits while `MAX_LARGE_BODIES` others are in memory
-BODY_TIMEOUT_S = 30  # time to receive a body; the page shrinks large pictures before it sends them
-HEADER_TIMEOUT_S = 10  # time to receive the headers of a request on a new connection, or after a response
-READ_TIMEOUT_S = 60  # time for a client to read the buffer of a response: 64 to 320 KiB, plus the system's buffer
+MAX_UPLOAD_BYTES = 20_000_000  # limit for an uploaded picture; photos from phones have less than 15 MB
+MAX_QUESTION_BYTES = 200_000  # limit for the JSON of a question, which usually has less than 10 kB
+# Request bodies above MAX_QUESTION_BYTES contain uploads. At most this many are in memory at once (about 160 MB);
+# further requests wait.
+MAX_LARGE_BODIES = 8
+BODY_SLOT_TIMEOUT_S = 30  # seconds that a request waits while `MAX_LARGE_BODIES` others are in memory
+BODY_TIMEOUT_S = 30  # seconds to receive a body; the page shrinks large pictures before it sends them
+# Seconds to receive the headers of a request, counted from the start of a connection or from the end of the response
+# before. A client that sends nothing would otherwise occupy a connection forever.
+HEADER_TIMEOUT_S = 10
+# Seconds for a client to read what is buffered of a response: 64 to 320 KiB, plus the buffer of the operating system.
+# Slower clients are disconnected.
+READ_TIMEOUT_S = 60
 MAX_CONNECTIONS = 400
-RESERVED_DESCRIPTORS = 128  # file descriptors for the index, the model and connections that were just accepted
-BACKLOG = 64  # connections that may wait in the operating system until asyncio handles them
-QUESTION_TIMEOUT_S = 20  # time to answer a question; usually, well under 1 s suffices
-QUEUE_TIMEOUT_S = 30  # how long a question waits until the questions before it are answered
+# The process may open only so many files. This many are kept free for the index, the model and connections that were
+# just accepted; the rest is for connections.
+RESERVED_DESCRIPTORS = 128
+BACKLOG = 64  # new connections that the operating system holds until the server accepts them
+QUESTION_TIMEOUT_S = 20  # seconds to answer a question; usually, well under 1 s suffices
+QUEUE_TIMEOUT_S = 30  # seconds that a question waits for its turn, because questions are answered one at a time
 MAX_QUEUED_QUESTIONS = 64  # including the question that is being answered; further questions are refused at once
-# Maximum number of threads that still run after the timeout of their question. At this limit, questions are refused.
+# A thread can't be stopped, so it goes on after the timeout of its question. If this many such threads are running, new
+# questions are refused, so that they do not pile up.
 MAX_ABANDONED_THREADS = 3
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
@@ -126,14 +135,15 @@ class RequestGuard:
             self._check_origin(scope)
             await self.app(scope, receive, send_guarded)
             return
-        except ClientDisconnect:  # the client has closed the connection, so nobody would receive a response
+        except ClientDisconnect:
+            # The client has closed the connection, so nobody would receive a response.
             return
         except RequestRefusedError as error:
             refusal = error
         except Exception:
             logger.exception("A request to %s has failed.", scope["path"])
             refusal = RequestRefusedError("failed", 500)
-        if not started:  # if a response was started, a second response can't be sent
+        if not started:  # after the start of a response, no other response can be sent
             answer = JSONResponse({"error": refusal.code, "values": refusal.values}, refusal.status)
             await answer(scope, receive, send_guarded)
 
@@ -151,7 +161,7 @@ class RequestGuard:
                 is connected.
         """
         host = Headers(scope=scope).get("host", "")
-        address = (scope.get("server") or ("",))[0]  # address of this machine that the client has connected to
+        address = (scope.get("server") or ("",))[0]  # the address of this machine to which the client has connected
         if not self._is_allowed_host(host) and (not host or _parse_host_name(host) != address):
             raise RequestRefusedError("unknown_host", 400, host=host, flag=f"--allow-host {_parse_host_name(host)}")
 
@@ -170,7 +180,8 @@ class RequestGuard:
         hosts.add(headers.get("host", "").strip().lower())
         if any(origin.partition("://")[2].lower() not in hosts for origin in headers.getlist("origin")):
             raise RequestRefusedError("foreign", 403)
-        # If another website embeds a picture, browsers send no Origin header, but they send a Sec-Fetch-Site header.
+        # Browsers send no Origin header when another website embeds a picture of this page, but the header
+        # Sec-Fetch-Site shows that the request comes from another website.
         if scope["path"] != "/" and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             raise RequestRefusedError("foreign", 403)
 
@@ -218,7 +229,8 @@ async def receive_request_body_within_limits(request: Request, slots: asyncio.Se
         RequestRefusedError: If the request does not state the length of the body. If the body is too large or is
             received too slowly. If no slot becomes free in time.
     """
-    length = request.headers.get("content-length", "")  # bytes of the body; uvicorn never reads more
+    # Number of bytes in the body; uvicorn reads no more, even if the client sends more.
+    length = request.headers.get("content-length", "")
     if "transfer-encoding" in request.headers or not length.isdecimal():
         raise RequestRefusedError("no_length", 411)
     if int(length) > MAX_UPLOAD_BYTES + MAX_QUESTION_BYTES:
@@ -346,7 +358,7 @@ def list_allowed_hosts(host: str, extra_hosts: Sequence[str] = ()) -> list[str]:
         raise make_error_from_code(ValueError, "bad_host", value=", ".join(invalid_hosts))
     if host in ("0.0.0.0", "::"):
         machine = socket.gethostname().lower()
-        # In networks without DNS, the name is NAME.local (mDNS).
+        # In a home network without a DNS server, other machines reach this one as NAME.local (multicast DNS).
         names += [machine, f"{machine.partition('.')[0]}.local"]
     return list(dict.fromkeys(names))
 
@@ -360,7 +372,9 @@ def _parse_host_name(host: str) -> str:
     Returns:
         The name or address in lowercase, without the port; "" if the value is invalid.
     """
-    with suppress(ValueError):  # an IPv6 address that was written without brackets
+    # Try an IPv6 address without brackets, such as ::1, first. `urlsplit` below would take its colons for the start of
+    # a port.
+    with suppress(ValueError):
         return str(ipaddress.IPv6Address(host))
     with suppress(ValueError):
         parts = urlsplit(f"//{host}")
@@ -411,8 +425,8 @@ class QuestionQueue:
         try:
             async with _acquire_slot(self._turn, QUEUE_TIMEOUT_S):
                 waiter = asyncio.wrap_future(answer)
-                # A daemon thread is used instead of a thread pool, because Python waits for all threads of a pool
-                # when it exits.
+                # Python waits for all threads of a pool when it exits, so a question that takes forever would keep the
+                # server from ending. It does not wait for a daemon thread.
                 threading.Thread(target=run_question, name=NATIVE_THREAD_NAME, daemon=True).start()
                 if (await asyncio.wait([waiter], timeout=seconds or QUESTION_TIMEOUT_S))[0]:
                     return waiter.result()
@@ -423,5 +437,5 @@ class QuestionQueue:
         raise RequestRefusedError("too_slow", 503)
 
     def _release_abandoned(self, answered: asyncio.Future) -> None:
-        answered.exception()  # retrieve the exception, because asyncio would log it otherwise
+        answered.exception()  # asyncio would log an exception that nobody has retrieved
         self._abandoned_count -= 1

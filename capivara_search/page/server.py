@@ -63,11 +63,13 @@ if TYPE_CHECKING:
 PAGE_FOLDER = Path(__file__).parent
 LANGUAGES = ("pt", "en")
 DEFAULT_PORT = 7860
-MODEL_LOAD_TIMEOUT_S = 600  # time to import torch and load the model; a slow machine needs minutes
-SHUTDOWN_TIMEOUT_S = 3  # how long open connections may finish their responses when the server ends
+MODEL_LOAD_TIMEOUT_S = 600  # seconds to import torch and load the model; a slow machine needs minutes
+SHUTDOWN_TIMEOUT_S = 3  # seconds in which open connections may finish their responses when the server ends
 DOWNLOAD_CHUNK_BYTES = 2**18  # bytes of an original file that are read and sent at a time
-VIEW_JPEG_QUALITY = 88  # JPEG quality of the large view of a picture
-BROWSER_CACHE_S = 3600  # how long a browser may cache a picture; its address changes when the file changes
+VIEW_JPEG_QUALITY = 88  # JPEG quality (0 to 100) of the large view of a picture
+# Seconds for which a browser may cache a picture. It never shows an outdated one, because the address of a picture
+# changes when its file changes.
+BROWSER_CACHE_S = 3600
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def serve_index(
         ValueError: If the language or a name of `allow_hosts` is invalid, or the model does not match the index.
     """
     server, listening, url = create_page_server(index, host, port, language, credit, allow_hosts)
-    # The server runs in another thread, because the event loop of a notebook may already run in this thread.
+    # uvicorn starts an event loop, but in a notebook, this thread already runs one, and a thread can't run two. The
+    # server therefore gets a thread of its own.
     serving = threading.Thread(target=server.run, args=([listening],), daemon=True)
     serving.start()
     try:
@@ -176,7 +179,8 @@ def create_page_server(
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
     hosts = list_allowed_hosts(host, allow_hosts)
     if len(index):
-        # Raises an error if the model does not match the index.
+        # The search is made only for its errors: it fails if the model does not match the index, and the user should
+        # know that now.
         index.search_vector(np.ones(index.model.width, np.float32), k=1)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -192,7 +196,7 @@ def create_page_server(
         Starlette(routes=site.routes(), middleware=[guard], lifespan=site.lifespan),
         http=LimitedHttpProtocol, backlog=BACKLOG, ws="none", lifespan="on",
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
-        log_level="error", access_log=False,  # otherwise, clients could fill the disk with warnings
+        log_level="error", access_log=False,  # no line per request, because clients could fill the disk with log lines
         server_header=False, proxy_headers=False,
     )  # fmt: skip
     return uvicorn.Server(config), listening, f"http://{name}:{listening.getsockname()[1]}"
@@ -223,7 +227,8 @@ class PageSite:
         Args:
             app: The application. It is not used, but Starlette passes it.
         """
-        # The model is loaded in a separate queue, so that text queries do not wait for torch and the image encoder.
+        # Loading the model has a queue of its own. In the queue for questions, text queries would have to wait until
+        # torch and the image encoder are loaded, although they need neither.
         self._loading_model = asyncio.create_task(
             QuestionQueue().ask(self.answers.prepare_images, MODEL_LOAD_TIMEOUT_S)
         )
@@ -231,8 +236,8 @@ class PageSite:
             self._question_queue.ask(lambda: self.answers.index.model.embed_texts(["gato"]))
         )
         for task in (self._loading_model, embedding_text):
-            # Retrieve the exception, because asyncio would log it otherwise. Each request that needs the model raises
-            # it again.
+            # asyncio would log an exception that nobody has retrieved. It need not be handled here, because each
+            # request that needs the model raises it again.
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
         yield
         self._loading_model.cancel()
@@ -366,7 +371,7 @@ class PageSite:
                 folders = list(self.answers.index.requested_folders().values())
                 file = stack.enter_context(open_regular_file_safe_from_link_swaps(path, repr(path), folders))
                 image = self._decoder.decode(read_bounded(file), path)
-                stack.pop_all()  # keeps the file open
+                stack.pop_all()  # without this call, the end of the `with` block would close the file that is returned
                 return file, image
         raise RequestRefusedError("no_original", 404)
 
@@ -407,7 +412,8 @@ def _split_question_and_upload(body: bytearray) -> tuple[Question, bytearray]:
     """
     line, _, upload = body.partition(b"\n")
     try:
-        # `int` raises ValueError for NaN and Infinity, which are not valid JSON but are accepted by Python.
+        # Python also accepts NaN and Infinity, which are not valid JSON. `parse_constant` is called for them, and `int`
+        # then raises ValueError.
         values = json.loads(line, parse_constant=int)
     except (ValueError, RecursionError) as error:
         raise RequestRefusedError("bad_question") from error

@@ -39,7 +39,7 @@ from modeling_capivara.loading import load_transformers_config, weights_digest
 
 DEFAULT_MODEL = "Salesforce/blip2-opt-2.7b-coco"  # the model of the CAPIVARA paper, arXiv 2310.13683
 OUTPUT_COLUMN = "generated-captions-en"
-# Reason in the `BadRow` of an image for which the scores of the language model were NaN.
+# Reason that is recorded if an image is skipped because the scores of the language model were NaN.
 NOT_FINITE_REASON = "no finite scores"
 PREFIXES_FILE = Path(__file__).parent.parent / "prefixes.json"
 
@@ -86,11 +86,13 @@ class PrefixCaptioner:
     def __post_init__(self) -> None:
         self.device, self.language_model, tokenizer = self.model.device, self.model.language_model, self.tokenizer
         config = self.language_model.generation_config
-        config.max_length = None  # if it were set, each `generate` would warn about `max_new_tokens`
-        if config.pad_token_id is None:  # padding is needed because the texts of a batch end at different steps
+        # If both `max_length` and `max_new_tokens` were set, each call of `generate` would log a warning.
+        config.max_length = None
+        # The texts of a batch end at different steps, and the shorter ones are padded with this token.
+        if config.pad_token_id is None:
             config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         parameters = inspect.signature(self.language_model.forward).parameters
-        # transformers 5.24 renamed the parameter `past_key_values` to `cache`.
+        # transformers 5.24 renamed the parameter `past_key_values` to `cache`. Versions before and after are supported.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
 
     def generate_captions(self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str]) -> list[list[str] | BadRow]:
@@ -137,7 +139,8 @@ class PrefixCaptioner:
             batch = pairs[start : start + self.micro_batch_size]
             has_nan = torch.zeros(len(batch), dtype=torch.bool, device=self.device)
 
-            # `generate` calls this function at every step with the scores of all tokens (texts, vocabulary).
+            # `generate` calls this function at every step with the scores of all tokens (texts, vocabulary). It records
+            # which texts have a NaN score, so that their images are skipped.
             def record_nan(ids: Tensor, scores: Tensor, has_nan: Tensor = has_nan) -> Tensor:
                 has_nan |= scores.isnan().any(-1)
                 return scores
@@ -160,7 +163,7 @@ class PrefixCaptioner:
             A cache of the language model with the keys and values for the query tokens of all images. The query tokens
             are the outputs of the Q-Former for an image.
         """
-        # Query tokens of the images: (images, queries, width of the language model).
+        # Query tokens, with which BLIP-2 describes an image to its language model: (images, queries, model width).
         blocks = self.model.get_image_features(pixel_values=pixel_values).pooler_output
         cache = DynamicCache(config=self.language_model.config)
         self.language_model.base_model(inputs_embeds=blocks, use_cache=True, **{self._cache_name: cache})
@@ -184,8 +187,8 @@ class PrefixCaptioner:
         cache.batch_select_indices(images)
         ids, mask = self.pad_prompts(prompts)
         embeds = self.model.get_input_embeddings()(ids).to(self.language_model.dtype)
-        # `generate` needs embeddings for all positions. The values for the query tokens are not read, because the cache
-        # holds their keys and values.
+        # `generate` needs embeddings for all positions, also for those of the image. It does not read the values there,
+        # because the cache already holds the keys and values of the image, so zeros are enough.
         placeholder = embeds.new_zeros(len(ids), cache.get_seq_length(), embeds.shape[-1])
         return self.language_model.generate(
             inputs_embeds=torch.cat([placeholder, embeds], 1),
@@ -253,7 +256,7 @@ def load_captioner(args: Any) -> PrefixCaptioner:
     return PrefixCaptioner(model, processor, tokenizer, args.max_new_tokens, args.micro_batch_size)
 
 
-# Captions of dataset rows
+# The functions and the class below generate captions for the rows of a dataset.
 
 
 def read_caption_prefixes(path: Path) -> list[str]:
@@ -288,7 +291,7 @@ def caption_rows(
         ValueError: If the memory of the GPU or CPU is insufficient.
     """
     images = [row[DECODED_KEY] for row in rows]
-    # PIL cannot convert the mode La (grayscale with premultiplied alpha) to RGB directly.
+    # PIL cannot convert the image mode La (grayscale with premultiplied alpha) to RGB directly, only by way of LA.
     images = [image.convert("LA") if image.mode == "La" else image for image in images]
     try:
         captions = captioner.generate_captions([image.convert("RGB") for image in images], prefixes)
@@ -312,14 +315,14 @@ class Blip2Captioner(Captioner):
     def __init__(self, args: Any):
         self._prefixes, self._model = read_caption_prefixes(args.prefixes), load_captioner(args)
         self.settings = {
-            # For a local folder, only its name is recorded, so that the folder can be moved.
+            # For a local folder, record only its name. The folder can then be moved without a change of the settings.
             "model": Path(args.model).name if Path(args.model).is_dir() else args.model,
             "revision": getattr(self._model.model.config, "_commit_hash", None),
             "weights": weights_digest(self._model.model),
             "prefixes": self._prefixes,
             "max_new_tokens": args.max_new_tokens,
             "precision": args.precision,
-            "sampling": None,  # a key of earlier versions of the program; it keeps existing output folders valid
+            "sampling": None,  # unused; output folders of earlier versions have this key and must stay valid
         }
 
     @classmethod

@@ -48,13 +48,16 @@ from captions.quality import QUALITY_FILE, find_caption_quality_flags
 from captions.stages import DECODED_KEY, RowStage, read_stage_record
 
 JPEG_QUALITY = 90
-PROBE_SIDE = 32  # side in pixels of the gray test image that is sent to a server before any work
-PIXELS_PER_TOKEN, TOKENS_PER_CAPTION, LETTERS_PER_TOKEN = 28 * 28, 40, 4  # rules of thumb for the estimate of a dry run
+PROBE_SIDE = 32  # side in pixels of the gray test image that is sent to a server before the work begins
+# Rules of thumb with which a dry run estimates token counts. `PIXELS_PER_TOKEN` is for images, `LETTERS_PER_TOKEN` for
+# the text of prompts, and `TOKENS_PER_CAPTION` for the answers.
+PIXELS_PER_TOKEN, TOKENS_PER_CAPTION, LETTERS_PER_TOKEN = 28 * 28, 40, 4
 MAX_LISTED_CHARACTERS = 200  # longer answers are shortened in the list of unusable answers
 JOURNAL_SUFFIX = ".answers.jsonl"
-SCHEMA_KEY = "caption"  # key of the JSON object that `response_schema` requests
-# Type of the column `generated-quality-<language>`. `captions` is the number of answers. `flagged` lists the unusable
-# answers, which are not in the caption column; `position` is the index of the prompt.
+SCHEMA_KEY = "caption"  # key of the text in the JSON answers that the flag `response_schema` requests
+# Type of the dataset column `generated-quality-<language>`. `captions` is the number of answers of the model for an
+# image. `flagged` lists the unusable answers, which are not in the caption column. `position` is the index of the
+# prompt of such an answer.
 _FLAGGED_FEATURES = {"position": Value("int32"), "flags": List(Value("string")), "answer": Value("string")}
 QUALITY_FEATURES = {"captions": Value("int32"), "flagged": List(_FLAGGED_FEATURES)}
 QUALITY_FEATURES |= {name: Value("int32") for name in USAGE_FIELDS}
@@ -93,15 +96,15 @@ class ChatCaptioner(Captioner):
         self._client = ChatClient(args, stage.rank if stage else 0)
         probe = convert_image_to_jpeg_data_url(PIL.Image.new("RGB", (PROBE_SIDE, PROBE_SIDE), "gray"), PROBE_SIDE)
         read = self._client.connect(self._prompts.messages(0, probe), is_check=stage is None)
-        # With a model that reads only text, `transformers serve` drops the image without an error. The request then has
-        # the same number of tokens with and without the image.
+        # If the model reads only text, `transformers serve` ignores the image without an error, and the model would
+        # invent captions. The request then has the same number of tokens with and without the image.
         if read and read == self._client.connect(self._prompts.messages(0, None)):
             raise ValueError(
                 f"{args.model} does not see images: with and without an image, the server {args.base_url[-1]} reads "
                 f"{read} tokens. Serve a vision-language model."
             )
         self._journal: Journal | None = None
-        self._stored: dict[str, list[Answer]] = {}  # key of a request -> its answers in the journal
+        self._stored: dict[str, list[Answer]] = {}  # key of a request -> its answers; the journal has them too
         self.settings = {
             "captioner": "chat",
             "model": self._client.model,

@@ -27,7 +27,8 @@ REASONING_END_RE = re.compile(rf"^.*(?:</(?:{REASONING})>|\[/THINK\])", re.IGNOR
 REASONING_START_RE = re.compile(rf"(?:<(?:{REASONING})>|\[THINK\]).*$", re.IGNORECASE | re.DOTALL)
 SPECIAL_TOKEN_RE = re.compile(r"<\|[\w ]+\|>|</?s>|<(?:start|end)_of_turn>|<(?:eos|pad|bos)>")
 FENCE_RE = re.compile(r"```[\w-]*[ \t]*\n?(.*?)(?:```|$)", re.DOTALL)
-# Introductions such as "Sure! Here is the translation in Portuguese:". The colon must come early, in the first line.
+# Introductions such as "Sure! Here is the translation in Portuguese:". The number of characters before the colon is
+# limited, so that a long caption with a colon is not taken for an introduction.
 _RESULT = r"(?:translation|translated (?:text|caption)|caption|tradução|legenda|traducción)s?"
 INTRODUCTION_RE = re.compile(
     r"^\W*(?:(?:sure|certainly|of course|okay|claro|com certeza|por supuesto)\b[^:\n]{0,80}"
@@ -53,7 +54,8 @@ REFUSAL_RE = re.compile(
 LINE_RE = re.compile(r"^\s*(\d+)\s*[.):\]-]\s*(.*\S)\s*$")
 
 
-USAGE_FIELDS = ("retried", "prompt_tokens", "completion_tokens")  # fields of `Answer` whose sums are in quality.json
+# Fields of `Answer` whose sums over all answers are written to quality.json.
+USAGE_FIELDS = ("retried", "prompt_tokens", "completion_tokens")
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,21 @@ from captions.chat.prompts import Message
 from captions.http_service import RETRYABLE_STATUS_CODES, Failure, Retries, check_key, hide_key, parse_retry_after
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
-NO_KEY = "no-key"  # sent if OPENAI_API_KEY is not set: local servers need no key, but the client requires a text
-RETRY_TEMPERATURE = 0.7  # lowest sampling temperature of the second request after a bad answer
-PROBE_TRIES = 2  # largest number of attempts of the request that checks a server before any work
-# HTTP status codes with which a server refuses the content of a request. The run continues without this caption, unless
-# `MAX_REFUSED_IN_A_ROW` requests are refused in a row.
+# Sent as the API key if OPENAI_API_KEY is not set. Local servers need no key, but the client requires one.
+NO_KEY = "no-key"
+# After a bad answer, the request is sent again with at least this sampling temperature, because the same answer would
+# come again with a temperature of 0.
+RETRY_TEMPERATURE = 0.7
+PROBE_TRIES = 2  # largest number of attempts for the request that checks a server in advance
+# HTTP status codes with which a server refuses the content of one request, such as a text that is too long. The run
+# continues without this caption. It stops after `MAX_REFUSED_IN_A_ROW` refusals in a row, because these must have a
+# general cause, such as a wrong flag.
 ITEM_STATUS_CODES, MAX_REFUSED_IN_A_ROW = (400, 413, 422), 20
-MAX_TOKENS = 10**8  # larger token counts of one request must be wrong, and are reduced to this number
-MAX_REASON_CHARACTERS = 300  # longer reasons of a server are shortened: some servers send a page of HTML
-# HTTP status code of a refused request -> what to do about it, for the error message.
+# Upper limit for the token counts that a server reports for a request. Larger numbers must be wrong, and are reduced.
+MAX_TOKENS = 10**8
+# Longer error messages of a server are shortened, because some servers send a whole page of HTML.
+MAX_REASON_CHARACTERS = 300
+# HTTP status code of a refused request -> advice to the user, which is added to the error message.
 ADVICE = {
     401: f"Set the environment variable {API_KEY_VARIABLE} to a valid key.",
     403: f"Check the permissions of the key in {API_KEY_VARIABLE}.",
@@ -93,11 +99,13 @@ class ChatClient:
     """
 
     def __init__(self, args: Any, rank: int = 0):
-        import openai  # only installed with the extra `chat`
+        # Import here, because the package is only installed with the extra `chat`, and other backends do not need it.
+        import openai
 
         self._key = os.environ.get(API_KEY_VARIABLE, "").strip()
         check_key(self._key or NO_KEY, API_KEY_VARIABLE, "The chat backend needs a key without blanks")
-        for name in ("httpx", "httpx2"):  # the HTTP library logs a line for each request
+        # The HTTP library logs a line for each request, which would flood the output. Show only its warnings.
+        for name in ("httpx", "httpx2"):
             logging.getLogger(name).setLevel(logging.WARNING)
         self._args, self.model, self._runner = args, args.model, asyncio.Runner()
         self._clients = [
@@ -112,9 +120,11 @@ class ChatClient:
             )
             for url in args.base_url
         ]
-        self._numbers = itertools.count(rank)  # the number of a request selects its server
-        self._paused_until = 0.0  # if a server has asked for a pause, no request is sent before this time
-        # `_refused` is the number of requests that were refused since the last answer.
+        # Requests are numbered, and go to the servers in turn. Each task starts with another number, so that the tasks
+        # do not all begin with the first server.
+        self._numbers = itertools.count(rank)
+        self._paused_until = 0.0  # end of a pause that a server has asked for, in seconds of `time.monotonic`
+        # `_refused` counts the requests that the server has refused since its last answer.
         self._is_connected, self._refused = False, 0
         self._start, self.prompt_tokens, self.completion_tokens = time.monotonic(), 0, 0
 
@@ -271,14 +281,15 @@ class ChatClient:
                     completion = await client.chat.completions.create(model=self._args.model, **parameters)
                 reply = convert_completion_to_reply(completion)
                 break
-            except Exception as error:  # the client and the HTTP library raise errors of many types
+            except Exception as error:  # the client and its HTTP library raise errors of many unrelated types
                 failure = self._describe_failure(error)
                 if self._is_refusal_of_item(error):
                     return Reply([Choice("", refusal=failure.reason)], self.model)
-            # `seconds_before_next` raises outside of `except`, so that the original error, which may contain the API
-            # key, is not chained to its error.
+            # After the last attempt, `seconds_before_next` raises an error. It is called outside of `except`, because
+            # Python would otherwise show the original error as well, which may contain the API key.
             wait = retries.seconds_before_next(failure)
-            if failure.retry_after_s is not None:  # the pause is for all requests
+            # If the server has asked for a pause, all other requests of this client wait as well.
+            if failure.retry_after_s is not None:
                 self._paused_until = max(self._paused_until, time.monotonic() + wait)
             await asyncio.sleep(wait)
         if self._is_connected and reply.model != self.model:
@@ -306,13 +317,14 @@ class ChatClient:
         """Convert the exception that a request raised to a `Failure`, with a one-line reason without the API key."""
         import openai
 
-        # The client's own message of a connection error says nothing; the reason is in the chained exception.
+        # For a connection error, the message of the client is not specific. The cause is in the chained exception.
         text = f"{error}" if getattr(error, "status_code", None) else f"{error.__cause__ or error}"
         reason = hide_key(" ".join(text.split()), self._key)[:MAX_REASON_CHARACTERS] or type(error).__name__
         if isinstance(error, openai.APIStatusError):
             status = error.status_code
             advice = ADVICE.get(status, REDIRECT_ADVICE if status < 400 else BAD_REQUEST_ADVICE)
-            # If the quota is used up, the status is 429 as for too many requests, but waiting does not help.
+            # Status 429 usually means too many requests, for which waiting helps. OpenAI also sends it if the quota of
+            # the account is used up, for which waiting does not help.
             is_temporary = status in RETRYABLE_STATUS_CODES and error.code != "insufficient_quota"
             wait = parse_retry_after(error.response.headers.get("retry-after"))
             reason = f"HTTP status {status}: {reason}" + ("" if is_temporary else f" {advice}")

@@ -11,7 +11,7 @@ from capivara_common.cli import check_at_least, check_between, flag
 from capivara_common.environment import require_packages
 from captions.http_service import check_service_url, is_loopback
 
-CHAT = "chat: a model on a server that speaks OpenAI's protocol"  # title of the group in `--help`
+CHAT = "chat: a model on a server that speaks OpenAI's protocol"  # title of this group of flags in `--help`
 RESERVED_KEYS = ("model", "messages", "n", "stream")  # keys of a request that `--extra_body` must not replace
 # Matches JSON text that seems to contain a secret, for example the key `api_key` or a value that begins with `sk-`.
 SECRET_RE = re.compile(
@@ -104,7 +104,8 @@ def parse_extra_body(text: str | None) -> dict[str, Any]:
         ValueError: If the text is not a JSON object, or contains one of `RESERVED_KEYS`. Also if it seems to contain an
             API key, because the flag is stored with the settings of the output.
     """
-    if SECRET_RE.search(text or ""):  # the message does not show the text, because logs must not contain secrets
+    # The error message does not quote the text, because logs must not contain secrets.
+    if SECRET_RE.search(text or ""):
         raise ValueError(
             "extra_body must not contain an API key or password. Set the environment variable OPENAI_API_KEY instead."
         )

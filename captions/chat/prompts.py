@@ -16,11 +16,12 @@ from captions.languages import language_name
 
 FOLDER = Path(__file__).parent
 TRANSLATION_KEYS, CAPTION_KEYS = ("system", "user", "lines", "examples"), ("system", "prompts")
-PROBE = "a cat on a mat 4711"  # test caption; a rendered template must contain it
-# Templates run in a sandbox, because files of prompts can come from other people.
+PROBE = "a cat on a mat 4711"  # test caption with which templates are rendered, to check that they contain the caption
+# Jinja templates can run code. They run in a sandbox, because files of prompts can come from other people.
 _ENVIRONMENT = SandboxedEnvironment(undefined=StrictUndefined)
 
-_compile_template = lru_cache(_ENVIRONMENT.from_string)  # compilation takes longer than a request
+# Compiled templates are cached, because each of them is rendered for many requests.
+_compile_template = lru_cache(_ENVIRONMENT.from_string)
 
 Message = dict[str, Any]  # a message of OpenAI's protocol, with the keys "role" and "content"
 
@@ -74,7 +75,7 @@ class Prompts:
             if not isinstance(template, str):
                 raise TypeError(f"the template must be a text, got {template!r}; quote texts that begin with {{{{")
             text = _compile_template(template).render(values).strip()
-        except Exception as error:  # a template can raise any error
+        except Exception as error:  # a template can raise errors of any type
             raise ValueError(
                 f"{self.path}: `{key}` can't be rendered: {error}. Variables: {', '.join(values)}."
             ) from error

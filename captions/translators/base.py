@@ -13,7 +13,7 @@ from captions.stages import RowStage, iter_length_limited_batches
 # Chinese and Japanese, no blank follows a sentence), between clauses, between words.
 BOUNDARIES = (r"(?<=[.!?…।॥؟])\s+|(?<=[。！？])|\n+", r"(?<=[,;:،؛、])\s+|(?<=[，；：])", r"\s+")
 
-# Translations are saved after every `SENTENCES_PER_ROW * batch_rows` sentences.
+# Translations are saved after every `SENTENCES_PER_ROW * batch_rows` sentences, so that a killed run loses few of them.
 SENTENCES_PER_ROW = 8
 
 

@@ -32,10 +32,11 @@ from captions.quality import REFUSED, TRUNCATED, find_translation_quality_flags
 from captions.stages import RowStage
 from captions.translators.base import Translator, split_text
 
-MAX_PIECE_CHARACTERS = 2_000  # longer sentences are split, so that their translation fits into `max_tokens`
-LETTERS_PER_TOKEN = 4  # rule of thumb for the estimate of a dry run
-SINGLE, LINES = "translation", "translations"  # keys of the JSON objects that `response_schema` requests
-UNUSABLE = (REFUSED, TRUNCATED)  # faults of answers that are dropped; answers with other faults are kept and flagged
+MAX_PIECE_CHARACTERS = 2_000  # longer sentences are split, so that each answer fits into `max_tokens`
+LETTERS_PER_TOKEN = 4  # rule of thumb with which a dry run estimates token counts
+SINGLE, LINES = "translation", "translations"  # keys in the JSON answers to one and to several sentences
+# Answers with one of these faults are dropped. Answers with other faults are kept, and flagged for the user.
+UNUSABLE = (REFUSED, TRUNCATED)
 
 
 @dataclass(kw_only=True)
@@ -207,7 +208,8 @@ class ChatTranslator(Translator):
             (part,) = await self._client.ask(
                 messages, judge, response_format=build_response_format_for_json_answer(SINGLE)
             )
-            # Drop other faults, such as a wrong script: `captions.translate` finds them for all translators.
+            # Ignore faults that leave a usable text, such as a wrong script: `captions.translate` looks for them in the
+            # texts of all translators.
             fault = part.fault if part.fault in UNUSABLE else None
             text = f"{answer.text} {part.text}".strip()
             answer = replace(part.with_cost_of(answer), text=text, fault=answer.fault or fault)

@@ -125,7 +125,8 @@ class FileFlags:
             translators = {"human": "by people (to change this, set translated_by: machine)", "machine": "by machine"}
             logger.info("The cards will state that it was translated %s.", translators[self.translated_by])
         elif read_table_header_and_rows(self.import_file)[0]["id"] != stage.record["source"]["fingerprint"]:
-            self.check_source_rows(stage)  # raises an error before somebody fills a table of another dataset
+            # Raise an error if the table belongs to another dataset, before somebody fills it for nothing.
+            self.check_source_rows(stage)
         return f"{self.import_file} (stage {self.title}) is incomplete: {self.pending_manual_step()}"
 
     def table_header(self, stage: RowStage) -> list[str]:
@@ -199,7 +200,8 @@ class FileFlags:
         }
         record = recorded | {"settings": recorded["settings"] | table}
         if describe_stage_record_differences(record, stage.record | current):
-            return None  # `write_or_check_stage_record` will raise an error that names the differences
+            # Not only the table has changed. `write_or_check_stage_record` will raise an error with the differences.
+            return None
         translations = read_translation_table(self.import_file, self.check_source_rows(stage))
         columns = map_caption_columns_to_translated_columns(stage.features, stage.source.display_name, self)
         names = [*columns, *columns.values(), f"quality-{self.language}"]

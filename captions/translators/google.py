@@ -143,10 +143,10 @@ class GoogleTranslator(Translator):
         while True:
             try:
                 return request()
-            except Exception as error:  # the client and the HTTP libraries raise errors of many types
+            except Exception as error:  # the client and its HTTP libraries raise errors of many unrelated types
                 failure = self._describe_failure(error)
-            # `seconds_before_next` raises outside of `except`, so that the original error, which may contain the API
-            # key, is not chained to its error.
+            # After the last attempt, `seconds_before_next` raises an error. It is called outside of `except`, because
+            # Python would otherwise show the original error as well, which may contain the API key.
             time.sleep(retries.seconds_before_next(failure))
 
     def _describe_failure(self, error: Exception) -> Failure:
@@ -155,8 +155,8 @@ class GoogleTranslator(Translator):
 
         reason = hide_key(f"{error or type(error).__name__}", self._key)
         if isinstance(error, GoogleAPICallError):
-            # Google also uses status 403 if a rate limit is exceeded. Other reasons for 403 are not temporary, so the
-            # message tells them apart.
+            # Status 403 usually means that access is denied, and repeating the request does not help. But Google also
+            # sends it if a rate limit is exceeded, which is temporary. Only the text of the message shows this.
             is_temporary = error.code in RETRYABLE_STATUS_CODES or "rate limit exceeded" in reason.lower()
             return Failure(reason, is_temporary)
         # The client raises errors of these types if a response is incomplete or not valid JSON. Their messages are
@@ -190,5 +190,6 @@ def _make_client(endpoint: str, key: str) -> Any:
             return super().request(method, url, **options | {"timeout": REQUEST_TIMEOUT_S, "allow_redirects": False})
 
     credentials = api_key.Credentials(key)
-    session = Session(credentials, max_refresh_attempts=0)  # do not retry: Google will refuse the same key again
+    # If Google refuses the key, do not send the request again: an API key, unlike a token, cannot be refreshed.
+    session = Session(credentials, max_refresh_attempts=0)
     return translate_v2.Client(credentials=credentials, _http=session, client_options={"api_endpoint": endpoint})

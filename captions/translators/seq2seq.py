@@ -34,8 +34,10 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 # Largest number of tokens in a text that a model translates at once. Longer texts are split, because translation models
 # are trained on sentences, and often do not translate the end of a long paragraph.
 MAX_SOURCE_TOKENS = 256
-SOURCE_TOKEN_RE = re.compile(r">>(.+)<<")  # language tokens of Marian models, which go before the source sentence
-TARGET_TOKEN_RE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")  # language tokens of NLLB, which begin the translation
+# Language tokens of Marian models, such as `>>por<<`. They name the target language, before the source sentence.
+SOURCE_TOKEN_RE = re.compile(r">>(.+)<<")
+# Language tokens of NLLB models, such as `por_Latn`. The translation begins with the token of its language.
+TARGET_TOKEN_RE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 
 
 @dataclass(kw_only=True)
@@ -141,10 +143,11 @@ class Seq2SeqTranslator(Translator):
         self.model, tokenizer = model.eval().to(resolve_device(device)), self.tokenizer
         self._batch_size = batch_size
         self.name = f"{model.config.model_type} {Path(name).name}"
-        self._prefix_ids: list[int] = []  # token ids before each source sentence
+        self._prefix_ids: list[int] = []  # token ids that are put before each source sentence
         self._generate_options: dict[str, Any] = {}
         source_tokens, target_tokens = _find_language_token_ids(tokenizer)
-        self._forbidden_ids = {*source_tokens.values()}  # token ids that are removed from source sentences
+        # Language tokens inside a sentence are removed, because they could change the target language.
+        self._forbidden_ids = {*source_tokens.values()}
         self._language_ids = {*source_tokens.values(), *target_tokens.values()}
         self.code, source_code = _get_model_language_codes(tokenizer, language, source_language, self.name)
         if source_tokens:
@@ -152,12 +155,13 @@ class Seq2SeqTranslator(Translator):
         elif target_tokens:
             tokenizer.src_lang = source_code
             self._generate_options["forced_bos_token_id"] = target_tokens[self.code]
-        # The start token takes one of the model's positions, so one token less can be generated. The default of twice
-        # the largest source length ends repetition loops; no correct translation is longer than that.
+        # The start token takes one of the model's positions, so at most `positions - 1` tokens can be generated. Models
+        # sometimes repeat words endlessly, so by default a translation ends at twice the largest source length.
         positions = getattr(model.config, "max_position_embeddings", None) or 2 * MAX_SOURCE_TOKENS
         self._max_source_tokens = min(positions, tokenizer.model_max_length, MAX_SOURCE_TOKENS + len(self._prefix_ids))
         self._generate_options["max_new_tokens"] = min(positions - 1, max_new_tokens or 2 * MAX_SOURCE_TOKENS)
-        model.generation_config.max_length = None  # if it were set, `generate` would warn about `max_new_tokens`
+        # If both `max_length` and `max_new_tokens` were set, each call of `generate` would log a warning.
+        model.generation_config.max_length = None
         settings = model.generation_config.to_diff_dict() | self._generate_options
         settings.pop("transformers_version", None)
         self.fingerprint = {
@@ -166,7 +170,7 @@ class Seq2SeqTranslator(Translator):
             "revision": _get_commit_or_folder_digest(name, model),
             "source": getattr(tokenizer, "src_lang", None) or source_language,
             "target": self.code,
-            "source_prefix": None,  # a key of earlier versions; it keeps existing translation memories valid
+            "source_prefix": None,  # unused; without this key, stored translations of earlier versions would be ignored
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_source_tokens": self._max_source_tokens,
             "generation": settings,
@@ -204,7 +208,8 @@ class Seq2SeqTranslator(Translator):
         """
         inputs = self.tokenizer.pad({"input_ids": [self.token_ids(text) for text in texts]}, return_tensors="pt")
         try:
-            ids = self.model.generate(**inputs.to(self.model.device), **self._generate_options)  # (texts, tokens)
+            # `ids` are the token ids of the translations (texts, tokens).
+            ids = self.model.generate(**inputs.to(self.model.device), **self._generate_options)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"Out of memory with {len(texts)} sentences at the same time. Lower --batch_size. ({error})"
@@ -230,7 +235,9 @@ def _check_languages_if_tokenizer_is_cached(
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError, AttributeError):
-        return  # no check is possible yet: `Seq2SeqTranslator` will download the model, or raise the error
+        # The tokenizer is not on this machine yet, or cannot be loaded, so no check is possible now. Later,
+        # `Seq2SeqTranslator` will download the model, or raise the error.
+        return
     _get_model_language_codes(tokenizer, language, source_language, model)
 
 
@@ -245,7 +252,8 @@ def _find_language_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[s
     vocabulary = tokenizer.get_vocab()
     source_tokens = {token[2:-2]: number for token, number in vocabulary.items() if SOURCE_TOKEN_RE.fullmatch(token)}
     target_tokens = {token: number for token, number in vocabulary.items() if TARGET_TOKEN_RE.fullmatch(token)}
-    # The tokenizer of NLLB has no attribute `lang_code_to_id`, so its language tokens are found in the vocabulary.
+    # Some tokenizers list their language tokens in the attribute `lang_code_to_id`. The tokenizer of NLLB does not, so
+    # its language tokens are found in the vocabulary.
     return source_tokens, {} if source_tokens else getattr(tokenizer, "lang_code_to_id", target_tokens)
 
 
@@ -268,7 +276,7 @@ def _get_model_language_codes(
     """
     source_tokens, target_tokens = _find_language_token_ids(tokenizer)
     only_language = filter(None, [getattr(tokenizer, "target_lang", None)])
-    # A Marian model for a single target language has no language tokens.
+    # A Marian model for a single target language has no language tokens. Its tokenizer may name the language instead.
     target = find_translator_language_code(language, source_tokens or target_tokens or only_language, name)
     return target, find_translator_language_code(source_language, target_tokens, name) if target_tokens else None
 
@@ -295,7 +303,8 @@ def _load_model(name: str, revision: str | None, precision: str) -> tuple[PreTra
         load_transformers_config(name, revision=revision)
         return tokenizer, AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision, dtype=DTYPES[precision])
     except ImportError as error:
-        reason = str(error).strip().split(". ")[0]  # remove the links that transformers adds
+        # Keep only the first sentence of the message, because transformers adds long instructions with links.
+        reason = str(error).strip().split(". ")[0]
         raise ImportError(
             f"{reason}. Install the packages for translation: {get_install_command_of_extra('translate')}"
         ) from error

@@ -22,7 +22,8 @@ BENCHMARKS_FOLDER = Path(__file__).resolve().parent
 # Names of the model classes that have CAPIVARA's architecture, to which its published results apply: the class of this
 # project, and the class that open_clip uses for the same text and image encoder.
 CAPIVARA_CLASSES = ("CapivaraModel", "CustomTextCLIP")
-SUITES = ("paper", "elevater", "beyond", "retrieval", "classification")  # "paper" includes all benchmarks
+# Names of groups of benchmarks that `eval.suite` can run. The group "paper" includes all benchmarks.
+SUITES = ("paper", "elevater", "beyond", "retrieval", "classification")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Benchmark:
     If `task` is "average", there is no dataset: the benchmark is the published mean over several other benchmarks.
     """
 
-    key: str  # name of the JSON file, and of the folder in --data_dir
+    key: str  # such as "cifar-10": name of this benchmark's JSON file, and of its folder in --data_dir
     title: str  # name that tables show
     # "retrieval" (between images and captions), "classification" (zero-shot) or "average" (mean over other benchmarks)
     task: str
@@ -55,16 +56,21 @@ class Benchmark:
     # clip-benchmark's templates). For retrieval, which has no prompts, it is "captions".
     protocol: str = ""
     test_images: int | None = None  # size of the published split; None if unknown
-    image_column: str | None = None  # None: the only column with images
-    label_column: str | None = None  # None: the first column with a usual name
-    caption_column: str = ""  # retrieval: name of the caption column; `{language}` stands for the code
-    caption_positions: str = "all"  # retrieval: value of --caption_positions of `eval.retrieval`
-    prompts: str | None = None  # classification: name of the file in `eval/prompts/pt`
-    other_languages: tuple[str, ...] = ()  # languages measured by default in addition to `language`
+    image_column: str | None = None  # name of the column with images; None: the only such column
+    # Name of the column with labels. None: the first column with a usual name, such as "label".
+    label_column: str | None = None
+    # Only for retrieval: name of the column with captions. In a name such as "captions-{language}", the language code
+    # is inserted.
+    caption_column: str = ""
+    # Only for retrieval: which captions of an image count, as in --caption_positions of `eval.retrieval`.
+    caption_positions: str = "all"
+    prompts: str | None = None  # only for classification: name of the prompt file in `eval/prompts/pt`
+    other_languages: tuple[str, ...] = ()  # languages that are measured by default, in addition to `language`
     known_languages: tuple[str, ...] = ()  # languages that --languages accepts; if empty, it accepts `languages`
-    data_of: str | None = None  # key of another benchmark; its local folder is used if this benchmark has none
+    # Key of another benchmark with the same images. Its local folder is used if this benchmark has none.
+    data_of: str | None = None
     like_for_like: bool = True  # whether the published results were measured on the same texts and images
-    count: int = 0  # task "average": number of benchmarks that must be measured before the mean is shown
+    count: int = 0  # only for the task "average": the mean is shown only if so many benchmarks were measured
 
     @property
     def languages(self) -> tuple[str, ...]:

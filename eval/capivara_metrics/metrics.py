@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RECALL_CUTOFFS = (1, 5, 10)  # values of k; CAPIVARA (arXiv 2310.13683) reports the mean of these three recall@k
+# Values of k for recall@k. CAPIVARA (arXiv 2310.13683) reports the mean of these three recalls.
+RECALL_CUTOFFS = (1, 5, 10)
 # Number of scores that `compute_ranks_from_embeddings` computes at a time. They take 16 MiB in float32, and the memory
 # allocator reuses this memory for the next scores.
 BLOCK_SCORES = 2**22
@@ -140,8 +141,8 @@ def _check_finite_embeddings_and_relevant_items(
 ) -> None:
     """Raise ValueError if an embedding is NaN or infinite, or if the group of a query has no item."""
     for name, embeds in (("query", query_embeds), ("item", item_embeds)):
-        # Checking the minimum and maximum is enough, because `aminmax` returns NaN if an element is NaN. Unlike
-        # `isfinite` on all elements, it allocates no mask.
+        # Checking only the minimum and maximum finds every NaN, too, because `aminmax` returns NaN if an element is
+        # NaN. Unlike `isfinite` on all elements, it allocates no mask as large as the embeddings.
         if embeds.numel() and not torch.stack(embeds.aminmax()).isfinite().all():
             raise ValueError(f"A {name} embedding is NaN or infinite. Check the model's weights and the precision.")
     if missing := (~torch.isin(query_groups, item_groups)).nonzero().flatten()[:10].tolist():
@@ -389,7 +390,8 @@ def confusion_matrix(scores: Tensor, labels: Tensor) -> Tensor:
         Counts (classes, classes), int64: rows are right classes, columns are predicted classes.
     """
     ranks, classes = _compute_true_class_ranks(scores, labels), scores.shape[1]
-    floating = scores.to(torch.promote_types(scores.dtype, torch.float))  # integers can't be set to -inf
+    # Scores become floating-point numbers, because the next line sets some to -inf, which integers can't represent.
+    floating = scores.to(torch.promote_types(scores.dtype, torch.float))
     best_wrong = floating.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
     predicted = torch.where(ranks == 0, labels, best_wrong)
     return torch.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
@@ -412,17 +414,22 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
     Raises:
         ValueError: If the shapes differ, if a score is not finite, or if no class has an image.
     """
-    from sklearn.metrics import precision_recall_curve  # takes a second to import, and retrieval does not need it
+    # scikit-learn is imported only here, because its import takes a second and retrieval does not need it.
+    from sklearn.metrics import precision_recall_curve
 
     if scores.shape != targets.shape:
         raise ValueError(f"Shapes must be equal, got scores {tuple(scores.shape)}, targets {tuple(targets.shape)}.")
     _check_finite(scores)
     if not (present := targets.sum(dim=0).nonzero().flatten().tolist()):
         raise ValueError("At least one class must have an image, but targets has no 1.")
-    points, means = np.linspace(0, 1, 11) - 1e-12, []  # the tolerance allows for rounding errors of the recall
+    # Levels of recall: 0, 0.1, 0.2, and so on to 1. They are lowered by 1e-12, so that a recall that a rounding error
+    # puts just below its level still counts.
+    points, means = np.linspace(0, 1, 11) - 1e-12, []
     for column in present:
         precision, recall, _ = precision_recall_curve(targets[:, column].numpy(), scores[:, column].numpy())
-        precision, recall = precision[:-1], recall[:-1]  # scikit-learn appends a point with precision 1 and recall 0
+        # scikit-learn appends a point with precision 1 and recall 0, which was not measured. It is removed, because the
+        # best precision at recall 0 would otherwise always be 1.
+        precision, recall = precision[:-1], recall[:-1]
         means.append(np.mean([precision[recall >= point].max() for point in points]))
     return float(np.mean(means))
 
@@ -442,7 +449,8 @@ def roc_auc(scores: Tensor, labels: Tensor) -> float:
     Raises:
         ValueError: If only one of the two labels occurs, or if a score is not finite.
     """
-    from sklearn.metrics import roc_auc_score  # takes a second to import, and retrieval does not need it
+    # scikit-learn is imported only here, because its import takes a second and retrieval does not need it.
+    from sklearn.metrics import roc_auc_score
 
     positives = labels.bool()
     if not positives.any() or positives.all():

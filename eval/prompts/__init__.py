@@ -53,7 +53,7 @@ class Prompts:
     # templates. "own": a JSON file with the user's own classes.
     protocol: str
     names: list[str]  # names of the classes in the language of the prompts, in the order of the labels
-    english_names: list[str]  # names of all classes of the dataset, as the data have them (usually English)
+    english_names: list[str]  # names of all classes as the dataset spells them, usually in English
     class_prompts: list[list[str]]  # for each class in `names`, its prompts
     metric: str  # metric of the dataset, from `DATASET_METRICS`
     language: str = "pt"  # language code of `class_prompts`
@@ -270,7 +270,8 @@ def parse_python_assignments(text: str) -> dict:
             return {evaluate(key): evaluate(item) for key, item in zip(node.keys, node.values, strict=True)}
         if isinstance(node, ast.List | ast.Tuple):
             return [evaluate(item) for item in node.elts]
-        # A template is a lambda with an f-string, such as `lambda c: f"uma foto de {c}."`.
+        # In the authors' file, a template is a lambda with an f-string, such as `lambda c: f"uma foto de {c}."`. It
+        # becomes the text "uma foto de {}.".
         if isinstance(node, ast.Lambda) and isinstance(node.body, ast.JoinedStr):
             parts = node.body.values
             return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)

@@ -18,12 +18,14 @@ from capivara_common.image_files import BadImage
 from eval.records.result_files import ROLE_NAMES
 from eval.records.tables import make_short_plain_line
 
-matplotlib.use("Agg")  # draws into files, so that no screen is needed
+# The backend "Agg" only draws into files, so it also works on a machine without a screen.
+matplotlib.use("Agg")
 
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 
-if TYPE_CHECKING:  # reports draw charts without importing torch
+# Only type checkers need this import. Without it, reports draw charts without the slow import of torch.
+if TYPE_CHECKING:
     from torch import Tensor
 
 BASELINE_COLOR = "#8a8f98"
@@ -32,7 +34,8 @@ CHANCE_COLOR = "#c9c9c9"
 DIRECTION_COLORS = {"text_to_image": "#1b7f5c", "image_to_text": "#d98324"}
 TEXT_COLOR = "#1f2933"
 FAINT_TEXT_COLOR = "#6b7280"
-BARS_WIDTH_INCHES = 5.2  # narrow, so that the letters stay readable on a phone
+# A page shrinks a wide chart on a phone. This width is narrow enough for its text to stay readable there.
+BARS_WIDTH_INCHES = 5.2
 # Labels of training curves and of sheets with example queries, in English and Portuguese.
 PLOT_LABELS = read_json(Path(__file__).with_name("words.json"))
 RELEVANT_COLOR = "#1b7f5c"  # frame of the image that the query describes
@@ -50,7 +53,9 @@ def save_png_and_close_figure(figure: plt.Figure, path: Path) -> None:
     """Write a matplotlib figure to a PNG file with 130 dots per inch, and close the figure. The write is atomic."""
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"(?s)Glyph .* missing from font")  # no installed font has the script
+        # If no installed font has the letters of a script, matplotlib warns about each of them. The charts are still
+        # useful, so these warnings are hidden.
+        warnings.filterwarnings("ignore", message=r"(?s)Glyph .* missing from font")
         figure.savefig(file, dpi=130, format="png")
     plt.close(figure)
     write_bytes(path, file.getvalue())
@@ -124,11 +129,13 @@ def plot_baseline_and_model_bars(pairs: list[dict[str, Any]], path: Path) -> Non
     chances = [(100 * pair["chance"], height) for height, pair in enumerate(pairs) if pair["chance"] is not None]
     if chances:
         axis.plot(*zip(*chances, strict=True), "|", color=TEXT_COLOR, markersize=26, label="chance")
-    axis.set_xlim(0, max(1.0, 1.3 * axis.dataLim.x1))  # leave room for the label of the longest bar
+    # Beyond the longest bar there must be room for its label, so the axis is 30 % longer than the bar.
+    axis.set_xlim(0, max(1.0, 1.3 * axis.dataLim.x1))
     axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 100])
-    # With parse_math=False, a $ in a label does not start a formula.
+    # With parse_math=False, a $ in a label is shown as it is. Otherwise it would start a formula.
     axis.set_yticks(range(len(pairs)), [pair["short"] for pair in pairs], parse_math=False, fontsize=9.5)
-    axis.set_ylim(len(pairs) - 0.4, -0.6)  # the first pair is at the top
+    # The limits are in descending order, so that the first pair is at the top of the chart instead of the bottom.
+    axis.set_ylim(len(pairs) - 0.4, -0.6)
     axis.set_xlabel("percent", color=FAINT_TEXT_COLOR, fontsize=9)
     axis.tick_params(length=0, labelcolor=TEXT_COLOR)
     draw_grid_and_hide_frame(axis, "x", "top", "right", "left")
@@ -160,7 +167,7 @@ def plot_ranked_image_grid(
     """
     columns, blocks = max(len(images) for row in rows for _, images in row), len(rows[0])
     lines = note.count("\n") + bool(note)
-    top_margin, bottom_margin = 0.3 + 0.35 * bool(headings), 0.15 * bool(note) + 0.15 * lines  # inches
+    top_margin, bottom_margin = 0.3 + 0.35 * bool(headings), 0.15 * bool(note) + 0.15 * lines  # both in inches
     height = 1.45 * len(rows) + top_margin + bottom_margin
     installed = {font.name for font in font_manager.fontManager.ttflist}
     fallbacks = sorted(name for name in installed if name.startswith(FALLBACK_FONTS))
@@ -180,7 +187,7 @@ def plot_ranked_image_grid(
                         axis.text(3.5, 3.5, text, ha="center", va="center", fontsize=7, parse_math=False)
                         image = Image.new("RGB", (8, 8), "#e5e7eb")
                     axis.imshow(image)
-                    # Anchored at the top ("N"), so that the title stays close to a wide image.
+                    # The anchor "N" (north) keeps a wide image at the top of its cell, close to its title.
                     axis.set(xticks=[], yticks=[], anchor="N")
                     for spine in axis.spines.values():
                         frame_color = RELEVANT_COLOR if is_relevant else OTHER_COLOR
@@ -241,7 +248,7 @@ def plot_retrieval_sheet(
         language: Language of the labels, "pt" or "en"; any other is treated as "en".
     """
     labels, rows, note = PLOT_LABELS.get(language, PLOT_LABELS["en"])["sheet"], [], ""
-    reason = ""  # why captions are shown instead of images
+    reason = ""  # why captions are shown instead of images; empty if all images can be shown
     ranks = {role: split.ranks["text_to_image"] for role, split in embeddings.items()}
     is_comparison = len(ranks) > 1
     if is_comparison:

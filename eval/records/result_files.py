@@ -26,18 +26,23 @@ SCHEMA_VERSION = 2  # version of the format of result files and of run.json
 # Size limit of JSON files that are read. The largest content of a result file, an indented confusion matrix of 1000
 # classes, takes 12 MB.
 MAX_JSON_BYTES = 64 * 2**20
-ROLE_NAMES = {"baseline": "Baseline", "capivara": "CAPIVARA"}  # role -> name that tables show
+ROLE_NAMES = {"baseline": "Baseline", "capivara": "CAPIVARA"}  # {role of a model: its name in tables}
 TASKS = ("retrieval", "classification", "linear_probe")
 DIRECTIONS = ("text_to_image", "image_to_text")
-RANK_METRICS = ("median_rank",)  # ranks from 1, lower is better; all other metrics are from 0 to 1, except gains
-GAIN_METRIC = "mean_recall_gain"  # model minus baseline, from -1 to 1
-# {metric: "retrieval", or "classes" for classification and linear probe}. `recall@k` for any k is not listed.
+# Metrics whose values are ranks: they start at 1, and lower is better. Gains are from -1 to 1, all other metrics from 0
+# to 1.
+RANK_METRICS = ("median_rank",)
+GAIN_METRIC = "mean_recall_gain"  # mean recall of the model minus that of the baseline, from -1 to 1
+# {metric: "retrieval", or "classes" for classification and linear probe}. `recall@k` is not listed, because k can be
+# any number.
 METRIC_TASKS = {
     **dict.fromkeys(("mean_recall", "median_rank", GAIN_METRIC), "retrieval"),
     **dict.fromkeys(("accuracy", "mean_per_class_accuracy", "top_5_accuracy", "11point_mAP", "roc_auc"), "classes"),
 }
-LARGEST_RECALL_CUTOFF = 10  # the mean recall is the mean of recall@k for k = 1, 5 and 10; this is the largest k
-ROUNDING_TOLERANCE = 1e-9  # rounding errors may move a value out of the range 0 to 1 (gains: -1 to 1) by this much
+# The mean recall is the mean of recall@1, recall@5 and recall@10. This is the largest k in it.
+LARGEST_RECALL_CUTOFF = 10
+# Values are valid from 0 to 1 (gains from -1 to 1). A rounding error may move a value out of this range by this much.
+ROUNDING_TOLERANCE = 1e-9
 
 # Two records are comparable only if all of these fields of `Record` are equal.
 Condition = namedtuple("Condition", "task dataset split language protocol direction metric dim", defaults=(None,))
@@ -63,7 +68,7 @@ class Record:
     direction: str
     metric: str  # such as "recall@1", "mean_recall", "accuracy", or "mean_recall_gain" (model minus baseline)
     value: float  # from 0 to 1, such as a recall; for "median_rank" a rank from 1; for a gain a difference from -1 to 1
-    n: int  # number of queries (retrieval) or images (other tasks) that the value averages over
+    n: int  # number of queries (retrieval) or images (other tasks) from which the value was computed
     model: str  # role of the model, "baseline" or "capivara"
     model_folder: str  # folder or Hub id of the model; "." in the results that a training run writes about itself
     seed: int | None = None  # seed of the training run; None if unknown, or if the model was not fine-tuned
@@ -103,7 +108,7 @@ class Record:
         k = int(recall[1]) if recall else 0
         if self.metric.startswith("mean_recall"):
             k = LARGEST_RECALL_CUTOFF
-        # With k items or fewer, every query is a hit.
+        # A recall@k with at most k items says nothing, because every query then finds its item among the first k.
         self._check("n", not k or self.n > k, f"greater than {k} for {self.metric}")
 
     @property
@@ -243,7 +248,8 @@ def read_untrusted_json_object_and_bytes(path: Path) -> tuple[dict[str, Any], by
             object in UTF-8, has a duplicate key, or has a number that is NaN or infinite. The message starts with a
             verb, so that callers can put the name of the file before it.
     """
-    if not path.is_file():  # reading a pipe could block forever
+    # Only regular files are read, because reading a pipe could wait forever for data.
+    if not path.is_file():
         raise ValueError("is not a regular file")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"is larger than {MAX_JSON_BYTES // 2**20} MiB")
@@ -253,7 +259,8 @@ def read_untrusted_json_object_and_bytes(path: Path) -> tuple[dict[str, Any], by
         content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_build_dict_refusing_duplicates)
     except RecursionError as error:
         raise ValueError("is not readable JSON: it is nested too deeply") from error
-    except ValueError as error:  # includes UnicodeDecodeError
+    except ValueError as error:
+        # Both JSONDecodeError and UnicodeDecodeError are kinds of ValueError.
         raise ValueError(f"is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError("must contain a JSON object")

@@ -24,7 +24,8 @@ from capivara_common.files import write_text
 from capivara_common.privacy import shorten_absolute_paths
 from eval.records.result_files import DIRECTIONS, RANK_METRICS, ROLE_NAMES, Condition, Record, ResultFile
 
-# Control characters, marks that change the direction of text, and private-use characters.
+# Characters that are removed from texts before they are shown, because they could hide or reorder other text: control
+# characters, marks that change the direction of text, and private-use characters.
 CONTROL_CHARACTERS_RE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ue000-\uf8ff]")
 MARKDOWN_CHARACTERS = "\\`*_[]<>|~$#&"
 TABLE_METRICS = ("recall@1", "recall@5", "recall@10", "mean_recall")
@@ -59,7 +60,9 @@ def build_records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
             row |= {"folder": folder, "seed": seed, "dim": record.dim or 0}
             row |= {"record": record, "source": f"{file.name}#/records/{number}"}
             for column, value in row.items():
-                if isinstance(value, str):  # JSON allows an unpaired surrogate, which pandas' Arrow strings do not
+                # JSON allows half of a surrogate pair, such as "\ud800", but pandas' Arrow strings do not. It is
+                # replaced by "?".
+                if isinstance(value, str):
                     row[column] = value.encode("utf-8", "replace").decode()
             rows.append(row)
     return pandas.DataFrame(rows, dtype=object).astype({"value": float, "chance": float, "n": float})
@@ -100,7 +103,8 @@ def get_model_folder_and_seed(record: Record, file_name: str) -> tuple[str, int 
         folder, seed = folder.parent, int(number)
     if str(folder) == ".":
         folder = PurePosixPath(file_name).parent
-        if folder.parent.name == f"seed-{seed}":  # the file is in RUNS/seed-N/results, next to the runs of other seeds
+        # A file in RUNS/seed-N/results belongs to the folder RUNS, which also has the runs with other seeds.
+        if folder.parent.name == f"seed-{seed}":
             folder = folder.parent.parent
     return "this run" if str(folder) == "." else shorten_absolute_paths(folder.as_posix()), seed
 
@@ -166,7 +170,8 @@ def average_over_seeds(frame: pandas.DataFrame, group_column: str) -> list[Any]:
     """
     keys = [*Condition._fields, "model", group_column]
     frame = frame.assign(row=pandas.Series([*frame.itertuples(index=False, name="Measured")], frame.index, object))
-    distinct = frame[~frame.duplicated([*keys, "seed"])]  # a measurement that is in two files counts once
+    # A measurement that is in two files counts once. Otherwise it would have twice the weight in the mean.
+    distinct = frame[~frame.duplicated([*keys, "seed"])]
     columns = frame.groupby(keys, sort=False, dropna=False).agg(
         chance=("chance", "first"), data=("fingerprint", lambda fingerprints: frozenset(fingerprints.dropna()))
     )
@@ -310,7 +315,9 @@ def make_short_plain_line(text: str, limit: int) -> str:
         text: The text.
         limit: Largest number of characters; a longer text ends with "…".
     """
-    text = text[: 4 * limit].encode("utf-8", "replace").decode()  # an unpaired surrogate can't be written as UTF-8
+    # Half of a surrogate pair, such as "\ud800", can't be written as UTF-8, so it is replaced by "?". The factor 4
+    # leaves enough text for the line when spaces and control characters are removed.
+    text = text[: 4 * limit].encode("utf-8", "replace").decode()
     line = CONTROL_CHARACTERS_RE.sub("", " ".join(text.split()))
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
@@ -327,7 +334,8 @@ def write_html_from_template(template: Path, file: Path, **values: object) -> No
     loader = jinja2.DictLoader({path.name: path.read_text(encoding="utf-8") for path in files})
     strict = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     page = jinja2.Environment(loader=loader, autoescape=True, **strict).get_template(template.name).render(values)
-    write_text(file, page.encode("utf-8", "replace").decode())  # an unpaired surrogate can't be written as UTF-8
+    # Half of a surrogate pair, such as "\ud800", can't be written as UTF-8, so it is replaced by "?".
+    write_text(file, page.encode("utf-8", "replace").decode())
 
 
 def escape_markdown(text: str, limit: int = 300) -> str:
@@ -340,7 +348,7 @@ def escape_markdown(text: str, limit: int = 300) -> str:
     text = "".join(
         "\\" + letter if letter in MARKDOWN_CHARACTERS else letter for letter in make_short_plain_line(text, limit)
     )
-    # At the start of a line, these marks would make a list or a heading.
+    # These marks, such as "-" or "1.", would start a list or a heading in Markdown, so a backslash is put before them.
     return re.sub(r"^([-+=])|^(\d+)(?=[.)])", lambda match: f"\\{match[1]}" if match[1] else f"{match[2]}\\", text)
 
 

@@ -53,7 +53,8 @@ def build_openmoji_caption_dataset(args: OpenMojiCaptionsArguments) -> Path:
     english = Path(next(iter(plan.steps.values()))[0].dataset)
     if not english.exists():
         with atomic_folder(english) as folder:
-            # English aliases are removed, because Unicode has no Portuguese aliases that could serve as translations.
+            # Only the official English name, the first caption, is kept. The others are aliases, and Unicode has no
+            # Portuguese aliases that could serve as their translations.
             english_only = source.remove_columns(["captions-pt"])
             names_only = english_only.map(lambda row: {"captions-en": row["captions-en"][:1]}, desc="English names")
             names_only.save_to_disk(folder)

@@ -41,10 +41,10 @@ ENGLISH, NAMES = "captions-en", "captions-pt"
 CAPTION_TEMPLATES = ("{}", "um desenho de {}", "um emoji que mostra {}", "{}, desenho simples em fundo branco")
 TRAINER = Path(__file__).resolve().parents[2] / "train_accelerate.py"
 MAX_BATCH_SIZE = 64
-# Flags of the training. It only shows that the steps work, because it is too short for a good model.
+# Flags of the training. It is too short for a good model, because it only has to show that all steps work.
 TRAINING = {"micro_batch_size": 32, "warmup_steps": 1, "learning_rate": 2e-5}
 TRAINING |= {"caption_strategy": "all", "min_learning_rate": 0, "weight_decay": 0}
-SERVER_SECTIONS = ("generate", "translate")  # sections of the config that need a server
+SERVER_SECTIONS = ("generate", "translate")  # sections of the config that get the server's address
 
 logger = logging.getLogger("capivara")
 
@@ -67,7 +67,7 @@ class OpenMojiChatArguments:
     output: Path = flag(Path("data/openmoji/chat"), "Folder for the dataset and the training run.")
 
     def __post_init__(self) -> None:
-        # The evaluation measures recall@10, which is meaningless with ten images or fewer.
+        # The evaluation measures recall@10. With ten images or fewer, it would always be 1, so 20 are required.
         check_at_least(self, 20, "images", "evaluation_images")
         check_at_least(self, 1, "max_steps", "concurrency")
 
@@ -207,7 +207,7 @@ def _build_dataset_and_train_model(args: OpenMojiChatArguments) -> Path:
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         words += ["--eval_languages", "pt", "en"]
         if status := subprocess.call([sys.executable, str(TRAINER), *words]):
-            raise SystemExit(status)  # the trainer has printed the reason
+            raise SystemExit(status)  # no message, because the trainer has already printed the reason
     return run
 
 

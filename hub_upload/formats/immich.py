@@ -37,7 +37,7 @@ from modeling_capivara.two_towers import (
     random_texts,
 )
 
-XLM_R_TOKENS, SIGLIP_2_TOKENS = 250_002, 256_000  # numbers of tokens in the published vocabularies
+XLM_R_TOKENS, SIGLIP_2_TOKENS = 250_002, 256_000  # vocabulary sizes of the published models
 # Maps an architecture to the name of the model in Immich's list, immich_ml/models/constants.py. The key is a tuple:
 # number of tokens in the published vocabulary, width of the image tower, patch size and image size in pixels.
 IMMICH_NAMES_BY_SIZE = {
@@ -49,7 +49,8 @@ IMMICH_NAMES_BY_SIZE = {
     (SIGLIP_2_TOKENS, 1024, 16, 384): "ViT-L-16-SigLIP2-384__webli",
     (SIGLIP_2_TOKENS, 1024, 16, 512): "ViT-L-16-SigLIP2-512__webli",
     (SIGLIP_2_TOKENS, 1152, 14, 224): "ViT-SO400M-14-SigLIP2__webli",
-    # Google's checkpoint states 384 pixels, which are cut to 27 patches of 14 pixels, that is 378.
+    # Google's checkpoint states an image size of 384 pixels, but Immich's name has 378: only 27 whole patches of 14
+    # pixels fit into 384 pixels, and 27 x 14 = 378.
     (SIGLIP_2_TOKENS, 1152, 14, 384): "ViT-SO400M-14-SigLIP2-378__webli",
     (SIGLIP_2_TOKENS, 1152, 16, 256): "ViT-SO400M-16-SigLIP2-256__webli",
     (SIGLIP_2_TOKENS, 1152, 16, 384): "ViT-SO400M-16-SigLIP2-384__webli",
@@ -201,7 +202,8 @@ def _write_and_check_graph(tower: ImmichTower, input_name: str, examples: list[n
     with torch.inference_mode():
         expected = np.concatenate([tower(**{input_name: torch.from_numpy(example)}).numpy() for example in examples])
     export_graph(tower, {input_name: torch.from_numpy(examples[0])}, [f"{input_name}_embeds"], path)
-    onnx.save(onnx.load(path), path)  # Immich expects the weights in the same file
+    # Save the graph again with the weights inside the file, because Immich expects a single file.
+    onnx.save(onnx.load(path), path)
     weights_file(path).unlink()
     session = open_session(path)
     outputs = np.concatenate([session.run(None, {input_name: example})[0] for example in examples])

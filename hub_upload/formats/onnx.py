@@ -40,9 +40,12 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# Largest allowed difference between the embeddings of model and float32 graph, in any component. Typical: 1e-7.
+# Largest allowed difference, in any component, between the embeddings of the model and of its float32 graph. The usual
+# difference is 1e-7.
 EMBEDDING_TOLERANCE = 1e-4
-SCORE_TOLERANCE = 1e-3  # largest allowed difference of scores (cosines times the logit scale, which may be up to 100)
+# Largest allowed difference of scores. It is larger than the tolerance of embeddings, because scores are cosines times
+# the logit scale, which may be up to 100.
+SCORE_TOLERANCE = 1e-3
 # Only matrix products and token embeddings are quantized to int8; they are most of a multilingual text tower.
 # Convolutions stay float32: with int8 convolutions, embeddings of EfficientNet-Lite0 become unusable (lowest cosine
 # with the float32 embeddings 0.56), and quantization would save little, because this image tower has only 16 MB.
@@ -133,8 +136,8 @@ def write_onnx(
         ValueError: If a float32 graph differs from the model by more than `EMBEDDING_TOLERANCE` or `SCORE_TOLERANCE`.
     """
     model, processor, onnx = load_model(source or folder).eval(), load_processor(source or folder), folder / "onnx"
-    # The graphs are compared with the model on batches of six inputs and one input. The exporter sees example inputs of
-    # three images and two texts, but the graphs must also work for other batch sizes.
+    # The graphs are compared with the model on a batch of six images and texts, and on a batch of one. The exporter
+    # sees three images and two texts, so the comparison also shows whether a graph works for other batch sizes.
     pictures = [image.convert("RGB") for image in random_images()]  # some processors don't convert to RGB
     batches = [
         pad_batch(processor, tokenize(processor, random_texts()[:n]))
@@ -219,7 +222,8 @@ def export_graph(
             other dimensions have the size of the example inputs. None: no dimension may vary.
     """
     with _silence_logs_and_warnings(), torch.no_grad():
-        # The exporter keeps the mode of the module. Without `eval()`, dropout would therefore stay active in the graph.
+        # The exporter keeps the module in its current mode. In training mode, dropout would become part of the graph,
+        # so the module is set to evaluation mode first.
         program = torch.onnx.export(
             module.eval(), (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, verbose=False,
             input_names=list(inputs), output_names=list(outputs),
@@ -265,7 +269,8 @@ def _quantize_weights(source: Path, target: Path) -> None:
 
         unsigned = {"per_channel": True, "weight_type": QuantType.QUInt8}
         quantize_dynamic(source, target, op_types_to_quantize=["Gather"], **unsigned)
-        # With accuracy level 4, activations are quantized, too, so that products are computed with 8-bit integers.
+        # At accuracy level 4, onnxruntime quantizes not only the weights but also the activations, so that it can
+        # compute the products with 8-bit integers.
         quantizer = MatMulNBitsQuantizer(
             onnx.load(target),
             bits=8,

@@ -62,7 +62,8 @@ def choose_and_check_text_config_id(config: CapivaraConfig, text_config: str | N
         ValueError: If `text_config` is not a Hub id with a configuration, or this configuration differs from the
             configuration of the model's text tower. The message names the fields that differ.
     """
-    base = CapivaraConfig().text_config  # the default is XLM-RoBERTa base, so no network is needed
+    # The default text tower of a `CapivaraConfig` is XLM-RoBERTa base, so its configuration need not be downloaded.
+    base = CapivaraConfig().text_config
     if text_config is None:
         return None if _describe_config_differences(config.text_config, base) else BASE_TEXT_MODEL
     try:
@@ -116,7 +117,8 @@ def build_open_clip_config(
             with torch.device("meta"):
                 tensors = to_capivara_state_dict(new_open_clip_model(config).state_dict())
                 build_save_only_model_from_tensors(tensors, config, "Its tensors")
-        except (RuntimeError, ValueError) as error:  # a few timm models have another width in open_clip
+        # The tensors don't fit, for example, for a few timm image towers whose output has another width in open_clip.
+        except (RuntimeError, ValueError) as error:
             raise ValueError(f"open_clip can't build this model: {' '.join(str(error).split())}") from error
     # open_clip loads the tokenizer from this Hub id if the model is loaded with a `hf-hub:` name. If it is loaded with
     # a `local-dir:` name, open_clip loads the tokenizer from the local folder.
@@ -211,7 +213,9 @@ def write_open_clip_siglip(source: Path, folder: Path, tokenizer_repository: str
         "heads": text.num_attention_heads, "layers": text.num_hidden_layers, "no_causal_mask": True, "proj_bias": True,
         "pool_type": "last", "norm_kwargs": {"eps": text.layer_norm_eps}, "act_kwargs": {"approximate": "tanh"},
         "mlp_ratio": text.intermediate_size / text.hidden_size, "hf_tokenizer_name": tokenizer_repository,
-        "tokenizer_kwargs": {"clean": "whitespace"},  # open_clip must not lowercase; the tokenizer does if needed
+        # open_clip may clean up white space, but must not convert texts to lowercase. If a model needs lowercase texts,
+        # its tokenizer converts them.
+        "tokenizer_kwargs": {"clean": "whitespace"},
     }  # fmt: skip
     model_cfg = {"embed_dim": text.projection_size, "init_logit_bias": model.logit_bias.item(), "custom_text": True}
     model_cfg |= {"vision_cfg": vision_cfg, "text_cfg": text_cfg}
@@ -239,7 +243,8 @@ def _check_open_clip_embeddings(model: PreTrainedModel, processor: ProcessorMixi
 
     try:
         theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-    except RuntimeError as error:  # for example, timm has no tower for this image size
+    # This happens, for example, if timm has no tower for the image size of the model.
+    except RuntimeError as error:
         raise ValueError(f"open_clip can't build this model: {' '.join(str(error).split())}") from error
     ids = pad_batch(processor, tokenize(processor, random_texts()))["input_ids"]
     image_size = model.config.vision_config.image_size

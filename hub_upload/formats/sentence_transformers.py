@@ -71,7 +71,7 @@ def check_sentence_transformers_embeddings(source: Path, folder: Path) -> None:
         return
     from sentence_transformers import SentenceTransformer
 
-    texts = [*random_texts(), "Uma FOTO de São João"]  # texts of several lengths, and a text with capital letters
+    texts = [*random_texts(), "Uma FOTO de São João"]  # of several lengths; one with capital letters
     ours = embed_texts(load_model(source).eval(), load_processor(source), texts)
     # Each batch has one text, because in a larger batch the longest text could hide an error: if short texts are not
     # padded to the full length, they are at least padded to the longest text.

@@ -148,7 +148,8 @@ def _anonymize_path(path: str, new_names: dict[str, str]) -> str:
     for folder, name in new_names.items():
         if PurePath(path).is_relative_to(folder):
             return str(PurePath(name, PurePath(path).relative_to(folder)))
-    return str(PurePath("/", PurePath(path).name))  # the folder is no longer listed in the index
+    # This happens if the picture's folder was removed from the list of indexed folders.
+    return str(PurePath("/", PurePath(path).name))
 
 
 # --- Folder of the Space ---------------------------------------------------------------------------------------------
@@ -207,7 +208,9 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
             credit=credit,
             model_license=model_license,
         )
-        for name in ("README.md", "app.py"):  # they contain texts from the cards of model and pictures
+        # These two files contain texts from the cards of the model and the pictures, which may contain secrets or
+        # paths.
+        for name in ("README.md", "app.py"):
             check_file_for_secrets(output / name, name)
             check_paths(output / name, name)
 

@@ -45,7 +45,7 @@ PAGE_MODEL_FILES = ("config.json", "preprocessor_config.json", "tokenizer.json",
 SPACE_CARD_DATA = {
     "title": "CAPIVARA: busca nas suas imagens",
     "sdk": "static",
-    # Browsers allow WebAssembly threads only for pages with these headers.
+    # Browsers let a page run WebAssembly in several threads only if the page is sent with these headers.
     "custom_headers": {"cross-origin-embedder-policy": "require-corp", "cross-origin-opener-policy": "same-origin"},
     "short_description": "Busca nas suas imagens, no seu navegador",
 }
