@@ -229,7 +229,7 @@ def wait_until(condition: Callable[[], object], seconds: float = WAIT_TIMEOUT_S)
     start = time.perf_counter()
     while not condition():
         if time.perf_counter() - start > seconds:
-            raise RuntimeError(f"The condition was still false after {seconds} s.")
+            raise RuntimeError(f"The index did not change as expected within {seconds} s. Run the benchmark again.")
         time.sleep(0.02)
     return time.perf_counter() - start
 
