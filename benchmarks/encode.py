@@ -37,7 +37,7 @@ from benchmarks.tools import (
     time_alternating,
     time_call,
 )
-from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.embedding_speed import with_tuned_chunk_size
 from capivara_common.embedding_store import embed_batch_except_bad_images
 from capivara_common.files import read_json
@@ -59,6 +59,9 @@ class EncodeArguments:
     captions: int = flag(64, "Number of captions per run.")
     runs: int = flag(5, "How often each program is timed; the programs take turns.")
     output: Path | None = flag(None, "JSON file for the results.")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "images", "captions", "runs")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -367,14 +367,15 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
         Exit code: 0, or `EXIT_NOTHING_FOUND` if no picture could be classified.
 
     Raises:
-        ValueError: If there is a single label, and it contains a comma. The user probably meant several labels.
+        ValueError: If a label ends with a comma, or the only label contains one: several labels were probably meant.
     """
     from capivara_search.picture_reading import open_query_picture
     from capivara_search.query import clean_and_check_labels
 
     labels = clean_and_check_labels(labels, template)
-    if len(labels) == 1 and "," in labels[0]:
-        raise make_error_from_code(ValueError, "labels_with_comma", label=labels[0])
+    # "praia, cidade" and praia, cidade were probably meant as two labels.
+    if joined := [label for label in labels if label.endswith(",") or ("," in label and len(labels) == 1)]:
+        raise make_error_from_code(ValueError, "labels_with_comma", label=joined[0])
     pictures = _open_index()
     _print_miniature_model_notice(pictures, messages)
     results = pictures.classify(path, labels, template)

@@ -17,7 +17,7 @@ import glob
 import logging
 import re
 import shlex
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,18 +62,20 @@ def _read_inherited_card_values(args: EmbedCommandArguments) -> dict[str, Any]:
     Raises:
         ValueError: If neither the flags nor the card of the dataset state a license. A license is never guessed.
     """
-    path, url = Path(args.dataset), None
+    path, url, hint = Path(args.dataset), None, "State it with --license."
     card_path = (path if path.is_dir() else path.parent) / "README.md"
     if not path.exists() and not glob.has_magic(args.dataset):
         url = f"{constants.ENDPOINT}/datasets/{args.dataset}"
-        with suppress(OSError, ValueError):
+        try:
             card_path = Path(hf_hub_download(args.dataset, "README.md", repo_type="dataset"))
+        except (OSError, ValueError):
+            hint = "There is no such folder or file, and the Hub gave no card. Check --dataset, or give --license."
     card = read_card_metadata(card_path)
     license_id = args.license or card.get("license")
     if not isinstance(license_id, str) or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license_id):
         raise ValueError(
             f"The license of {args.dataset} must be one identifier of the Hub such as cc-by-4.0, got {license_id!r}. "
-            "State it with --license."
+            f"{hint}"
         )
     keys = ("attribution",) if args.license else ("attribution", "license_name", "license_link")
     inherited = {key: card[key] for key in keys if card.get(key)}

@@ -58,6 +58,14 @@ def test_encode_embeds_the_same_as_open_clip(tmp_path, monkeypatch):
     assert all(measured[f"{what}_float32"]["largest_difference"] < 1e-5 for what in ("images", "captions"))
 
 
+@pytest.mark.parametrize("flag", ["images", "captions", "runs"])
+def test_encode_refuses_empty_runs(flag):
+    from benchmarks import encode
+
+    with pytest.raises(ValueError, match=f"{flag} .*0"):
+        encode.main([f"--{flag}", "0"])
+
+
 @pytest.mark.slow
 def test_encode_checks_its_flags_without_open_clip():
     program = "import sys; sys.modules['open_clip'] = None; from benchmarks import encode; encode.main(sys.argv[1:])"

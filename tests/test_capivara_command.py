@@ -231,6 +231,7 @@ USAGE_ERRORS = {
     "classify .": ("", "missing", {"name": {"en": "--labels LABEL", "pt": "--labels RÓTULO"}}),
     "classify . --labels gato Gato": ("", "error.label_twice", {"label": "gato"}),
     "classify . --labels gato,cachorro": ("", "error.labels_with_comma", {"label": "gato,cachorro"}),
+    "classify . --labels praia, cidade": ("", "error.labels_with_comma", {"label": "praia,"}),
     "classify . --labels ''": ("", "error.empty_label", {}),
     "export none/all.csv": ("", "bad.directory", {"value": "none"}),
     "duplicates --json --csv": ("", "json_or_csv", {}),

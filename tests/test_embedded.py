@@ -137,6 +137,8 @@ def test_the_license_is_inherited_or_stated_but_never_guessed(saved_tiny_folder,
     flags = embed_flags(saved_tiny_folder, dataset, tmp_path / "out", license=None, split="test")
     with pytest.raises(ValueError, match="--license"):
         embed.main(flags)
+    with pytest.raises(ValueError, match=r"none.*--dataset"):
+        embed.main(embed_flags(saved_tiny_folder, tmp_path / "none", tmp_path / "out", license=None, split="test"))
     assert not (tmp_path / "out.parts").exists()
     (dataset / "README.md").write_text("---\nlicense: odbl\npretty_name: Praças\n---\n", encoding="utf-8")
     embed.main(flags)
