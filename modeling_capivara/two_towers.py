@@ -71,8 +71,8 @@ def describe_model(model: nn.Module) -> dict[str, str]:
         model: A two-tower model.
 
     Returns:
-        A dictionary `{"model_class": name of the Python class, "loss": name of the loss}`. The loss is "sigmoid" for
-        SigLIP's loss and "contrastive" for CLIP's loss.
+        A dictionary with the name of the Python class under "model_class" and the name of the loss under "loss". The
+        loss is "sigmoid" for SigLIP's loss and "contrastive" for CLIP's loss.
     """
     return {"model_class": type(model).__name__, "loss": "sigmoid" if uses_sigmoid_loss(model) else "contrastive"}
 
@@ -140,9 +140,8 @@ def tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[dict[str, 
         texts: At least one text.
 
     Returns:
-        For each text a dictionary `{"input_ids": token ids, "attention_mask": a 1 for each token}`, with lists as
-        values. SigLIP models require padding. For them, the dictionary has only "input_ids", padded to the maximum
-        length.
+        For each text a dictionary with the lists "input_ids" (the token ids) and "attention_mask" (a 1 for each token).
+        SigLIP models require padding. For them, the dictionary has only "input_ids", padded to the maximum length.
     """
     # Truncation is not set here, because a CapivaraProcessor truncates texts by default.
     options: dict[str, Any] = {"padding": False}
@@ -164,8 +163,8 @@ def pad_batch(processor: ProcessorMixin, tokenized: Sequence[Mapping[str, list[i
         tokenized: Tokenized texts, as `tokenize` returns them.
 
     Returns:
-        A dictionary `{"input_ids": token ids, "attention_mask": 1 for a token and 0 for padding}`, with tensors (texts,
-        tokens) as values. For a SigLIP model it has only "input_ids".
+        A dictionary with two tensors (texts, tokens): "input_ids" (the token ids) and "attention_mask" (1 for a token, 0
+        for padding). For a SigLIP model it has only "input_ids".
     """
     if pads_to_max_length(processor):
         return {"input_ids": torch.tensor([row["input_ids"] for row in tokenized])}
