@@ -202,13 +202,14 @@ class Split:
         """
         return check_embeds_columns_and_get_shape(self.features, self.display_name)[0]
 
-    def check_embeds(self, model: str, fingerprint: str = "", views: int = 1) -> None:
+    def check_embeds(self, model: str, width: int, fingerprint: str = "", views: int = 1) -> None:
         """Check that a model can use the stored embeddings of this split in place of its own image encoder.
 
         The split must have embeddings instead of images. They fit only if the image encoder of the model computed them.
 
         Args:
             model: Folder or Hub id of the model, or "open_clip:…" for a model of open_clip.
+            width: Number of dimensions of the model's embeddings.
             fingerprint: String that identifies an open_clip model (`Embedder.fingerprint`). Ignored for other models.
             views: Number of views, that is, augmented copies of each image, whose embeddings the caller needs. 1: no
                 views, but the embedding of the image itself.
@@ -218,10 +219,6 @@ class Split:
                 names the digests of the image encoders. Also if the embeddings do not have the width of the model, or
                 the split lacks the needed views.
         """
-        # Imported here because these imports load torch, which the stages of the caption pipeline do not need.
-        from modeling_capivara.loading import load_transformers_config
-        from modeling_capivara.two_towers import embedding_width
-
         self.check_views(views)
         encoders, encoder = sorted(self.image_encoders), resolve_image_encoder_digest(model, fingerprint)
         if encoders != [encoder]:
@@ -230,15 +227,12 @@ class Split:
                 f"encoder of {model} is {encoder}. Use the base model that the dataset card names, or embed the images "
                 f"again: python -m captions.embed --model {model} --dataset IMAGES --output FOLDER"
             )
-        _, width = check_embeds_columns_and_get_shape(self.features, self.display_name)
-        # The settings of open_clip models do not state the width, so it can't be compared for them.
-        if not model.startswith("open_clip:"):
-            expected = embedding_width(load_transformers_config(model))
-            if width != expected:
-                raise ValueError(
-                    f"{self.display_name} has embeddings of width {width}, but {model} has width {expected}. The "
-                    "dataset was changed after captions.embed wrote it. Make the dataset again."
-                )
+        _, stored_width = check_embeds_columns_and_get_shape(self.features, self.display_name)
+        if stored_width != width:
+            raise ValueError(
+                f"{self.display_name} has embeddings of width {stored_width}, but {model} has width {width}. The "
+                "dataset was changed after captions.embed wrote it. Make the dataset again."
+            )
 
     def check_views(self, views: int) -> None:
         """Check that a split with embeddings has embeddings of the views that the caller needs.

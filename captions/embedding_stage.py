@@ -12,8 +12,8 @@ from hashlib import blake2b
 from typing import Any, ClassVar
 
 import numpy as np
-import PIL.Image
 from datasets import Value
+from PIL import Image
 
 from capivara_common.cli import check_at_least, flag, run_main_and_report_user_errors
 from capivara_common.embedding_store import embed_batch_except_bad_images
@@ -79,16 +79,15 @@ class EmbedArguments(EncoderStageArguments):
             ValueError, OSError, ImportError: If the model cannot be loaded.
         """
         embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
-        width = embedder.embed_images([PIL.Image.new("RGB", (32, 32))], 1).shape[1]
         settings = {
             "model": self.model,
             "encoder": resolve_image_encoder_digest(self.model, embedder.fingerprint),
-            "width": width,
+            "width": embedder.width,
             "precision": embedder.precision,
             "views": self.views,
             "augmentation": describe_augmentation(self.seed) if self.views > 1 else None,
         }
-        columns = {EMBEDS_COLUMN: embeds_feature(width, self.views)}
+        columns = {EMBEDS_COLUMN: embeds_feature(embedder.width, self.views)}
         columns |= dict.fromkeys((DIGEST_COLUMN, ENCODER_COLUMN), Value("string"))
         image_count = len(stage.source) * self.views
         embed = embedder.tune_image_embedding(image_count, self.embedding_batch_size, self.output)
@@ -133,7 +132,7 @@ def embed_images_of_rows(
 
 def _get_image_or_augmented_views(
     row: dict[str, Any], digest: str, args: EmbedArguments
-) -> list[PIL.Image.Image | BadImage]:
+) -> list[Image.Image | BadImage]:
     """Return the images to embed for a row: the image itself, or `args.views` randomly augmented copies.
 
     If the image cannot be augmented, a list with `args.views` times the same BadImage is returned.

@@ -76,7 +76,7 @@ class ScoreArguments(EncoderStageArguments):
         """
         embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
         if stage.source.is_embedded:
-            stage.source.check_embeds(self.model, embedder.fingerprint)
+            stage.source.check_embeds(self.model, embedder.width, embedder.fingerprint)
             # The rows already contain embeddings instead of images, so "embedding" them only stacks them to a tensor.
             embedder = replace(embedder, embed_images=lambda embeds, batch_size: torch.from_numpy(np.stack(embeds)))
         settings = {"language": self.language, "model": self.model, "fingerprint": embedder.fingerprint}

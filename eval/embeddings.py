@@ -111,7 +111,7 @@ class CachedEmbedder:
             return (list(images.decode_images([row for row, _ in batch])) for batch in batches)
 
         if images.is_embedded:
-            images.check_embeds(self.embedder.name, self.embedder.fingerprint)
+            images.check_embeds(self.embedder.name, self.embedder.width, self.embedder.fingerprint)
             self.result_metadata, skipped = images.describe_embeds(), images.invalid_embeds
             column = pa.chunked_array([part for chunk in images.iter_column(EMBEDS_COLUMN) for part in chunk.chunks])
         else:

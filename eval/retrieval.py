@@ -365,10 +365,7 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
     check_output_file(args.output)
     data = load_retrieval_data(args)
     store = load_embedder_with_cache(args)
-    # A wrong value of --dim is refused here, before the whole dataset is embedded. One text is embedded to learn the
-    # model's number of dimensions.
-    if args.dim is not None:
-        check_truncate_dim(args.dim, store.embedder.embed_texts(["capivara"]).shape[1], "dim")
+    check_truncate_dim(args.dim, store.embedder.width, "dim")  # before the long work, the embedding of the dataset
     started = time.perf_counter()
     full_embeddings, images = data.embed(store)
     embeddings = full_embeddings.truncate(args.dim)

@@ -163,8 +163,8 @@ def pad_batch(processor: ProcessorMixin, tokenized: Sequence[Mapping[str, list[i
         tokenized: Tokenized texts, as `tokenize` returns them.
 
     Returns:
-        A dictionary with two tensors (texts, tokens): "input_ids" (the token ids) and "attention_mask" (1 for a token, 0
-        for padding). For a SigLIP model it has only "input_ids".
+        A dictionary with two tensors of shape (texts, tokens): "input_ids" (the token ids) and "attention_mask" (a 1
+        for each token, a 0 for padding). For a SigLIP model it has only "input_ids".
     """
     if pads_to_max_length(processor):
         return {"input_ids": torch.tensor([row["input_ids"] for row in tokenized])}
@@ -182,6 +182,7 @@ class Embedder:
         fingerprint: Digest of everything that the embeddings depend on: weights, settings, tokenizer, precision.
         image_fingerprint: Digest of everything that image embeddings depend on. Models with the same image encoder have
             the same value. For open_clip models it equals `fingerprint`.
+        width: Number of dimensions of an embedding.
         metadata: Dictionary `{"model_class": name of the Python class, "loss": "sigmoid" or "contrastive"}`.
         embed_images: Function that embeds images. Its arguments are an iterable of PIL images, `batch_size` (int) and
             `progress` (see `ProgressOption`). Functions of transformers models also take `chunk_images` (int), the
@@ -195,6 +196,7 @@ class Embedder:
     precision: str
     fingerprint: str
     image_fingerprint: str
+    width: int
     metadata: dict[str, str]
     embed_images: Callable[..., Tensor]
     embed_texts: Callable[..., Tensor]
@@ -355,8 +357,17 @@ def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin,
     rules += str(tokenizer.model_max_length)
     fingerprint = _digest_parts(weights_digest(model), config.to_json_string() + image_processor, rules, precision)
     image_fingerprint = image_encoder_fingerprint(model, processor, precision)
-    images, texts = partial(embed_images, model, processor), partial(embed_texts, model, processor)
-    return Embedder(name, model.device, precision, fingerprint, image_fingerprint, describe_model(model), images, texts)
+    return Embedder(
+        name=name,
+        device=model.device,
+        precision=precision,
+        fingerprint=fingerprint,
+        image_fingerprint=image_fingerprint,
+        width=embedding_width(config),
+        metadata=describe_model(model),
+        embed_images=partial(embed_images, model, processor),
+        embed_texts=partial(embed_texts, model, processor),
+    )
 
 
 def image_encoder_fingerprint(model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> str:
@@ -438,10 +449,20 @@ def _load_open_clip_embedder(source: str, device: torch.device, precision: str) 
         return l2_normalize(model.encode_text(tokenizer(batch).to(device)))
 
     digest = _digest_parts("open_clip", source, weights_digest(model), repr(preprocess), precision)
-    images, texts = partial(_embed_in_batches, encode_images), partial(_embed_in_batches, encode_texts)
+    embed_texts = partial(_embed_in_batches, encode_texts)
     # The fingerprint of the image embeddings could cover only the image tower, but it is not known which parameters of
     # an open_clip model belong to it. So both fingerprints are the digest of the whole model.
-    return Embedder(f"open_clip:{source}", device, precision, digest, digest, describe_model(model), images, texts)
+    return Embedder(
+        name=f"open_clip:{source}",
+        device=device,
+        precision=precision,
+        fingerprint=digest,
+        image_fingerprint=digest,
+        width=embed_texts(["a"]).shape[-1],  # not every open_clip model states its width in the same attribute
+        metadata=describe_model(model),
+        embed_images=partial(_embed_in_batches, encode_images),
+        embed_texts=embed_texts,
+    )
 
 
 def _digest_parts(*parts: str) -> str:

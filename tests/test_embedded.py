@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_from_disk
 from test_train_accelerate import error_of, flags
 from tiny import save_model
+from towers import as_open_clip
 from tqdm.auto import tqdm
 
 import train_accelerate
@@ -337,11 +338,11 @@ def test_a_split_of_embeddings_survives_the_operations_of_datasets(embedded, sav
     split = open_split(str(tmp_path / "saved"), "train", "image")
     assert list_splits(str(tmp_path / "saved")) == ["train", "validation", "test"]
     assert len(split) == 10 and not split.invalid_embeds
-    split.check_embeds(str(saved_tiny_folder))
+    split.check_embeds(str(saved_tiny_folder), 24)
     for encoders in ({"other"}, {"other", image_encoder_digest(saved_tiny_folder)}):
         split.__dict__["image_encoders"] = encoders
         with pytest.raises(ValueError, match=r"\bother\b.*captions\.embed"):
-            split.check_embeds(str(saved_tiny_folder))
+            split.check_embeds(str(saved_tiny_folder), 24)
 
 
 # ---- bad input ----
@@ -434,6 +435,15 @@ def test_embeddings_of_a_wrong_width_are_refused(copy, saved_tiny_folder, tmp_pa
             call()
         messages.append(str(error.value))
     assert all("16" in message and "24" in message and "\n" not in message for message in messages)
+
+
+def test_an_open_clip_model_of_another_width_is_refused(copy, saved_tiny_folder, tmp_path):
+    as_open_clip(saved_tiny_folder, tmp_path / "open_clip")
+    embedder = load_embedder(f"open_clip:local-dir:{tmp_path / 'open_clip'}", "cpu", baseline=True)
+    split = open_split(str(change_rows(copy, image_encoder=lambda *_: embedder.fingerprint)), "train", "image")
+    split.check_embeds(embedder.name, embedder.width, embedder.fingerprint)
+    with pytest.raises(ValueError, match=r"width 24\b.*width 25\b"):
+        split.check_embeds(embedder.name, 25, embedder.fingerprint)
 
 
 def test_views_that_the_dataset_lacks_are_refused(embedded, saved_tiny_folder, tmp_path):

@@ -219,7 +219,7 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
     base.to(accelerator.device).eval()
     for split in splits.values():
         if split.is_embedded:
-            split.check_embeds(args.model, views=split.stored_views)
+            split.check_embeds(args.model, embedding_width(base.config), views=split.stored_views)
     validation = load_evaluation_pairs(args, splits, args.validation_split, [args.language], processor)[args.language]
     test = load_evaluation_pairs(args, splits, args.test_split, args.eval_languages, processor)
     training = load_training_pairs(args, splits, processor)

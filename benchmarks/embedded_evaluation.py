@@ -1,0 +1,70 @@
+"""Measure how much retrieval results change if a dataset has image embeddings in float16 instead of images.
+
+    python -m examples.openmoji.prepare
+    python -m benchmarks.embedded_evaluation --output benchmarks/results/embedded_evaluation.json
+
+`captions.embed` makes the dataset of embeddings. `eval.retrieval` then measures the same model on both datasets. The
+embeddings differ from those of the images only by the rounding to float16, so a difference between the results is the
+effect of this rounding. A query changes its rank if two similarities differ by less than the rounding error.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.tools import describe_measurement_conditions, output_results_as_json
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
+from captions import embed
+from eval.retrieval import RetrievalArguments, evaluate_retrieval_and_write_result
+
+
+@dataclass
+class EmbeddedEvaluationArguments:
+    """Command-line arguments of `benchmarks.embedded_evaluation`, which compares results from images and embeddings."""
+
+    model: str = flag("data/openmoji/base", "Folder or Hub id of the model.")
+    dataset: str = flag("data/openmoji/dataset", "Dataset with images.")
+    split: str = flag("test", "Split of the dataset to measure.")
+    languages: list[str] = flag(["pt", "en"], "Language codes of the captions to measure.")
+    output: Path | None = flag(None, "JSON file for the results.")
+
+
+def measure_retrieval(args: EmbeddedEvaluationArguments, dataset: str, language: str, output: Path) -> dict[str, float]:
+    """Measure retrieval with the model on one dataset, without the cache of embeddings.
+
+    Args:
+        args: Command-line arguments.
+        dataset: Dataset with images or with embeddings.
+        language: Language code of the captions.
+        output: JSON file for the full result of `eval.retrieval`.
+
+    Returns:
+        `{direction and metric: value}`, such as `{"text_to_image recall@1": 0.25}`.
+    """
+    arguments = RetrievalArguments(args.model, dataset, output, language=language, split=args.split, cache_dir="off")
+    records = evaluate_retrieval_and_write_result(arguments, draw_sheet=False)
+    return {f"{record.direction} {record.metric}": record.value for record in records}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark: embed the dataset, measure retrieval on images and on embeddings, and print the results."""
+    args = parse_arguments(EmbeddedEvaluationArguments, __doc__, argv)
+    with tempfile.TemporaryDirectory() as folder:
+        embedded, result = Path(folder) / "embedded", Path(folder) / "result.json"
+        words = ["--model", args.model, "--dataset", args.dataset, "--split", args.split, "--output", str(embedded)]
+        embed.main([*words, "--license", "unknown"])  # the embeddings are deleted at the end and never published
+        measured = {
+            language: {
+                source: measure_retrieval(args, dataset, language, result)
+                for source, dataset in (("images", args.dataset), ("embeddings", str(embedded)))
+            }
+            for language in args.languages
+        }
+    for values in measured.values():
+        values["difference"] = {name: values["embeddings"][name] - value for name, value in values["images"].items()}
+    results = {"model": args.model, "dataset": args.dataset, "split": args.split, "measured": measured}
+    output_results_as_json(describe_measurement_conditions() | results, args.output)
+
+
+if __name__ == "__main__":
+    run_main_and_report_user_errors(main)
