@@ -49,7 +49,7 @@ def load_rows_and_list_damaged_files(paths: list[Path], image_column: str) -> tu
     None.
 
     Args:
-        paths: Files of a single kind: uncompressed tars, `metadata.jsonl` files or `metadata.csv` files.
+        paths: Files of one form: uncompressed tars, `metadata.jsonl` files or `metadata.csv` files.
         image_column: Name of the image column in the table.
 
     Returns:
