@@ -4,8 +4,8 @@
 
 The new model is the weighted mean of both. In languages that were not trained on, it keeps more of the base model's
 quality than the fine-tuned model does. `--share` is the weight of the fine-tuned model; docs/explanation/recipe.md
-recommends 0.7.
-Compare other values with `python -m eval.retrieval`. Processor and configuration are copied from the fine-tuned model.
+recommends 0.7. Compare other values with `python -m eval.retrieval`. Processor and configuration are copied from the
+fine-tuned model.
 """
 
 from dataclasses import dataclass
