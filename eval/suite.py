@@ -233,8 +233,8 @@ def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
             except Exception as error:
                 # Every error is caught, so that one benchmark that fails does not end the others.
                 error_type = ""
-                # Other errors, such as too little memory or a bug, are unexpected. Their message may not be clear on
-                # its own, so their type and traceback are shown.
+                # Errors of all other types, such as too little memory or a bug, are unexpected. Their message may not
+                # be clear on its own, so their type and traceback are shown.
                 if not isinstance(error, ValueError | OSError | ImportError):
                     error_type = f"{type(error).__name__}: "
                     traceback.print_exc()
