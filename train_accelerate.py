@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> Path:
     """Run the command: train a model, evaluate and save it, and push it to the Hub if requested.
 
     Args:
-        argv: Command-line arguments; `sys.argv[1:]` if None.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Returns:
         The folder of the finished run.

@@ -124,7 +124,7 @@ def write_skipped_rows(path: Path, skipped: list[SkippedRow]) -> None:
 
 @dataclass(kw_only=True)
 class CaptionChoice:
-    """Command-line flags that choose which captions of an image are used; shared by all commands that select captions.
+    """Command-line arguments that choose captions of an image; shared by all commands that select captions.
 
     The help text of `caption_strategy` describes the strategies. The strategy `diverse` avoids captions that say the
     same. It starts with the captions that `threshold` would choose, and goes through them from the most to the least
@@ -278,7 +278,7 @@ def _select_diverse(ranked: list[str], corpus: list[str], choice: CaptionChoice)
     Args:
         ranked: Distinct captions to choose from, the most similar to the image first.
         corpus: All distinct captions of the row, from which the TF-IDF weights are computed.
-        choice: Flags of the command, of which the constants `max_overlap` and `min_kept` are used.
+        choice: Command-line arguments, of which the constants `max_overlap` and `min_kept` are used.
 
     Returns:
         The chosen captions, in the order of `ranked`.

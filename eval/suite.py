@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure all benchmarks of the suite, and print the table of results.
 
     Args:
-        argv: Command-line arguments; the arguments of the program if None.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Raises:
         SystemExit: If a measurement failed although the data of the benchmark are in --data_dir.

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: average the weights of a base and a trained model, and write the result to a new folder.
 
     Args:
-        argv: Command-line arguments; the arguments of the program if None.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Raises:
         ValueError: If the models differ in the names or shapes of their tensors. Also if `training.rotate` was applied

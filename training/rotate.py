@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     read are skipped.
 
     Args:
-        argv: Command-line arguments; the arguments of the program if None.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Raises:
         ValueError: If the model has been rotated before, if it has no projections, or if there are not more usable
