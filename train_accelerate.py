@@ -4,9 +4,9 @@
     python train_accelerate.py --config configs/openmoji.yaml --learning_rate 1e-4 --seed 1
     python train_accelerate.py --config configs/capivara.yaml --model MODEL --dataset DATA --resume auto
 
-The first two commands need the model and data that `python -m examples.openmoji.prepare` creates.
-Flags override the configuration file. While a run is unfinished, its files are in the folder
-`<output_dir>.partial`; `--resume auto` resumes it.
+The first two commands need the model and data that `python -m examples.openmoji.prepare` creates. Flags override the
+configuration file. While a run is unfinished, its files are in the folder `<output_dir>.partial`; `--resume auto`
+resumes it.
 """
 
 import capivara_common.interrupt  # isort: skip # noqa: F401, before slow imports, so that Ctrl-C ends them cleanly
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> Path:
     """Run the command: train a model, evaluate and save it, and push it to the Hub if requested.
 
     Args:
-        argv: Command-line arguments; `sys.argv[1:]` if None.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Returns:
         The folder of the finished run.

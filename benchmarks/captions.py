@@ -15,9 +15,9 @@ same images:
 The gain is the median, over the runs, of the seconds of `plain` divided by the seconds of `ours`. Both programs pad the
 prefixes to the length of the longest prefix.
 
-`--parts chat` measures translation instead: `captions.translate --backend chat` with a simulated chat server on this
-machine, which answers each request after one second. The result is the number of sentences per second with 1, 8 and 64
-requests at the same time.
+`--parts chat` measures translation instead: `captions.translate --backend chat` with a stand-in for a chat server on
+this machine, which answers each request after one second. The result is the number of sentences per second with 1, 8
+and 64 requests at the same time.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ IMAGE_SIDE, QUERY_TOKENS = 224, 32
 # Names of the fields of BLIP-2's config whose values are divided by the flag --widths, to get a smaller model.
 SCALED_FIELDS = {"hidden_size", "intermediate_size", "encoder_hidden_size", "ffn_dim", "word_embed_proj_dim"}
 SCALED_FIELDS |= {"num_attention_heads", "vocab_size"}
-# Numbers of requests that are sent at the same time, and seconds that the simulated server takes for each answer.
+# Numbers of requests that are sent at the same time, and seconds that the stand-in server takes for each answer.
 CONCURRENCY, ANSWER_S = (1, 8, 64), 1.0
 ROUNDS = 8  # each measurement translates ROUNDS * concurrency sentences, with one sentence per request
 
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     `--parts generate` measures images captioned per second. `--parts chat` measures sentences translated per second.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(CaptionsArguments, __doc__, argv)
     if args.parts == "chat":

@@ -43,10 +43,9 @@ class DocumentationTablesArguments:
 
 
 def find_pages_with_generated_blocks() -> list[str]:
-    """Find the Markdown files of the documentation that contain tables generated from benchmark results.
+    """Find the Markdown files of the documentation that contain blocks with generated tables (see `BLOCK_RE`).
 
-    Such a table is in a block, that is, between two marker comments (see `BLOCK_RE`). Only the top folder of the
-    checkout and its folder `docs` are searched.
+    Only the top folder of the checkout and its folder `docs` are searched.
 
     Returns:
         Sorted paths relative to the checkout, such as "docs/reference/benchmarks.md".
@@ -56,10 +55,9 @@ def find_pages_with_generated_blocks() -> list[str]:
 
 
 def replace_generated_blocks_in_text(page: str, text: str) -> str:
-    """Regenerate all tables of benchmark results in the text of a Markdown file. No file is written.
+    """Regenerate the tables in all blocks of a Markdown file's text (see `BLOCK_RE`). No file is written.
 
-    The tables are in blocks, that is, between two marker comments (see `BLOCK_RE`). Text outside the blocks does not
-    change.
+    Text outside the blocks does not change.
 
     Args:
         page: Path of the Markdown file relative to the checkout. It decides the language: the tables of
@@ -255,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     With `--check`, no table is written. The command then fails if a table does not match the results.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Raises:
         SystemExit: With `--check`, if a table does not match the results.

@@ -73,7 +73,7 @@ class EmbeddedTrainingArguments:
     work: Path = flag(Path("runs/embedded_training"), "Folder for datasets, caches and runs. Needs 25 GB by default.")
     keep: bool = flag(False, "Keep the work folder. By default, it is removed at the end.")
     output: Path = flag(RESULTS_FOLDER / "embedded_training.json", "JSON file for the results.")
-    worker: Path | None = flag(None, "Internal: train on this dataset in this process.")
+    worker: Path | None = flag(None, "Dataset to train on in this process (internal).")
 
     def __post_init__(self) -> None:
         check_at_least(self, 100, "rows", "small_rows")

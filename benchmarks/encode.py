@@ -8,9 +8,10 @@ same texts of 20 tokens. Preprocessing and tokenization are included. The progra
 median over the runs of a program.
 
 By default, each run embeds one batch. With `--part pass`, each run embeds many images in batches, as the indexing of a
-folder does. It is measured in float32 and in the precision that `--precision auto` of other commands chooses. The
-number of images per forward pass is the fastest on this CPU, as `capivara_common.embedding_speed` finds by measurement.
-The first run in each precision includes this measurement and takes longer, so its time is reported separately.
+folder does. These runs are measured in float32 and in the precision that `--precision auto` of other commands chooses.
+The number of images per forward pass is the fastest on this CPU, as `capivara_common.embedding_speed` finds by
+measurement. The first run in each precision includes this measurement and takes longer, so its time is reported
+separately.
 """
 
 import os

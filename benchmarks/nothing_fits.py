@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     this" and "less of this" changes the images that a search finds. It is measured only if YOLO labels exist.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Raises:
         ValueError: If the folder has no images, or the YAML file lacks sentences.

@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: convert the models, compare them with open_clip, evaluate them, and write the report.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Raises:
         SystemExit: If a converted model gives other results than open_clip. The report is written nevertheless.

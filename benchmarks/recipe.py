@@ -133,7 +133,7 @@ def _build_row_of_recalls_and_gains(
         - "values": `{condition: mean recall (0 to 1) of each seed}`.
         - "gain": `{condition: (gain, low, high)}`, only for conditions whose images are drawings. The gain is the mean
           recall of this row minus that of the reference row, both averaged over the seeds. Low and high are the ends of
-          its 95 % interval from a paired bootstrap. Empty for the reference row itself.
+          its 95 % interval from a paired bootstrap. Empty if `reference` is the same object as `hits`.
     """
 
     def average_seeds(hits_of_seeds: list[HitsByCondition], key: str) -> Tensor:
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluated, too.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(RecipeArguments, __doc__, argv)
     data, processor, base = _load_evaluation_data(args), load_processor(args.base), load_model(args.base)

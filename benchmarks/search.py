@@ -5,8 +5,8 @@
     python -m benchmarks.search --parts follow
 
 `--parts index` measures time and memory of searches in indexes of several sizes. The indexes contain clusters of random
-vectors of width 512, and all columns except thumbnails. Each index is measured in a separate process, so that its peak
-memory is known. The text encoder has the full published size and random weights.
+vectors of width 512, but no thumbnails, colors or EXIF data. Each index is measured in a separate process, so that its
+peak memory is known. The text encoder has the full published size and random weights.
 
 `--parts follow` measures an index that `capivara app --watch` keeps up to date with a folder of photographs. Its code
 is in `benchmarks/search_follow.py`.
@@ -59,8 +59,8 @@ class SearchArguments:
         None, "JSON file for the results. Default: search.json or search_follow.json in benchmarks/results."
     )
     worker: Literal["fill", "index"] | None = flag(None, "Fill or measure one index in this process (internal).")
-    rows: int = flag(1000, "Number of pictures of the worker's index. Set by the benchmark itself.")
-    added: int = flag(1, "Number of pictures that one call adds to the index. Set by the benchmark itself.")
+    rows: int = flag(1000, "Number of pictures of the worker's index (internal).")
+    added: int = flag(1, "Number of pictures that one call adds to the index (internal).")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     --watch` brings changes of a folder into an index.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(SearchArguments, __doc__, argv)
     if args.worker:

@@ -51,7 +51,7 @@ def reset_peak_memory() -> int:
     Returns:
         The peak right after the reset, that is, the resident memory in use now, in bytes.
     """
-    # Writing 5 resets the peak resident memory that Linux records for this process (manual page proc(5)).
+    # 5 is the value for this reset (manual page proc(5)).
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return peak_resident_bytes()
 

@@ -206,9 +206,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
-    """Measure the training steps that `--parts` requests. The compared programs run in turns.
+    """Measure the training steps that `--parts` requests.
 
-    Running in turns lets a slow phase of the machine affect all programs equally.
+    The compared programs run in turns, so that a slow phase of the machine affects all of them equally.
 
     Args:
         args: Command-line arguments of the benchmark.
@@ -437,8 +437,8 @@ class TrainingEngine:
             micro_batch_size=args.micro, mixed_precision=args.precision,
         )  # fmt: skip
         freeze_parameters_and_add_adapters(self.model, self.args)
-        # evaluation_mode=True keeps Accelerate from adding a DistributedDataParallel wrapper, which is not
-        # needed, because WholeBatch sums the gradients of all processes itself.
+        # evaluation_mode=True keeps Accelerate from adding a DistributedDataParallel wrapper, which is not needed,
+        # because WholeBatch sums the gradients of all processes itself.
         self.prepared_model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, self.args))
         self.step = WholeBatch(self.prepared_model, self.accelerator, self.args.seed, budget)

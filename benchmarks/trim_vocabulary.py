@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     base models are kept.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(TrimBenchmarkArguments, __doc__, argv)
     if args.worker:

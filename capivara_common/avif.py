@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count, islice
 
-# Valid files stay below these limits. They keep a file that was crafted to waste time from taking long to read.
+# These limits keep a crafted file from taking long to read. Valid files stay below them.
 MAX_BOXES = 100_000  # number of child boxes (nested parts of an AVIF file) that are read in one box
 # Number of OBUs (units of an AV1 stream) that are read per stream. A few suffice, because the sequence header, which
 # states the frame size, precedes the first frame.

@@ -1,7 +1,7 @@
 """Write files and folders so that a crash never leaves half of the output, and keep links inside allowed folders.
 
 An atomic write first writes a temporary file or folder, and renames it when it is complete. If a process is killed in
-between, the next process that writes the same output removes what is left. `AllowedFolders` refuses paths and links
+between, the next process that writes the same output removes the leftovers. `AllowedFolders` refuses paths and links
 that lead out of the folder of a dataset.
 """
 
@@ -177,7 +177,7 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path, leftover: Path) -> Iterator[None]:
-    """Lock a folder for the `with` block, so that other processes don't mistake it for the rest of a killed process.
+    """Lock a folder for the `with` block, so that other processes don't mistake it for a killed process's leftover.
 
     `remove_or_restore_leftovers` leaves locked folders alone.
 
@@ -271,7 +271,7 @@ def get_partial_folder_path(path: Path) -> Path:
 
 
 def list_seed_run_folders(folder: Path) -> list[Path]:
-    """List the folders of the single runs, if a training was run once for each of several random seeds.
+    """List the folders of the individual runs of a training that was run with several random seeds.
 
     Such a training writes each run to a subfolder: `seed-0`, `seed-1`, and so on.
 

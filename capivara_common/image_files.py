@@ -124,7 +124,7 @@ BYTES_ONLY = ImageAccess()  # rows must contain the bytes of their images; paths
 
 @dataclass(kw_only=True)
 class ImageFileArguments:
-    """Command-line flags for reading the images of a dataset; shared by all commands that do so."""
+    """Command-line arguments for reading the images of a dataset; shared by all commands that do so."""
 
     image_roots: list[Path] = flag([], "Folders outside the dataset that its image paths and links may lead to.")
     max_pixels: int = flag(MAX_IMAGE_PIXELS, "Skip images with more pixels (width x height).")

@@ -156,7 +156,7 @@ class ModelKind:
 
 
 def get_supported_model_kind(config: Mapping[str, Any]) -> ModelKind:
-    """Find out of which kind a model is, for example CLIP or SigLIP, and check that the project supports the model.
+    """Return the kind of a model, for example CLIP or SigLIP, after checking that the project supports the model.
 
     Args:
         config: Content of the model's config.json.

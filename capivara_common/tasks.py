@@ -23,7 +23,7 @@ TASKS, CLUSTER = "tasks", "Slurm and Ray clusters"
 
 @dataclass(kw_only=True)
 class ExecutorArguments:
-    """Command-line flags that choose where the tasks of a command run: on this machine, a Slurm or a Ray cluster.
+    """Command-line arguments that choose where the tasks of a command run: on this machine, a Slurm or a Ray cluster.
 
     A task does a share of the work of the command. The names of the flags are those of datatrove's executors.
     """

@@ -690,7 +690,7 @@ def detect_user_language(argv: Sequence[str]) -> str:
     all other cases, it is English.
 
     Args:
-        argv: Command line without the name of the program.
+        argv: Command-line arguments.
 
     Returns:
         "pt" or "en".
@@ -721,7 +721,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line of `capivara` and exit.
 
     Args:
-        argv: Command line without the name of the program; None for the command line of this process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Raises:
         SystemExit: Always, with one of the exit codes that `capivara --help` lists.

@@ -34,7 +34,7 @@ from capivara_search.table import PictureTable
 
 @dataclass(kw_only=True)
 class WorkerArguments(ExecutorArguments):
-    """Command-line flags of `capivara_search.workers`, which builds one index with several tasks in parallel.
+    """Command-line arguments of `capivara_search.workers`, which builds one index with several tasks in parallel.
 
     The workers may run on several machines. Every folder of pictures must have the same path on all of them, also after
     links are resolved.
@@ -69,7 +69,7 @@ def add_folders_with_workers(arguments: WorkerArguments, real_paths: Mapping[Pat
     """Update an index from folders as `PictureIndex.add` does, but with several tasks that run in parallel.
 
     Args:
-        arguments: Command-line flags. This function sets the attributes `real_paths` and `model`.
+        arguments: Command-line arguments. This function sets the attributes `real_paths` and `model`.
         real_paths: Real paths of the folders in `arguments.folders`, as `PictureIndex.folders_to_add` returns them:
             `{absolute path: real path}`. None: the real paths are resolved now.
 
@@ -100,7 +100,7 @@ def _open_index_and_plan(arguments: WorkerArguments) -> tuple[PictureTable, Sear
     """Open an index and plan the work of the update that is not done yet.
 
     Args:
-        arguments: Command-line flags, after `add_folders_with_workers` has set the real paths of the folders.
+        arguments: Command-line arguments, after `add_folders_with_workers` has set the real paths of the folders.
 
     Returns:
         The table of the index, the model, and the plan.
@@ -114,7 +114,7 @@ def _embed_and_store_share_of_pictures(arguments: WorkerArguments, rank: int, wo
     """Embed one task's share of the picture files and write their rows to the index.
 
     Args:
-        arguments: Command-line flags.
+        arguments: Command-line arguments.
         rank: Number of the task, from 0.
         world_size: Number of tasks that share the files.
 
@@ -136,7 +136,7 @@ def _prune_and_optimize_index(arguments: WorkerArguments, rank: int, world_size:
     started the tasks holds the lock.
 
     Args:
-        arguments: Command-line flags.
+        arguments: Command-line arguments.
         rank: Number of the task, always 0.
         world_size: Number of tasks, always 1.
 
@@ -156,10 +156,10 @@ PHASES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Update an index with several parallel tasks, and print the result.
+    """Run the command: update an index with several parallel tasks, and print the result.
 
     Args:
-        argv: Command-line flags (`WorkerArguments`), without the program name. None: the command line of this process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(WorkerArguments, __doc__, argv)
     index = PictureIndex.open(args.where, args.model, args.device)

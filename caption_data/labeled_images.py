@@ -179,7 +179,7 @@ def _read_or_download_class_names(source: str) -> list[str]:
         One class name per label, in the order of the labels; empty if the dataset has no such file.
 
     Raises:
-        LocalEntryNotFoundError: If the Hub cannot be reached and the file is not in the cache.
+        LocalEntryNotFoundError: If the Hub can't be reached and the file is not in the cache.
     """
     path = Path(source) / "classnames.txt"
     if not Path(source).is_dir():

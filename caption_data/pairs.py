@@ -78,9 +78,9 @@ def load_or_build_pair_table(
     Returns:
         A table with one row for each row of the split, and these columns:
             row: Number of the row in the split, counted from 0.
-            digest: BLAKE2b-128 hex digest of the image file; "" if the row cannot be used.
-            captions: List of the chosen captions; empty if the row cannot be used.
-            reason: Why the row cannot be used, as in `SkippedRow`; "" if it can be used.
+            digest: BLAKE2b-128 hex digest of the image file; "" if the row can't be used.
+            captions: List of the chosen captions; empty if the row can't be used.
+            reason: Why the row can't be used, as in `SkippedRow`; "" if it can be used.
             detail: Description of the problem; "" if the row can be used.
 
     Raises:

@@ -124,13 +124,13 @@ def write_skipped_rows(path: Path, skipped: list[SkippedRow]) -> None:
 
 @dataclass(kw_only=True)
 class CaptionChoice:
-    """Command-line flags that choose which captions of an image are used; shared by all commands that select captions.
+    """Command-line arguments that choose captions of an image; shared by all commands that select captions.
 
-    The flag `caption_strategy` names the rule. Its help text describes the rules. The rule `diverse` needs more words.
-    It avoids captions that say the same. It starts with the captions that the rule `threshold` would choose, and goes
-    through them from the most to the least similar to the image. A caption is kept if it shares few words with each
-    caption kept so far: the cosine of their TF-IDF vectors must be at most `max_overlap`. If fewer than `min_kept`
-    captions are kept, the most similar dropped captions are added, up to `min_kept` captions in total.
+    The help text of `caption_strategy` describes the strategies. The strategy `diverse` avoids captions that say the
+    same. It starts with the captions that `threshold` would choose, and goes through them from the most to the least
+    similar to the image. A caption is kept if it shares few words with each caption kept so far: the cosine of their
+    TF-IDF vectors must be at most `max_overlap`. If fewer than `min_kept` captions are kept, the most similar dropped
+    captions are added, up to `min_kept` captions in total.
     """
 
     caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(
@@ -176,7 +176,7 @@ class CaptionChoice:
         return names
 
     def choose_captions(self, row: dict, language: str) -> list[str]:
-        """Choose the captions of one dataset row that training or evaluation uses, by the rules that the flags set.
+        """Choose the captions of one dataset row that training or evaluation uses, by the values of the flags.
 
         First, the pair filter rejects the whole row if the similarity of its first original caption is below
         `min_pair_similarity`. Then `caption_strategy` selects and orders the captions. A repeated caption is returned
@@ -278,7 +278,7 @@ def _select_diverse(ranked: list[str], corpus: list[str], choice: CaptionChoice)
     Args:
         ranked: Distinct captions to choose from, the most similar to the image first.
         corpus: All distinct captions of the row, from which the TF-IDF weights are computed.
-        choice: Flags of the command, of which the constants `max_overlap` and `min_kept` are used.
+        choice: Command-line arguments, of which the constants `max_overlap` and `min_kept` are used.
 
     Returns:
         The chosen captions, in the order of `ranked`.

@@ -543,7 +543,7 @@ def load_listed_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset
         The rows of all files.
 
     Raises:
-        ValueError: If a file cannot be loaded, or parquet files are too large after decoding.
+        ValueError: If a file can't be loaded, or parquet files are too large after decoding.
     """
     names = {"train": [glob.escape(str(path)) for path in paths]}
     try:

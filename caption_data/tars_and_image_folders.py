@@ -49,7 +49,7 @@ def load_rows_and_list_damaged_files(paths: list[Path], image_column: str) -> tu
     None.
 
     Args:
-        paths: Files of a single kind: uncompressed tars, `metadata.jsonl` files or `metadata.csv` files.
+        paths: Files of one form: uncompressed tars, `metadata.jsonl` files or `metadata.csv` files.
         image_column: Name of the image column in the table.
 
     Returns:
@@ -59,7 +59,7 @@ def load_rows_and_list_damaged_files(paths: list[Path], image_column: str) -> tu
 
     Raises:
         ValueError: If a CSV file has an error. Also if a tar is compressed, because the members of a compressed tar
-            cannot be read by their offset.
+            can't be read by their offset.
     """
     if compressed := [path for path in paths if path.suffix not in (".tar", *METADATA_SUFFIXES)]:
         raise ValueError(
@@ -305,7 +305,7 @@ def _iter_lines_with_length_check(file: IO[AnyStr]) -> Iterator[AnyStr]:
     """Iterate over the lines of an open text or binary file.
 
     Raises ValueError if a line is longer than `MAX_ROW_JSON_BYTES`, so that a file with an endless line, for example a
-    sparse file, cannot fill the memory.
+    sparse file, can't fill the memory.
     """
     number = 0
     while line := file.readline(MAX_ROW_JSON_BYTES + 1):

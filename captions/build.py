@@ -103,7 +103,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class BuildArguments(ExecutorArguments):
-    """Command-line flags of `captions.build`, which builds a caption dataset from images and a config."""
+    """Command-line arguments of `captions.build`, which builds a caption dataset from images and a config."""
 
     config: Path = flag(..., "YAML config of the build, for example configs/captions_pt.yaml.")
     dataset: str | None = flag(None, f"{DATASET_HELP} Default: the value in the config.")
@@ -130,7 +130,7 @@ class BuildPlan:
         steps: Dict `{split name: flags of its stages}`. The stages are in the order in which they run.
         output: Folder of the build.
         language: Language code of the captions.
-        card: Section `card` of the config. It states what the program cannot find out, such as the license.
+        card: Section `card` of the config. It states what the program can't find out, such as the license.
         dataset: Folder of the built dataset.
     """
 
@@ -359,7 +359,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
     """Build a caption dataset: run all stages that are not complete, and write the dataset.
 
     Args:
-        args: Flags of the command.
+        args: Command-line arguments.
 
     Returns:
         Folder of the dataset. None after a dry run, or if the jobs were submitted to Slurm.
@@ -808,7 +808,7 @@ def _describe_settings(settings: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command `captions.build`, which builds a caption dataset from a config.
+    """Run the command: build a caption dataset from a config.
 
     If people must first fill translation tables, the command prints which ones, and returns without an error. If tasks
     failed, it exits with status 1.
@@ -831,7 +831,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # When this file runs as a command, its classes belong to the module `__main__`, and other processes cannot unpickle
+    # When this file runs as a command, its classes belong to the module `__main__`, and other processes can't unpickle
     # them. Import the file again under its own name to avoid this.
     from captions import build as module
 

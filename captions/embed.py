@@ -9,7 +9,7 @@ columns of the source dataset except the image. Instead of the image, a row has 
 file, and the digest of the image encoder (`caption_data.embedded`). Commands that read images can read this dataset
 instead, if their model has the same image encoder.
 
-Rows whose image cannot be used are skipped, and listed in skipped.jsonl. The folder OUTPUT.parts holds the rows that
+Rows whose image can't be used are skipped, and listed in skipped.jsonl. The folder OUTPUT.parts holds the rows that
 are finished. To continue an interrupted run, run the same command again.
 """
 
@@ -41,7 +41,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class EmbedCommandArguments(EmbedArguments):
-    """Command-line flags of `captions.embed`, which replaces the images of a dataset by their embeddings."""
+    """Command-line arguments of `captions.embed`, which replaces the images of a dataset by their embeddings."""
 
     split: str = flag("train", "Split to embed; all: every split of the dataset.")
     license: str | None = flag(
@@ -53,7 +53,7 @@ def _read_inherited_card_values(args: EmbedCommandArguments) -> dict[str, Any]:
     """Return the values for the card of the output that come from the card of the source dataset.
 
     Args:
-        args: Flags of the command.
+        args: Command-line arguments.
 
     Returns:
         A dict with the keys of the section `card` of a build config, such as "license" and "sources", and with the key
@@ -93,7 +93,7 @@ def _plan_phases(args: EmbedCommandArguments, parts: Path) -> list[PhaseStep]:
     """Check everything that can be checked without a run, and return the phases of the command. Nothing is written.
 
     Args:
-        args: Flags of the command.
+        args: Command-line arguments.
         parts: Folder for the finished rows of each split.
 
     Returns:
@@ -121,7 +121,7 @@ def _plan_phases(args: EmbedCommandArguments, parts: Path) -> list[PhaseStep]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command `captions.embed`, which replaces the images of a dataset by their embeddings.
+    """Run the command: replace the images of a dataset by their embeddings.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # When this file runs as a command, its classes belong to the module `__main__`, and other processes cannot unpickle
+    # When this file runs as a command, its classes belong to the module `__main__`, and other processes can't unpickle
     # them. Import the file again under its own name to avoid this.
     from captions import embed
 

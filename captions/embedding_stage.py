@@ -76,7 +76,7 @@ class EmbedArguments(EncoderStageArguments):
             `stage.json`. `process` is a function that embeds the images of a list of rows.
 
         Raises:
-            ValueError, OSError, ImportError: If the model cannot be loaded.
+            ValueError, OSError, ImportError: If the model can't be loaded.
         """
         embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
         settings = {
@@ -108,7 +108,7 @@ def embed_images_of_rows(
 
     Returns:
         One element per row: a dict `{"column name": value}` with the embedding, the digest of the image file, and the
-        digest of the image encoder. The element is instead a `BadImage`, which holds the reason, if the image cannot be
+        digest of the image encoder. The element is instead a `BadImage`, which holds the reason, if the image can't be
         used.
     """
     digests = [blake2b(row[args.image_column]["bytes"], digest_size=16).hexdigest() for row in rows]
@@ -135,7 +135,7 @@ def _get_image_or_augmented_views(
 ) -> list[Image.Image | BadImage]:
     """Return the images to embed for a row: the image itself, or `args.views` randomly augmented copies.
 
-    If the image cannot be augmented, a list with `args.views` times the same BadImage is returned.
+    If the image can't be augmented, a list with `args.views` times the same BadImage is returned.
     """
     if args.views == 1:
         return [row[DECODED_KEY]]
@@ -146,7 +146,7 @@ def _get_image_or_augmented_views(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command `captions.embedding_stage`, which replaces the images of one split by their embeddings.
+    """Run the command: replace the images of one split by their embeddings.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # When this file runs as a command, its classes belong to the module `__main__`, and other processes cannot unpickle
+    # When this file runs as a command, its classes belong to the module `__main__`, and other processes can't unpickle
     # them. Import the file again under its own name to avoid this.
     from captions import embedding_stage
 

@@ -9,7 +9,7 @@ BLIP-2 (`--captioner blip2`) writes English captions to the column `generated-ca
 server (`--captioner chat`) writes captions directly in the language `--caption_language`, one per prompt, for example
 to the column `generated-captions-pt`; docs/how-to/captions_server.md describes it.
 
-Rows whose image cannot be used are skipped, and listed in *.skipped.jsonl files. To finish an interrupted run, run the
+Rows whose image can't be used are skipped, and listed in *.skipped.jsonl files. To finish an interrupted run, run the
 same command again; finished captions do not change.
 """
 
@@ -28,7 +28,7 @@ from captions.stages import RowStage, StageArguments, run_stage_command
 
 @dataclass
 class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()), StageArguments):
-    """Command-line flags of `captions.generate`, which generates captions of the images of a dataset.
+    """Command-line arguments of `captions.generate`, which generates captions of the images of a dataset.
 
     The class also has the methods that run this stage.
     """
@@ -68,7 +68,7 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
     def check_backend(self) -> None:
         """Check that the captioner can be used, for example that its server can be reached.
 
-        A build calls this method before its first stage runs. Raises ValueError or OSError if the captioner cannot be
+        A build calls this method before its first stage runs. Raises ValueError or OSError if the captioner can't be
         used.
         """
         CAPTIONERS[self.captioner].check(self)
@@ -98,7 +98,7 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
             each file gets a call of its own.
 
         Raises:
-            ValueError, OSError, ImportError: If the captioner cannot be used.
+            ValueError, OSError, ImportError: If the captioner can't be used.
         """
         captioner = CAPTIONERS[self.captioner].load(self, stage)
 
@@ -128,7 +128,7 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command `captions.generate`, which generates captions of the images of a dataset.
+    """Run the command: generate captions of the images of a dataset.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # When this file runs as a command, its classes belong to the module `__main__`, and other processes cannot unpickle
+    # When this file runs as a command, its classes belong to the module `__main__`, and other processes can't unpickle
     # them. Import the file again under its own name to avoid this.
     from captions import generate
 

@@ -8,7 +8,7 @@ Each row gets the column `similarities-<language>`. It holds one number for each
 then one number for each caption in `generated-captions-<language>`. The number is None if the caption is empty.
 `captions.select` and the caption strategies of training use this column.
 
-Rows without captions, and rows whose image cannot be used, are skipped and listed in *.skipped.jsonl files. To finish
+Rows without captions, and rows whose image can't be used, are skipped and listed in *.skipped.jsonl files. To finish
 an interrupted run, run the same command again.
 """
 
@@ -30,7 +30,7 @@ from modeling_capivara.two_towers import Embedder, load_embedder
 
 @dataclass
 class ScoreArguments(EncoderStageArguments):
-    """Command-line flags of `captions.score`, which computes how similar captions and their images are.
+    """Command-line arguments of `captions.score`, which computes how similar captions and their images are.
 
     The class also has the methods that run this stage.
     """
@@ -71,7 +71,7 @@ class ScoreArguments(EncoderStageArguments):
             `stage.json`. `process` is a function that scores the captions of a list of rows.
 
         Raises:
-            ValueError, OSError, ImportError: If the model cannot be loaded. Also if the dataset has embeddings instead
+            ValueError, OSError, ImportError: If the model can't be loaded. Also if the dataset has embeddings instead
                 of images, and they were made with another image encoder.
         """
         embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
@@ -91,12 +91,12 @@ def _compute_caption_similarities(
 
     Args:
         embedder: Model that embeds texts and images.
-        args: Flags of the command.
+        args: Command-line arguments.
         rows: Rows with captions, and a decoded image under the key `DECODED_KEY`.
 
     Returns:
         For each row, a dict `{"similarities-<language>": numbers}`, or a BadRow if the row has no caption or its image
-        cannot be used.
+        can't be used.
     """
     # The captions of a row come from several columns. Their similarities are stored in the order of these columns.
     columns, size = args.required_columns(), args.embedding_batch_size
@@ -119,7 +119,7 @@ def _compute_caption_similarities(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command `captions.score`, which computes how similar captions and their images are.
+    """Run the command: compute how similar captions and their images are.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # When this file runs as a command, its classes belong to the module `__main__`, and other processes cannot unpickle
+    # When this file runs as a command, its classes belong to the module `__main__`, and other processes can't unpickle
     # them. Import the file again under its own name to avoid this.
     from captions import score
 

@@ -63,7 +63,7 @@ EXAMPLE_IMAGE_SIDE = 240  # longest side of the example images, in pixels
 
 @dataclass
 class SelectArguments(CaptionChoice, StageArguments):
-    """Command-line flags of `captions.select`, which selects the captions and images of a dataset for training.
+    """Command-line arguments of `captions.select`, which selects the captions and images of a dataset for training.
 
     The class also has the methods that run this stage.
     """
@@ -142,7 +142,7 @@ def _get_similarities_and_chosen_captions(
     """Choose the captions of a row, and look up the similarities of all captions of the row.
 
     Args:
-        args: Flags of the command.
+        args: Command-line arguments.
         row: A row of the dataset. A missing caption column is treated as empty.
 
     Returns:
@@ -170,7 +170,7 @@ def select_row_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str,
     """Select the captions of one image with the caption strategy and the pair filter of the flags.
 
     Args:
-        args: Flags of the command.
+        args: Command-line arguments.
         row: A row of the dataset, with the image's captions and their similarities.
 
     Returns:
@@ -249,7 +249,7 @@ def _build_caption_similarity_frame(args: SelectArguments, source: Split) -> pd.
     The table does not contain the texts of the captions, because there may be tens of millions.
 
     Args:
-        args: Flags of the command.
+        args: Command-line arguments.
         source: The dataset split that the selection has read.
 
     Returns:
@@ -285,7 +285,7 @@ def _rename_columns_and_normalize_captions(args: SelectArguments, row: dict[str,
     """Return a row of the source with the column names of the output, and with captions as lists of texts.
 
     Args:
-        args: Flags of the command; `rename` is applied.
+        args: Command-line arguments; `rename` is applied.
         row: A row of the source.
     """
     row = {args.column_renames().get(old, old): value for old, value in row.items()}
@@ -298,7 +298,7 @@ def _select_examples_and_write_images(
     """Find the examples closest to the cutoff, and write their images as JPEG files.
 
     Args:
-        args: Flags of the command.
+        args: Command-line arguments.
         source: The dataset split that the selection has read.
         captions: Table of captions from `_build_caption_similarity_frame`.
         folder: Folder for the images.
@@ -359,7 +359,7 @@ def plot_kept_and_dropped_similarities(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command `captions.select`, which selects captions and images, and print the path of the report.
+    """Run the command: select captions and images, and print the path of the report.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
@@ -370,7 +370,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # When this file runs as a command, its classes belong to the module `__main__`, and other processes cannot unpickle
+    # When this file runs as a command, its classes belong to the module `__main__`, and other processes can't unpickle
     # them. Import the file again under its own name to avoid this.
     from captions import select
 

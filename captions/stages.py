@@ -6,7 +6,7 @@ Example:
     StageArguments(dataset="images", output=Path("copy")).write_rows()  # copies the rows; subclasses add columns
 
 A stage writes its output in parts. A part is a parquet file of consecutive rows of the source. The file name contains
-the row numbers. Rows that cannot be used are listed in a JSON Lines file next to the part. The parts are divided among
+the row numbers. Rows that can't be used are listed in a JSON Lines file next to the part. The parts are divided among
 the tasks (processes) of the stage. Task `rank` of `world_size` tasks writes its share.
 
 A part gets its final name only when it is complete, so the file names alone show which rows are done. A killed task can
@@ -250,7 +250,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
             The numbers of written and skipped rows of the task.
 
         Raises:
-            ValueError: If the dataset cannot be used. Also if the output folder belongs to another stage, or was
+            ValueError: If the dataset can't be used. Also if the output folder belongs to another stage, or was
                 written with other settings.
         """
         # Open the data before the model is loaded, so that errors in the data appear at once.
@@ -564,12 +564,12 @@ class RowStage:
                 raise
 
     def _process_rows(self, process: ProcessRows, part: range, skipped: list[SkippedRow]) -> Iterator[dict[str, Any]]:
-        """Iterate over the rows of a part with their new columns, without rows that cannot be used.
+        """Iterate over the rows of a part with their new columns, without rows that can't be used.
 
         Args:
             process: Function that returns the new columns of a batch of rows.
             part: Row range of the part.
-            skipped: List to which the function appends a record for each row that cannot be used.
+            skipped: List to which the function appends a record for each row that can't be used.
         """
         rows = itertools.islice(self.source.rows(part.start), len(part))
         numbered = zip(part, rows, strict=True)  # `strict=True` raises an error if the source has lost rows

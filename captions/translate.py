@@ -53,7 +53,7 @@ MAX_EXAMPLE_CHARACTERS = 200  # longer sentences are shortened in the examples o
 
 @dataclass(kw_only=True)
 class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values()), StageArguments):
-    """Command-line flags of `captions.translate`, which translates the captions of a dataset.
+    """Command-line arguments of `captions.translate`, which translates the captions of a dataset.
 
     The class also has the methods that run this stage.
     """
@@ -164,7 +164,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
     def check_backend(self) -> None:
         """Check that the translator can be used, for example that its server can be reached.
 
-        A build calls this method before its first stage runs. Raises ValueError or OSError if the translator cannot be
+        A build calls this method before its first stage runs. Raises ValueError or OSError if the translator can't be
         used.
         """
         TRANSLATORS[self.backend].check(self)
@@ -197,7 +197,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
             a function that translates the captions of several output files before they are written.
 
         Raises:
-            ValueError, OSError, ImportError: If the translator cannot be loaded, or the table is incomplete.
+            ValueError, OSError, ImportError: If the translator can't be loaded, or the table is incomplete.
         """
         columns = map_caption_columns_to_translated_columns(stage.features, stage.source.display_name, self)
         translator = TRANSLATORS[self.backend].load(self, stage)
@@ -246,7 +246,7 @@ def _open_memory(args: TranslateArguments, fingerprint: dict[str, Any]) -> Trans
     """Open the translation memory (stored translations) of a translator.
 
     Args:
-        args: Flags of the command.
+        args: Command-line arguments.
         fingerprint: Everything that affects a translation, except the sentence itself, as a dict.
     """
     return TranslationMemory(args.memory or args.output.with_name(args.output.name + ".memory"), fingerprint)
@@ -261,7 +261,7 @@ def _translate_with_memory(
     fails.
 
     Args:
-        args: Flags of the command.
+        args: Command-line arguments.
         translator: The translator.
         sentences: Sentences to translate; none may be blank.
         faults: Dict `{sentence: fault}`. The function adds an entry for each unusable answer.
@@ -299,9 +299,9 @@ def _translate_with_memory(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command `captions.translate`, which translates the captions of a dataset.
+    """Run the command: translate the captions of a dataset.
 
-    After a complete run, it prints how many translations look wrong, for each kind of problem.
+    After a complete run, the command prints how many translations look wrong, for each kind of problem.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # When this file runs as a command, its classes belong to the module `__main__`, and other processes cannot unpickle
+    # When this file runs as a command, its classes belong to the module `__main__`, and other processes can't unpickle
     # them. Import the file again under its own name to avoid this.
     from captions import translate
 

@@ -31,7 +31,7 @@ UNCHANGED_ROWS_HINT = (
 # - `=`, `+`, `@` and `-` at the start of a cell, because a spreadsheet would run the cell as a formula;
 # - control characters and line separators, because some programs take them for the end of a line;
 # - byte-order marks, because editors remove them;
-# - lone surrogates, because UTF-8 cannot represent them.
+# - lone surrogates, because UTF-8 can't represent them.
 UNSAFE_CELL_RE = re.compile("^[=+@-]|[\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
 
 

@@ -4,5 +4,5 @@ Import names from the modules of this package, for example `from eval.capivara_m
 not write `import eval`, because it would hide Python's builtin function `eval`.
 """
 
-# Imported first and only for its effect: Ctrl-C during the slow imports of a command prints one line, no traceback.
+# Imported only for its effect: Ctrl-C during the slow imports of a command prints one line, no traceback.
 import capivara_common.interrupt  # noqa: F401

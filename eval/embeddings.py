@@ -210,7 +210,7 @@ def run_evaluation_command(
         arguments_type: Dataclass of the command's arguments.
         doc: Docstring of the command's module, shown by --help.
         evaluate: Function that gets the parsed arguments, measures, writes the result file, and returns the records.
-        argv: Command-line arguments; the arguments of the program if None.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(arguments_type, doc, argv)
     records = evaluate(args)

@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     Files that the report does not fully show are printed, too, with the reasons.
 
     Args:
-        argv: Command-line arguments; the arguments of the program if None.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(ReportArguments, __doc__, argv)
     content = write_report(args.results, args.output, args.overwrite_output_dir)

@@ -233,8 +233,8 @@ def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
             except Exception as error:
                 # Every error is caught, so that one benchmark that fails does not end the others.
                 error_type = ""
-                # Other errors, such as too little memory or a bug, are unexpected. Their message may not be clear on
-                # its own, so their type and traceback are shown.
+                # Errors of all other types, such as too little memory or a bug, are unexpected. Their message may not
+                # be clear on its own, so their type and traceback are shown.
                 if not isinstance(error, ValueError | OSError | ImportError):
                     error_type = f"{type(error).__name__}: "
                     traceback.print_exc()
@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure all benchmarks of the suite, and print the table of results.
 
     Args:
-        argv: Command-line arguments; the arguments of the program if None.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Raises:
         SystemExit: If a measurement failed although the data of the benchmark are in --data_dir.

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# This import has an effect: Ctrl-C during the slow imports of libraries such as torch prints one line, no traceback.
+# Imported only for its effect: Ctrl-C during the slow imports of a command prints one line, no traceback.
 import capivara_common.interrupt  # noqa: F401
 from capivara_common.environment import describe_device, package_versions
 from capivara_common.privacy import shorten_absolute_paths

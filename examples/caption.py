@@ -30,7 +30,7 @@ from modeling_capivara.two_towers import embed_images, embed_texts
 
 @dataclass
 class CaptionArguments:
-    """Command-line flags of `python -m examples.caption`, which chooses captions for images from a collection."""
+    """Command-line arguments of `examples.caption`, which chooses captions for images from a caption bank."""
 
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
     pictures: Path | None = flag(None, "Folder of images to caption. Default: the images of the test split.")
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: for each image, print the most similar sentences of the caption bank as CSV.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(CaptionArguments, __doc__, argv)
     data = None if args.pictures and args.bank else load_dataset_and_refuse_image_paths(args.dataset)

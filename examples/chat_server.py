@@ -1,10 +1,10 @@
-"""Simulated chat server with OpenAI's API, so that examples, benchmarks and tests need no language model.
+"""Stand-in for a chat server with OpenAI's API, so that examples, benchmarks and tests need no language model.
 
     with run_stand_in_chat_server(ChatServer(lambda messages: "um gato")) as server:
         print(server.url)  # for --base_url
 
-You pass a function that computes the answers. The server is also called "stand-in". It runs in threads of this process
-and can be reached only from this machine. It stops at the end of the `with` block.
+You pass a function that computes the answers. The server runs in threads of this process, can be reached only from this
+machine, and stops at the end of the `with` block.
 """
 
 import json
@@ -21,7 +21,7 @@ MODEL = "stand-in"  # name of the only model that the server offers
 
 @dataclass
 class ChatServer:
-    """What a simulated chat server answers, how slowly it answers, and its address.
+    """What a stand-in chat server answers, how slowly it answers, and its address.
 
     This object does not serve requests by itself. Pass it to `run_stand_in_chat_server`, which starts the server.
 
@@ -53,7 +53,7 @@ class ChatServer:
         Args:
             body: JSON content of the request. It counts as 10 prompt tokens, or as 20 if it contains an image.
             text: Text of the answer. Each word counts as one token.
-            finish_reason: Why the simulated model stopped, as in OpenAI's API.
+            finish_reason: Reason for the end of the answer, as in OpenAI's API.
 
         Returns:
             The response as a dict, with the keys of OpenAI's chat completion such as "choices" and "usage".
@@ -73,7 +73,7 @@ class ChatServer:
 
 
 class ChatHandler(BaseHTTPRequestHandler):
-    """HTTP handler of one connection to the simulated chat server. `chat_server` computes its answers."""
+    """HTTP handler of one connection to the stand-in chat server. `chat_server` computes its answers."""
 
     protocol_version = "HTTP/1.1"
     chat_server: ChatServer
@@ -121,7 +121,7 @@ class _Server(ThreadingHTTPServer):
 
 @contextmanager
 def run_stand_in_chat_server(server: ChatServer) -> Iterator[ChatServer]:
-    """Run a simulated chat server on this machine during a `with` block.
+    """Run a stand-in chat server on this machine during a `with` block.
 
     Args:
         server: Answers and delay of the server. Its attribute `url` is set to the address of the running server.

@@ -50,7 +50,7 @@ VECTOR_TOLERANCE = 1e-6
 
 @dataclass
 class ExchangeArguments:
-    """Command-line flags of `python -m examples.exchange_text_side`, which replaces only the text encoder."""
+    """Command-line arguments of `examples.exchange_text_side`, which replaces only the text encoder."""
 
     text_side: Path = flag(..., "Folder with a text encoder, written by `hub_upload.export --formats drop_in`.")
     base: str = flag("data/openmoji/base", "Folder of the model that embeds the images.")
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: store image embeddings in two vector stores, search with two text encoders, and report recall.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(ExchangeArguments, __doc__, argv)
     check_inputs_outside(args.output, args.text_side, args.base, args.dataset)

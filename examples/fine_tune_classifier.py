@@ -53,7 +53,7 @@ that model and of those images.
 
 @dataclass
 class ClassifierArguments:
-    """Command-line flags of `python -m examples.fine_tune_classifier`, which trains an image classifier.
+    """Command-line arguments of `examples.fine_tune_classifier`, which trains an image classifier.
 
     Raises:
         ValueError: If `image_size` is below 1.
@@ -128,7 +128,7 @@ def _load_train_and_test_images(args: ClassifierArguments, prompts: Prompts) -> 
     """Load the labeled images for training and for evaluation.
 
     Args:
-        args: Flags of the command, which name the images, the splits and the columns.
+        args: Command-line arguments, which name the images, the splits and the columns.
         prompts: Class names of the benchmark.
 
     Returns:
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure accuracy, fine-tune, measure accuracy again, and save model, processor and results.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(ClassifierArguments, __doc__, argv)
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:

@@ -46,7 +46,7 @@ OTHER_SENTENCES = ["lua crescente", "coração azul", "coração vermelho", "gat
 
 @dataclass
 class GuideArguments:
-    """Command-line flags of `python -m examples.guide_generation`, which optimizes an image to match a sentence.
+    """Command-line arguments of `examples.guide_generation`, which optimizes an image to match a sentence.
 
     Raises:
         ValueError: If a value is out of range or the sentence is empty.
@@ -137,15 +137,14 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: optimize an image for the sentence, and save the image and its similarities to sentences.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(GuideArguments, __doc__, argv)
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         model, processor = load_model(args.model).eval().to(resolve_device(args.device)), load_processor(args.model)
-        model.requires_grad_(False)  # only the picture is optimized, so the weights need no gradients
+        model.requires_grad_(False)  # only the image is optimized, so the weights need no gradients
         generator, started = torch.Generator().manual_seed(args.seed), time.perf_counter()
         cells = min(args.cells, args.size)
-        # The sigmoid in `draw_picture` turns these small random numbers into an almost uniform gray.
         colors = INITIAL_NOISE * torch.randn(1, 3, cells, cells, generator=generator)
         colors = colors.to(model.device).requires_grad_()
 

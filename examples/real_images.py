@@ -43,7 +43,7 @@ DIGIT_SIDE_PIXELS = 96  # side to which scikit-learn's digits (8 x 8 pixels) are
 
 @dataclass
 class RealImagesArguments:
-    """Command-line flags of `python -m examples.real_images`, which evaluates models on images from packages."""
+    """Command-line arguments of `examples.real_images`, which evaluates models on images from packages."""
 
     model: str = flag(..., "Folder of the trained model, such as the output of configs/openmoji.yaml.")
     baseline: str = flag("data/openmoji/base", "Folder or Hub id of the base model to compare with.")
@@ -166,7 +166,7 @@ def _evaluate_model_and_write_results(args: RealImagesArguments, model: str, rol
     """Evaluate one model on retrieval and zero-shot classification, and write a result file for each task.
 
     Args:
-        args: Flags of the command, which name the datasets, the output folder and the device.
+        args: Command-line arguments, which name the datasets, the output folder and the device.
         model: Folder of the model.
         role: Role of the model in the comparison: "baseline" or "capivara" (the trained model).
     """
@@ -189,7 +189,7 @@ def _evaluate_linear_probe_and_write_results(args: RealImagesArguments) -> None:
     probe does not use the text encoder.
 
     Args:
-        args: Flags of the command, which name the base model, the datasets, the output folder and the device.
+        args: Command-line arguments, which name the base model, the datasets, the output folder and the device.
     """
     classes, images = str(args.data / "digits" / "classes.json"), str(args.data / "digits" / "data")
     shared = {"role": "baseline", "device": args.device}
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: write the datasets, then evaluate the base model and the trained model.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(RealImagesArguments, __doc__, argv)
     _write_missing_datasets(args.data, args.openmoji)

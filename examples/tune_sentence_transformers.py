@@ -57,7 +57,7 @@ that model and of those data.
 
 @dataclass
 class SentenceTuningArguments:
-    """Command-line flags of `python -m examples.tune_sentence_transformers`, which fine-tunes a CAPIVARA model."""
+    """Command-line arguments of `examples.tune_sentence_transformers`, which fine-tunes a CAPIVARA model."""
 
     model: Path = flag(..., "Folder of a model that was exported in the format sentence_transformers.")
     dataset: Path = flag(..., "Saved Hugging Face dataset with the columns image and captions-LANGUAGE.")
@@ -78,7 +78,7 @@ class SentenceTuningArguments:
 
 
 def load_images_with_one_random_caption(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
-    """Load the training pairs of a dataset split: each image with one randomly chosen caption.
+    """Load the pairs of a dataset split: each image with one randomly chosen caption.
 
     Args:
         dataset: Folder of the saved dataset.
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure recall, fine-tune, measure recall again, and save the model and the results.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(SentenceTuningArguments, __doc__, argv)
     if not (args.model / "modules.json").is_file():

@@ -398,7 +398,7 @@ def _convert_measurement_to_model_index_entry(run_metadata: dict[str, Any], meas
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: write a model card or, with --check, compare a model card with the files in its folder."""
+    """Run the command: write a model card or, with --check, compare a model card with the files in its folder."""
     args = parse_arguments(CardArguments, __doc__, argv)
     if args.check is None:
         path = write_card(args.model, args.repo_id, args.language, args.output, args.license)

@@ -93,7 +93,7 @@ class ExportArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: export a model to a folder, and print the size of each written file."""
+    """Run the command: export a model to a folder, and print the size of each written file."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(ExportArguments, __doc__, argv)
     files = export_model(

@@ -163,7 +163,7 @@ class PushPlan:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: print the changes that a push would make on the Hub and, with --push, upload them."""
+    """Run the command: print the changes that a push would make on the Hub and, with --push, upload them."""
     args = parse_arguments(PushArguments, __doc__, argv)
     plan = plan_push(args)
     print(_describe_push(plan), flush=True)

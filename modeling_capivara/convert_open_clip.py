@@ -756,7 +756,7 @@ def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
 
 @dataclass
 class ConvertArguments:
-    """Command-line flags of `convert_open_clip`, which converts an open_clip model for transformers."""
+    """Command-line arguments of `convert_open_clip`, which converts an open_clip model for transformers."""
 
     source: str = flag(
         ...,

@@ -10,7 +10,7 @@ from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
-# Largest number of pixels of an image after the resize: 64 million, or 256 MB in memory. Photos of usual shapes have
+# Largest number of pixels of an image after the resize: 67 million, or 256 MiB in memory. Photos of usual shapes have
 # less than a million pixels after the resize, but a strip of 1 x 20,000 pixels would have a billion.
 MAX_RESIZED_PIXELS = 2**26
 

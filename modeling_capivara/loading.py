@@ -358,7 +358,7 @@ def _check_and_adapt_processor(processor: ProcessorMixin, config: PreTrainedConf
     # These text towers number positions from `pad_token_id` + 1, so fewer positions are left for tokens.
     if config.text_config.model_type in PADDING_MODEL_TYPES:
         positions -= config.text_config.pad_token_id + 1
-    # Such a model attends to the padding, too, so its tokenizer must not return an attention mask by default.
+    # A model that was trained with visible padding must see it here too, so its tokenizer returns no attention mask.
     if kind.pads_to_max_length:
         tokenizer.model_input_names = ["input_ids"]
     elif "attention_mask" not in tokenizer.model_input_names:

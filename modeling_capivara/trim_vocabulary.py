@@ -62,7 +62,7 @@ ORIGIN_SENTENCE = (
 
 @dataclass
 class TrimArguments:
-    """Command-line flags of `trim_vocabulary`, which removes unused tokens from a multilingual model."""
+    """Command-line arguments of `trim_vocabulary`, which removes unused tokens from a multilingual model."""
 
     model: Path = flag(..., "Folder of the model.", positional=True)
     output: Path = flag(..., "Folder to create. If it exists, it must be empty.", positional=True)

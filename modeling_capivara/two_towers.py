@@ -242,7 +242,8 @@ def load_embedder(
     Args:
         model: Folder or Hub id of a CAPIVARA model or of a CLIP-like model of transformers. With `baseline`, also an
             open_clip model: "open_clip:NAME:PRETRAINED", "open_clip:hf-hub:OWNER/NAME" or "open_clip:local-dir:FOLDER".
-        device: "cpu" or "cuda". Default: the GPU of this process if there is one, otherwise the CPU.
+        device: "cpu", "cuda", or one GPU such as "cuda:1". Default: the GPU of this process if there is one, otherwise
+            the CPU.
         baseline: Allow open_clip models, which can be evaluated as a baseline but not trained.
         precision: "float32", "bf16" for autocast to bfloat16, or "auto" to choose between the two. "auto" selects bf16
             on a GPU that supports bf16, and on a CPU if a measurement shows that bf16 is faster there. For an open_clip

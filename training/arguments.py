@@ -19,7 +19,7 @@ class RequiredArguments:
 
     _argument_group_name = "required, as flags or in --config"
 
-    model: str | None = flag(None, "Base checkpoint: folder or Hub id of a CAPIVARA, SigLIP, CLIP or similar model.")
+    model: str | None = flag(None, "Base model: folder or Hub id of a CAPIVARA, SigLIP, CLIP or similar model.")
     dataset: list[str] = flag([], f"Pairs to train on: {DATASET_HELP} Several datasets are mixed in every batch.")
 
 
@@ -101,8 +101,7 @@ class OptimizationArguments:
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = flag(
         "auto",
         "Precision of autocast; no is float32. auto: bf16 if the device supports it natively, otherwise no. fp16 needs "
-        "a GPU. "
-        "Pooling, loss, weights and the final evaluation are always in float32.",
+        "a GPU. Pooling, loss, weights and the final evaluation are always in float32.",
     )
     # Whether the user chose "auto" for `mixed_precision`. `train_accelerate.py` sets this, and then replaces "auto" by
     # the precision that suits the device.

@@ -232,7 +232,7 @@ class StepPlan:
     replacement_counts: Counter[int] = field(default_factory=Counter)
 
     def items(self, places: Tensor) -> list[tuple[int, int, int]]:
-        """Say where to load the images at some positions of the batch from: dataset, row and view.
+        """Return where the images at some positions of the batch are stored: dataset, row and view.
 
         A view is the image itself or an augmented copy of it. `training.inputs.prefetch_pixels` loads the images.
 

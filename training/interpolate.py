@@ -4,8 +4,8 @@
 
 The new model is the weighted mean of both. In languages that were not trained on, it keeps more of the base model's
 quality than the fine-tuned model does. `--share` is the weight of the fine-tuned model; docs/explanation/recipe.md
-recommends 0.7.
-Compare other values with `python -m eval.retrieval`. Processor and configuration are copied from the fine-tuned model.
+recommends 0.7. Compare other values with `python -m eval.retrieval`. Processor and configuration are copied from the
+fine-tuned model.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: average the weights of a base and a trained model, and write the result to a new folder.
 
     Args:
-        argv: Command-line arguments; the arguments of the program if None.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Raises:
         ValueError: If the models differ in the names or shapes of their tensors. Also if `training.rotate` was applied

@@ -31,8 +31,8 @@ from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images
 
 ROTATION_FILE = "rotation.safetensors"  # name of the file in the folder of the rotated model
-# Largest number of images from which the axes are computed. So many are enough to estimate the second moments (mean
-# products of two dimensions) for 1000 dimensions; more would only take longer.
+# Largest number of images from which the axes are computed. This number is enough to estimate the second moments (mean
+# products of two dimensions) for 1000 dimensions; more images would only take longer.
 MAX_ROTATION_IMAGES = 2**14
 
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     read are skipped.
 
     Args:
-        argv: Command-line arguments; the arguments of the program if None.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Raises:
         ValueError: If the model has been rotated before, if it has no projections, or if there are not more usable

@@ -68,7 +68,7 @@ def freeze_parameters_and_add_adapters(model: PreTrainedModel, args: RunArgument
 
 
 def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the hyperparameters that the user cannot set, so that the description of a run is complete.
+    """Return the hyperparameters that the user can't set, so that the description of a run is complete.
 
     They are stored under the key `fixed` in the file run.json of the run.
 

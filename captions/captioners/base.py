@@ -36,7 +36,7 @@ class Captioner(Protocol):
         """Check that the captioner can be used, for example that its server can be reached.
 
         A build calls this method before its first stage runs, so that it does not fail hours later. Raises ValueError
-        or OSError if the captioner cannot be used.
+        or OSError if the captioner can't be used.
         """
 
     @classmethod
@@ -75,7 +75,7 @@ class Captioner(Protocol):
             The captioner, ready to caption rows.
 
         Raises:
-            ValueError, OSError, ImportError: If the captioner cannot be used.
+            ValueError, OSError, ImportError: If the captioner can't be used.
         """
         ...
 

@@ -291,7 +291,7 @@ def caption_rows(
         ValueError: If the memory of the GPU or CPU is insufficient.
     """
     images = [row[DECODED_KEY] for row in rows]
-    # PIL cannot convert the image mode La (grayscale with premultiplied alpha) to RGB directly, only by way of LA.
+    # PIL can't convert the image mode La (grayscale with premultiplied alpha) to RGB directly, only by way of LA.
     images = [image.convert("LA") if image.mode == "La" else image for image in images]
     try:
         captions = captioner.generate_captions([image.convert("RGB") for image in images], prefixes)

@@ -84,7 +84,7 @@ class ChatCaptioner(Captioner):
     Raises:
         ValueError: If a flag or the file of prompts is invalid, the server refuses the request, or the model does not
             see images.
-        ConnectionError: If the server cannot be reached.
+        ConnectionError: If the server can't be reached.
     """
 
     flags = ChatCaptionerFlags
@@ -133,8 +133,8 @@ class ChatCaptioner(Captioner):
     def check(cls, args: Any) -> None:
         """Check that the server can be used: send it a test image, and request an answer of a single token.
 
-        The check is skipped if each cluster node has its own server, which this machine cannot reach. Raises ValueError
-        or OSError if the server cannot be used.
+        The check is skipped if each cluster node has its own server, which this machine can't reach. Raises ValueError
+        or OSError if the server can't be used.
         """
         if is_server_beside_tasks(args):
             logger.info("Not checked now: %s. Each cluster node has its own server.", ", ".join(args.base_url))

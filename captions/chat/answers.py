@@ -1,4 +1,4 @@
-"""Clean the answers of language models, and find answers that cannot be used.
+"""Clean the answers of language models, and find answers that can't be used.
 
 A model that is asked for a caption or a translation often adds more. `clean_answer` removes, in this order:
 

@@ -87,7 +87,7 @@ class ChatClient:
     All servers must serve the same model. Call `connect` before all other methods.
 
     Args:
-        args: Flags of the command: `ChatFlags` and `model`.
+        args: Command-line arguments: `ChatFlags` and `model`.
         rank: Number of the task, a process that works on a share of the rows. Different tasks send their first request
             to different servers.
 
@@ -95,7 +95,7 @@ class ChatClient:
         model: Name of the model as the servers report it. Before `connect` is called, it is the flag `model`.
 
     Raises:
-        ValueError: If the API key contains characters that cannot be sent.
+        ValueError: If the API key contains characters that can't be sent.
     """
 
     def __init__(self, args: Any, rank: int = 0):
@@ -141,7 +141,7 @@ class ChatClient:
 
         Raises:
             ValueError: If a server refuses the request, or the servers report different models.
-            ConnectionError: If a server cannot be reached.
+            ConnectionError: If a server can't be reached.
         """
         names = set()
         for number, client in enumerate(self._clients):
@@ -377,5 +377,5 @@ def convert_completion_to_reply(completion: Any) -> Reply:
 
 
 def _storable_text(text: str) -> str:
-    """Remove zero bytes and replace lone surrogates, which parquet files and terminals cannot represent."""
+    """Remove zero bytes and replace lone surrogates, which parquet files and terminals can't represent."""
     return text.replace("\0", "").encode("utf-8", "replace").decode()

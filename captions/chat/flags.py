@@ -42,7 +42,9 @@ class ChatFlags:
     prompts: Path | None = flag(
         None, "YAML file of prompts. Default: a file in captions/chat/, which also explains the format.", group=CHAT
     )
-    temperature: float = flag(0.0, "Sampling temperature. A bad answer is requested once more with 0.7.", group=CHAT)
+    temperature: float = flag(
+        0.0, "Sampling temperature. A bad answer is requested once more with at least 0.7.", group=CHAT
+    )
     top_p: float | None = flag(None, "Nucleus sampling. Default: not sent.", group=CHAT)
     seed: int | None = flag(None, "Seed of the sampling. Default: not sent.", group=CHAT)
     max_tokens: int = flag(1024, "Largest number of tokens of an answer, including reasoning.", group=CHAT)
@@ -70,12 +72,12 @@ def check_chat_flags(args: Any, purpose: str) -> None:
     """Check the flags of a backend that uses a language model on a server. No request is sent.
 
     Args:
-        args: Flags of the command: `ChatFlags`, `model` and `executor`.
+        args: Command-line arguments: `ChatFlags`, `model` and `executor`.
         purpose: The flag that selects the backend, for example "--backend chat". Error messages name it.
 
     Raises:
         ValueError: If a flag is missing or invalid.
-        ImportError: If the packages of the optional dependency group `chat` are not installed.
+        ImportError: If the packages of the extra `chat` are not installed.
     """
     require_packages(purpose, "chat", "openai", "language_data")
     if not args.base_url:
@@ -122,11 +124,11 @@ def parse_extra_body(text: str | None) -> dict[str, Any]:
 def is_server_beside_tasks(args: Any) -> bool:
     """Return True if each cluster node runs its own server of the language model.
 
-    This machine cannot reach these servers, so they cannot be checked before the work begins. The result is True if the
+    This machine can't reach these servers, so they can't be checked before the work begins. The result is True if the
     tasks run on a cluster and all addresses in `base_url` are loopback addresses, such as localhost.
 
     Args:
-        args: Flags of the command: `executor` and `base_url`.
+        args: Command-line arguments: `executor` and `base_url`.
     """
     return args.executor != "local" and all(map(is_loopback, args.base_url))
 
@@ -138,7 +140,7 @@ def get_settings_that_change_answers(args: Any) -> dict[str, Any]:
     builds the requests from the same flags.
 
     Args:
-        args: Flags of the command, with `ChatFlags`.
+        args: Command-line arguments, with `ChatFlags`.
     """
     settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     return settings | {

@@ -56,7 +56,7 @@ class Translator(Protocol):
         """Check that the translator can be used, for example that its server can be reached.
 
         A build calls this method before its first stage runs, so that it does not fail hours later. Raises ValueError
-        or OSError if the translator cannot be used.
+        or OSError if the translator can't be used.
         """
 
     @classmethod
@@ -71,7 +71,7 @@ class Translator(Protocol):
             The translator, ready to translate.
 
         Raises:
-            ValueError, OSError, ImportError: If the translator cannot be used.
+            ValueError, OSError, ImportError: If the translator can't be used.
         """
         ...
 

@@ -60,7 +60,7 @@ class ChatTranslator(Translator):
 
     Raises:
         ValueError: If a flag or the file of prompts is invalid, or the server refuses requests.
-        ConnectionError: If the server cannot be reached.
+        ConnectionError: If the server can't be reached.
     """
 
     flags = ChatTranslatorFlags
@@ -96,8 +96,8 @@ class ChatTranslator(Translator):
     def check(cls, args: Any) -> None:
         """Check that the server can be used, by requesting an answer of a single token.
 
-        The check is skipped if each cluster node has its own server, which this machine cannot reach. Raises ValueError
-        or OSError if the server cannot be used.
+        The check is skipped if each cluster node has its own server, which this machine can't reach. Raises ValueError
+        or OSError if the server can't be used.
         """
         if is_server_beside_tasks(args):
             logger.info("Not checked now: %s. Each cluster node has its own server.", ", ".join(args.base_url))

@@ -49,7 +49,7 @@ class GoogleTranslator(Translator):
 
     Raises:
         ValueError: If the key is missing or refused, or the service does not know a language.
-        OSError: If the service cannot be reached.
+        OSError: If the service can't be reached.
     """
 
     flags = GoogleFlags
@@ -59,7 +59,7 @@ class GoogleTranslator(Translator):
     def check_flags(cls, args: Any) -> None:
         """Check that the packages for Google's service are installed.
 
-        Raises ImportError if the packages of the optional dependency group `google` are missing.
+        Raises ImportError if the packages of the extra `google` are missing.
         """
         require_packages("--backend google", "google", *GOOGLE_MODULES)
 
@@ -190,6 +190,6 @@ def _make_client(endpoint: str, key: str) -> Any:
             return super().request(method, url, **options | {"timeout": REQUEST_TIMEOUT_S, "allow_redirects": False})
 
     credentials = api_key.Credentials(key)
-    # If Google refuses the key, do not send the request again: an API key, unlike a token, cannot be refreshed.
+    # If Google refuses the key, do not send the request again: an API key, unlike a token, can't be refreshed.
     session = Session(credentials, max_refresh_attempts=0)
     return translate_v2.Client(credentials=credentials, _http=session, client_options={"api_endpoint": endpoint})

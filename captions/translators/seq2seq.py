@@ -84,7 +84,7 @@ class Seq2SeqTranslator(Translator):
 
     @classmethod
     def check_flags(cls, args: Any) -> None:
-        """Check that the flag `--model` is given if the default model cannot translate between the languages.
+        """Check that the flag `--model` is given if the default model can't translate between the languages.
 
         The default model translates only from English to Portuguese. Raises ValueError if `--model` is missing for
         other languages.
@@ -235,7 +235,7 @@ def _check_languages_if_tokenizer_is_cached(
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError, AttributeError):
-        # The tokenizer is not on this machine yet, or cannot be loaded, so no check is possible now. Later,
+        # The tokenizer is not on this machine yet, or can't be loaded, so no check is possible now. Later,
         # `Seq2SeqTranslator` will download the model, or raise the error.
         return
     _get_model_language_codes(tokenizer, language, source_language, model)

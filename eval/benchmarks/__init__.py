@@ -22,7 +22,7 @@ BENCHMARKS_FOLDER = Path(__file__).resolve().parent
 # Names of the model classes that have CAPIVARA's architecture, to which its published results apply: the class of this
 # project, and the class that open_clip uses for the same text and image encoder.
 CAPIVARA_CLASSES = ("CapivaraModel", "CustomTextCLIP")
-# Names of groups of benchmarks that `eval.suite` can run. The group "paper" includes all benchmarks.
+# Names of the suites (sets of benchmarks) that `eval.suite` can run. The suite "paper" includes all benchmarks.
 SUITES = ("paper", "elevater", "beyond", "retrieval", "classification")
 
 

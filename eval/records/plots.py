@@ -154,9 +154,8 @@ def plot_ranked_image_grid(
 ) -> None:
     """Draw the images that one or several models rank first for each query, as a grid with a row per query.
 
-    The images of each model are next to each other in the row.
-
-    The image that the query describes has a thick green frame.
+    The images of each model are next to each other in the row. The image that the query describes has a thick green
+    frame.
 
     Args:
         rows: For each query, a list with one tuple per model: (title, images). The images are a list of tuples (image,

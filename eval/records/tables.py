@@ -1,8 +1,7 @@
 """Compute means over seeds and gains over a baseline, and show them as Markdown and HTML tables.
 
-The input are records: measured values with the conditions of their measurement.
-
-The functions are used in this order, where `files` are the result files that were read:
+The input consists of records, that is, measured values with the conditions of their measurement. The functions are used
+in this order, where `files` are the result files that were read:
 
     frame = build_records_frame(files)  # one row per record
     values = average_over_seeds(frame, "folder")  # one mean per model and condition

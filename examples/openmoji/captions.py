@@ -24,10 +24,10 @@ from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
 
 @dataclass
 class OpenMojiCaptionsArguments:
-    """Command-line flags of `python -m examples.openmoji.captions`, which builds a caption dataset of emoji."""
+    """Command-line arguments of `examples.openmoji.captions`, which builds a caption dataset of emoji."""
 
     source: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
-    config: Path = flag(Path("configs/openmoji_captions.yaml"), "YAML file with the configuration of `captions.build`.")
+    config: Path = flag(Path("configs/openmoji_captions.yaml"), "YAML file with the config of `captions.build`.")
 
 
 def build_openmoji_caption_dataset(args: OpenMojiCaptionsArguments) -> Path:
@@ -37,7 +37,7 @@ def build_openmoji_caption_dataset(args: OpenMojiCaptionsArguments) -> Path:
     emoji.
 
     Args:
-        args: Flags of the command: the folder of the OpenMoji dataset and the configuration file of the pipeline.
+        args: Command-line arguments: the folder of the OpenMoji dataset and the config of the pipeline.
 
     Returns:
         Folder of the finished dataset.
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: build the caption dataset, and print its folder and the command that trains on it.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = build_openmoji_caption_dataset(parse_arguments(OpenMojiCaptionsArguments, __doc__, argv))

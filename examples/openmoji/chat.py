@@ -3,10 +3,10 @@
     python -m examples.openmoji.chat
     python -m examples.openmoji.chat --base_url http://localhost:8000/v1 --model Qwen/Qwen2.5-VL-3B-Instruct
 
-Without `--base_url`, a simulated server ("stand-in") inside this command answers. It needs no language model, because
-it knows the Portuguese names of all emoji. Its answers show how the pipeline works, but not how good a language model
-is. With `--base_url`, the same requests go to a real server. docs/how-to/captions_server.md describes servers, prompts
-and flags.
+Without `--base_url`, a stand-in server inside this command answers. It needs no language model, because it knows the
+Portuguese names of all emoji. Its answers show how the pipeline works, but not how good a language model is. With
+`--base_url`, the same requests go to a real server. docs/how-to/captions_server.md describes servers, prompts and
+flags.
 
 The training starts from the small model of the search (`capivara_search/miniature_model.py`). The steps are the same as
 for any other dataset: a config (configs/openmoji_chat.yaml), `captions.build`, and `train_accelerate.py`. If you run
@@ -37,7 +37,7 @@ from examples.openmoji.concepts import load_emoji_by_concept, split_concepts
 from examples.openmoji.dataset import render_emoji_splits_as_dataset
 
 ENGLISH, NAMES = "captions-en", "captions-pt"
-# Captions that the simulated server answers, one template per prompt. {} becomes the Portuguese name of the emoji.
+# Captions that the stand-in server answers, one template per prompt. {} becomes the Portuguese name of the emoji.
 CAPTION_TEMPLATES = ("{}", "um desenho de {}", "um emoji que mostra {}", "{}, desenho simples em fundo branco")
 TRAINER = Path(__file__).resolve().parents[2] / "train_accelerate.py"
 MAX_BATCH_SIZE = 64
@@ -51,19 +51,19 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class OpenMojiChatArguments:
-    """Command-line flags of `python -m examples.openmoji.chat`, which captions emoji with a chat server.
+    """Command-line arguments of `examples.openmoji.chat`, which captions emoji with a chat server.
 
     Raises:
         ValueError: If `images` or `evaluation_images` is below 20, or `max_steps` or `concurrency` is below 1.
     """
 
-    base_url: list[str] = flag([], "Addresses of a real chat server. Default: a simulated server inside this command.")
+    base_url: list[str] = flag([], "Addresses of a real chat server. Default: a stand-in server inside this command.")
     model: str = flag(MODEL, "Name of the model on the server.")
     concurrency: int = flag(8, "Requests in flight at the same time.")
     images: int = flag(200, "Number of images of the split train.")
     evaluation_images: int = flag(50, "Number of images of each of the splits validation and test.")
     max_steps: int = flag(5, "Training steps.")
-    config: Path = flag(Path("configs/openmoji_chat.yaml"), "Configuration of `captions.build`, without server flags.")
+    config: Path = flag(Path("configs/openmoji_chat.yaml"), "Config of `captions.build`, without server flags.")
     output: Path = flag(Path("data/openmoji/chat"), "Folder for the dataset and the training run.")
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class OpenMojiChatArguments:
 
 @dataclass
 class EmojiNames:
-    """Answers of the simulated chat server, made from the Portuguese names of emoji instead of a language model.
+    """Answers of the stand-in chat server, made from the Portuguese names of emoji instead of by a language model.
 
     Attributes:
         translations: `{English name: Portuguese name}`, for translation requests.
@@ -115,7 +115,7 @@ def _render_emoji_dataset(args: OpenMojiChatArguments) -> DatasetDict:
     """Build a dataset of emoji images with their English and Portuguese names.
 
     Args:
-        args: Flags of the command, which set the number of images of each split.
+        args: Command-line arguments, which set the number of images of each split.
     """
     counts = {"train": args.images, "validation": args.evaluation_images, "test": args.evaluation_images}
     splits = split_concepts(load_emoji_by_concept())
@@ -131,7 +131,7 @@ def _save_english_dataset(source: DatasetDict, folder: Path) -> None:
 
 
 def _build_stand_in_answers(source: DatasetDict, image_side: int) -> EmojiNames:
-    """Build the answers of the simulated chat server from a dataset with names in both languages.
+    """Build the answers of the stand-in chat server from a dataset with names in both languages.
 
     Args:
         source: OpenMoji dataset with images and with English and Portuguese names.
@@ -147,20 +147,20 @@ def _build_stand_in_answers(source: DatasetDict, image_side: int) -> EmojiNames:
 
 @contextmanager
 def _run_stand_in_server_unless_urls_given(args: OpenMojiChatArguments, names: EmojiNames) -> Iterator[list[str]]:
-    """Run the simulated chat server during a `with` block, unless `--base_url` names a real server.
+    """Run the stand-in chat server during a `with` block, unless `--base_url` names a real server.
 
     Args:
-        args: Flags of the command.
-        names: Answers of the simulated server.
+        args: Command-line arguments.
+        names: Answers of the stand-in server.
 
     Yields:
-        Addresses of the real server, or a list with the address of the simulated server.
+        Addresses of the real server, or a list with the address of the stand-in server.
     """
     if args.base_url:
         yield args.base_url
         return
     logger.info(
-        "No language model is used: a simulated server answers with the names of the emoji. To use a real server, pass "
+        "No language model is used: a stand-in server answers with the names of the emoji. To use a real server, pass "
         "--base_url and --model."
     )
     with run_stand_in_chat_server(ChatServer(names.answer)) as server:
@@ -171,12 +171,12 @@ def _build_dataset_and_train_model(args: OpenMojiChatArguments) -> Path:
     """Build the dataset with a chat server, train a model on it, and return the folder of the training run.
 
     Args:
-        args: Flags of the command.
+        args: Command-line arguments.
 
     Raises:
         ValueError: If the config or a flag is invalid, if the server refuses requests, or if the folder `output` has
             results of other settings.
-        ConnectionError: If the server cannot be reached.
+        ConnectionError: If the server can't be reached.
         ImportError: If the packages of the extras `chat` and `demo` are not installed.
     """
     content, source = read_yaml_config(args.config), _render_emoji_dataset(args)
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: build the dataset with a chat server, train a model on it, and print both folders.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(OpenMojiChatArguments, __doc__, argv)

@@ -7,7 +7,7 @@ so the test split contains only concepts that the model was not trained on. Two 
 of these conditions holds:
 
 - The code points of their emoji are equal after skin tone, variation selector, gender sign and facing arrow are
-  removed. Man, woman and person count as equal, and so do boy, girl and child, prince and princess, ...
+  removed. Man, woman and person count as equal, and so do boy, girl and child, prince and princess, and so on.
 - They have the same English or the same Portuguese name. The caller may request further languages, for which the same
   rule holds.
 - Their English names are equal after some words are removed: numbers, and words for color, size, direction or state
@@ -112,8 +112,6 @@ def load_emoji_by_concept(languages: Sequence[str] = ()) -> dict[str, list[Emoji
 
 def split_concepts(concepts: dict[str, list[EmojiPicture]], seed: int = 0) -> dict[str, list[EmojiPicture]]:
     """Split the emoji randomly into train, validation and test, so that each concept is in a single split.
-
-    A concept is a group of images that differ only in a detail, such as the two apples.
 
     Args:
         concepts: `{name of the concept: its images}`, from `load_emoji_by_concept`. The first image of a concept is its
@@ -236,9 +234,8 @@ def convert_emoji_short_name_to_text(name: str, language: str) -> str:
 def _drop_poor_aliases(pictures: list[EmojiPicture]) -> list[EmojiPicture]:
     """Remove English captions that are poor aliases.
 
-    The first caption of an image is its official name and is always kept. All other captions are aliases.
-    An alias is kept if it consists of words, differs from the other captions of the image, and is not a caption of
-    another image.
+    The first caption of an image is its official name and is always kept. All other captions are aliases. An alias is
+    kept if it consists of words, differs from the other captions of the image, and is not a caption of another image.
 
     Args:
         pictures: Emoji with all their captions.
@@ -267,8 +264,8 @@ def _group_by_concept(pictures: list[EmojiPicture], names: dict[str, dict[str, s
 
     Args:
         pictures: All emoji of the dataset.
-        names: `{language code: {attribute "emoji" of the picture: name in this language}}`. Images with the same name
-            in one of these languages are in the same group, too.
+        names: `{language code: {code points of the emoji in hexadecimal: name in this language}}`. Images with the same
+            name in one of these languages are in the same group, too.
 
     Returns:
         One list of images for each concept.

@@ -52,7 +52,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class MiniatureArguments:
-    """Command-line flags of `python -m examples.openmoji.fit_miniature`, which builds the search's small model."""
+    """Command-line arguments of `examples.openmoji.fit_miniature`, which builds the search's small model."""
 
     dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
     output: Path = flag(Path("capivara_search/miniature.safetensors"), "Model file to write, in safetensors format.")
@@ -81,14 +81,12 @@ def _synthesize_class_features_from_weights(features: Tensor, weights: Tensor, r
 class Candidate(NamedTuple):
     """Image and text projections that were fitted with one value of the reach, and the recall that they give.
 
-    The best of several candidates becomes the miniature model. The training data contain a synthesized image feature
-    for each class of ImageNet. The reach says how far this feature lies from the mean of real image features.
+    The best of several candidates becomes the miniature model.
 
     Attributes:
         photo_recall: Mean recall on captioned photographs, from 0 to 1.
         validation_recall: Mean recall on OpenMoji's validation concepts, from 0 to 1.
-        reach: The reach, as a multiple of the average distance of real features from their mean. None if no class
-            features were synthesized.
+        reach: The reach, one of `REACH_CANDIDATES`. None if no class features were synthesized.
         visual: Weights of the image projection, (text width, image width).
         text: Weights of the text projection, (text width, text width).
     """
@@ -104,7 +102,7 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
     """Fit the projection of the miniature model.
 
     Args:
-        args: Flags of the command; `dataset` is used.
+        args: Command-line arguments; `dataset` is used.
 
     Returns:
         Tensors of the model file by name:
@@ -165,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: fit the projection of the miniature model and write the model file.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(MiniatureArguments, __doc__, argv)

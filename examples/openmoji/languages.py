@@ -54,7 +54,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class LanguagesArguments:
-    """Command-line flags of `python -m examples.openmoji.languages`, which trains one demo model per language.
+    """Command-line arguments of `examples.openmoji.languages`, which trains one demo model per language.
 
     Raises:
         ValueError: If a language is unknown or no language is given.
@@ -128,7 +128,7 @@ def _train_and_evaluate_language(code: str, args: LanguagesArguments, base: Path
 
     Args:
         code: Code of the language.
-        args: Flags of the command.
+        args: Command-line arguments.
         base: Folder of the base model.
         embedded: Folder of the dataset of embeddings.
 
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: train and measure a model for each requested language, and write the results after each.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(LanguagesArguments, __doc__, argv)

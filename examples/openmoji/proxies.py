@@ -51,7 +51,7 @@ meaningful.
 
 @dataclass
 class ProxiesArguments:
-    """Command-line flags of `python -m examples.openmoji.proxies`, which builds test datasets beside OpenMoji."""
+    """Command-line arguments of `examples.openmoji.proxies`, which builds test datasets beside OpenMoji."""
 
     openmoji: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
     output: Path = flag(Path("data/openmoji/proxies"), "Folder to create. If it exists, it must be empty.")
@@ -117,9 +117,7 @@ def render_noto_png(emoji: str) -> bytes | None:
 
 
 def load_photograph_dataset() -> Dataset:
-    """Load captioned photographs from installed packages as a test dataset.
-
-    `PHOTOGRAPHS` lists the photographs.
+    """Load captioned photographs from installed packages (see `PHOTOGRAPHS`) as a test dataset.
 
     Returns:
         Dataset with the columns image, captions-en, captions-pt and name. Each caption column has two captions per
@@ -190,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: build the test datasets and print the README.md that describes them.
 
     Args:
-        argv: Command-line arguments. None uses those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(ProxiesArguments, __doc__, argv)
     _write_proxy_datasets(args.openmoji, args.output)

@@ -73,9 +73,7 @@ class EmbeddingGraph(nn.Module):
     """Two-tower model as a module to export to ONNX, with embeddings and similarity scores as outputs.
 
     Embeddings have unit length. Scores are cosine similarities, scaled as in the model. Scores need both images and
-    texts.
-
-    Pixels and outputs are float32, also if the model is float16.
+    texts. Pixels and outputs are float32, also if the model is float16.
 
     Args:
         model: Model with both towers.

@@ -43,9 +43,7 @@ LANCZOS_RESAMPLE = 1
 
 
 def write_model_and_preprocessor_configs(folder: Path) -> None:
-    """Write the settings that transformers.js needs for the model (config.json) and for images.
-
-    The settings for images are in preprocessor_config.json.
+    """Write the settings that transformers.js needs for the model (config.json) and images (preprocessor_config.json).
 
     The transformers library for Python ignores these settings. It reads only the other keys of config.json, and it
     reads the settings for images from processor_config.json.

@@ -47,7 +47,7 @@ class SpaceArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: write the search page with a server (--space) or as static files (--static)."""
+    """Run the command: write the search page with a server (--space) or as static files (--static)."""
     args = parse_arguments(SpaceArguments, __doc__, argv)
     require_packages("A Space", "search", "lancedb", "starlette", "uvicorn")
     from hub_upload.space.docker_space import open_index_and_read_credit, write_space
