@@ -15,5 +15,5 @@ def test_both_sources_and_their_differences_are_measured(saved_tiny_folder, tiny
     for values in measured.values():
         for name, value in values["images"].items():
             assert values["difference"][name] == values["embeddings"][name] - value
-        assert 0 < values["images"]["text_to_image mean_recall"] <= 1
-        assert abs(values["difference"]["text_to_image mean_recall"]) < 0.1
+        assert 0 < values["images"]["text_to_image recall@5"] <= 1
+        assert abs(values["difference"]["text_to_image recall@5"]) < 0.1
