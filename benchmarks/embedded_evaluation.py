@@ -29,7 +29,9 @@ class EmbeddedEvaluationArguments:
     output: Path | None = flag(None, "JSON file for the results.")
 
 
-def measure_retrieval(args: EmbeddedEvaluationArguments, dataset: str, language: str, output: Path) -> dict[str, float]:
+def _measure_retrieval(
+    args: EmbeddedEvaluationArguments, dataset: str, language: str, output: Path
+) -> dict[str, float]:
     """Measure retrieval with the model on one dataset, without the cache of embeddings.
 
     Args:
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         embed.main([*words, "--license", "unknown"])  # the embeddings are deleted at the end and never published
         measured = {
             language: {
-                source: measure_retrieval(args, dataset, language, result)
+                source: _measure_retrieval(args, dataset, language, result)
                 for source, dataset in (("images", args.dataset), ("embeddings", str(embedded)))
             }
             for language in args.languages
