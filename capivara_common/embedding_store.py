@@ -25,7 +25,7 @@ from capivara_common.image_files import DECODER_THREADS, BadImage
 from capivara_common.tasks import split_rows
 
 # Part of the settings that identify a store. Increase it when a code change alters embeddings or the file format.
-STORE_VERSION = 3
+STORE_VERSION = 4
 # Glob patterns of files that earlier versions of this module wrote, relative to the parent folder of a store. The files
 # are no longer read; the user is told that they can be deleted.
 OLD_FILE_PATTERNS = ("*/*.npy", "*/shard-*.arrow")

@@ -46,6 +46,7 @@ from capivara_common.image_encoder_digest import IMAGE_ENCODER_PREFIXES
 from capivara_common.model_kinds import KINDS
 
 from .checks_capivara import NOT_FINITE_MESSAGE, check_config_ranges, wrap_tokenizer_errors
+from .class_token import last_layer_for_class_token_only
 from .loading import check_model_file_exists, load_model, load_processor, pads_to_max_length, weights_digest
 from .modeling_capivara import l2_normalize
 from .processing_capivara import CapivaraProcessor
@@ -539,8 +540,7 @@ def embed_images(
 
     def encode(batch: list[Image.Image]) -> Tensor:
         pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
-        parts = move_to_device_in_chunks(pixel_values, model.device, chunk_images)
-        return torch.cat([compute_image_embeds(model, part) for part in parts])
+        return compute_image_embeds_in_chunks(model, pixel_values, model.device, chunk_images)
 
     return _embed_in_batches(encode, images, batch_size, progress)
 
@@ -604,6 +604,27 @@ def move_to_device_in_chunks(
     """
     pixel_values = pixel_values.to(device, memory_format=torch.channels_last)
     return pixel_values.split(chunk_images if device.type == "cpu" else max(len(pixel_values), 1))
+
+
+def compute_image_embeds_in_chunks(
+    model: nn.Module, pixel_values: Tensor, device: torch.device, chunk_images: int = CHUNK_SIZES[0]
+) -> Tensor:
+    """Compute the embeddings of preprocessed images without gradients, as fast as possible.
+
+    The result differs from that of `compute_image_embeds` by rounding errors in the last bits.
+
+    Args:
+        model: Two-tower model in evaluation mode.
+        pixel_values: (images, 3, height, width), on any device.
+        device: Device of the model.
+        chunk_images: Number of images per forward pass on a CPU.
+
+    Returns:
+        Embeddings on `device`, (images, width), unit length, float32.
+    """
+    with last_layer_for_class_token_only(model):
+        parts = move_to_device_in_chunks(pixel_values, device, chunk_images)
+        return torch.cat([compute_image_embeds(model, part) for part in parts])
 
 
 def random_images(seed: int = 0) -> list[Image.Image]:

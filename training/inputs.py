@@ -51,11 +51,10 @@ from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import (
     check_finite,
     choose_fastest_precision,
-    compute_image_embeds,
+    compute_image_embeds_in_chunks,
     embed_images,
     embedding_width,
     image_encoder_fingerprint,
-    move_to_device_in_chunks,
 )
 from training.arguments import RunArguments
 from training.batches import BatchPlanner, StepPlan, apportion_batch_to_datasets
@@ -529,8 +528,7 @@ def embed_pixels(
         ValueError: If an embedding is not finite.
     """
     with accelerator.autocast() if use_autocast else nullcontext():
-        parts = move_to_device_in_chunks(pixels, accelerator.device, chunk_images)
-        return check_finite(torch.cat([compute_image_embeds(model, part) for part in parts]))
+        return check_finite(compute_image_embeds_in_chunks(model, pixels, accelerator.device, chunk_images))
 
 
 def _add_stored_embeddings_column(pairs: PairDataset) -> PairDataset:
