@@ -153,7 +153,6 @@ def make_error_from_code(error_type: Callable[[str], Exception], code: str, **va
         The error, for the caller to raise. It has the attributes `code` and `values`. `values` is not redacted, because
         callers compare the values with paths, and a path may look like a secret.
     """
-
     template = Messages("en").raw(f"error.{code}")
     return make_coded_error(lambda text: error_type(redact_secrets(text)), code, template, **values)
 

@@ -55,10 +55,8 @@ class DecoderProcess:
         with self._lock:
             try:
                 _send_messages(self._process.stdin, name.encode(), data)
-                header, pixels = (
-                    json.loads(_receive_message(self._process.stdout)),
-                    _receive_message(self._process.stdout),
-                )
+                header = json.loads(_receive_message(self._process.stdout))
+                pixels = _receive_message(self._process.stdout)
             except (EOFError, OSError):  # the pipe is closed, because the child has crashed or ended at the time limit
                 self.close()
                 self._start()
@@ -84,10 +82,8 @@ class DecoderProcess:
         # The child gets a new session, because Ctrl-C in the terminal must end the page and not the decoder. Windows
         # ignores `start_new_session` and has a flag instead.
         options = {"start_new_session": True, "creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
-        environment = {**os.environ, "PYTHONPATH": path}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, **options
-        )
+        options |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": {**os.environ, "PYTHONPATH": path}}
+        self._process = subprocess.Popen(command, **options)
 
 
 def _send_messages(file: BinaryIO, *messages: bytes) -> None:
