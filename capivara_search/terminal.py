@@ -152,7 +152,7 @@ def render_contact_sheet(pictures: Sequence[bytes | None], captions: Sequence[st
     shown = max(1, max_lines // (rows + 1)) * pictures_per_row
     text = ""
     for start in range(0, min(shown, len(pictures)), pictures_per_row):
-        row = slice(start, min(start + pictures_per_row, shown))
+        row = slice(start, start + pictures_per_row)
         for parts in zip(*(_render_picture(data, columns, rows) for data in pictures[row]), strict=True):
             text += "".join(parts) + "\n"
         text += "".join(fit_to_columns(f" {caption}", columns) for caption in captions[row]).rstrip() + "\n"
