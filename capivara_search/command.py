@@ -61,11 +61,8 @@ EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, EXIT_UNUSABLE = 1, 2, 3  # exit codes of `
 # {value of --relevance-threshold, in English or Portuguese: value of `PictureIndex.relevance_threshold`}. None lets the
 # index decide, depending on the model.
 RELEVANCE_THRESHOLD_VALUES = {"auto": None, "on": True, "off": False, "sim": True, "não": False}
-RELEVANCE_THRESHOLD_OPTION = option(
-    "--relevance-threshold",
-    type=cli.localize_click_type_errors(click.Choice(tuple(RELEVANCE_THRESHOLD_VALUES))),
-    default="auto",
-)
+_relevance_threshold_type = cli.localize_click_type_errors(click.Choice(tuple(RELEVANCE_THRESHOLD_VALUES)))
+RELEVANCE_THRESHOLD_OPTION = option("--relevance-threshold", type=_relevance_threshold_type, default="auto")
 # The report of `capivara index` lists at most this many skipped files, so that it stays short. `capivara status --all`
 # lists all of them.
 MAX_SHOWN_SKIPPED_FILES = 5

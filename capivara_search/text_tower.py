@@ -175,9 +175,8 @@ class TextTower:
             Attended values (texts, tokens, hidden size).
         """
         texts, tokens, width = hidden.shape
-        query, key, value = (
-            self._linear(hidden, name).reshape(texts, tokens, self.head_count, -1).swapaxes(1, 2) for name in names
-        )  # (texts, heads, tokens, width of a head)
+        parts = [self._linear(hidden, name).reshape(texts, tokens, self.head_count, -1) for name in names]
+        query, key, value = (part.swapaxes(1, 2) for part in parts)  # (texts, heads, tokens, width of a head)
         scores = query @ key.swapaxes(-1, -2) / np.float32((width // self.head_count) ** 0.5)
         scores = np.where(mask, scores, -np.inf)
         shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
