@@ -37,13 +37,6 @@ from capivara_common.files import is_disk_full
 from capivara_common.privacy import UNSAFE_CHARACTER_RE, escape_control_characters, redact_secrets
 from capivara_common.progress import set_progress_bar_timing
 from capivara_search import command_line as cli
-from capivara_search.command_line import (
-    DATE,
-    add_boolean_flags,
-    describe_usage_error,
-    get_global_value,
-    localize_click_type_errors,
-)
 from capivara_search.csv_output import write_csv
 from capivara_search.messages import COMMAND_NAMES, Messages, make_error_from_code
 from capivara_search.results import DEFAULT_LABEL_TEMPLATE, DUPLICATE_MIN_SIMILARITY, IndexReport, IndexStatus
@@ -68,11 +61,8 @@ EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, EXIT_UNUSABLE = 1, 2, 3  # exit codes of `
 # {value of --relevance-threshold, in English or Portuguese: value of `PictureIndex.relevance_threshold`}. None lets the
 # index decide, depending on the model.
 RELEVANCE_THRESHOLD_VALUES = {"auto": None, "on": True, "off": False, "sim": True, "não": False}
-RELEVANCE_THRESHOLD_OPTION = option(
-    "--relevance-threshold",
-    type=localize_click_type_errors(click.Choice(tuple(RELEVANCE_THRESHOLD_VALUES))),
-    default="auto",
-)
+_relevance_threshold_type = cli.localize_click_type_errors(click.Choice(tuple(RELEVANCE_THRESHOLD_VALUES)))
+RELEVANCE_THRESHOLD_OPTION = option("--relevance-threshold", type=_relevance_threshold_type, default="auto")
 # The report of `capivara index` lists at most this many skipped files, so that it stays short. `capivara status --all`
 # lists all of them.
 MAX_SHOWN_SKIPPED_FILES = 5
@@ -148,7 +138,7 @@ def _require_search_extra() -> None:
 @argument("folders", nargs=-1, type=cli.EXISTING_FOLDER)
 @option("--exclude", multiple=True, metavar="pattern")
 @option("--include", multiple=True, metavar="path", shell_complete=cli.ANY_PATH.shell_complete)
-@option("--batch-size", type=localize_click_type_errors(click.IntRange(1, 10_000)), default=32)
+@option("--batch-size", type=cli.localize_click_type_errors(click.IntRange(1, 10_000)), default=32)
 def index(
     messages: Messages, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], batch_size: int
 ) -> None:
@@ -165,7 +155,7 @@ def index(
     pictures.repair()
     real_paths = pictures.folders_to_add(folders, exclude, include)
     _print_miniature_model_notice(pictures, messages, with_name=True)
-    print_notice(messages("looking", folders=", ".join(shorten_and_escape_path(str(folder)) for folder in real_paths)))
+    print_notice(messages("looking", folders=", ".join(map(shorten_and_escape_path, real_paths))))
     # Until now, Ctrl-C ended the process at once. From here on it raises KeyboardInterrupt, so that a write to the
     # index is finished or undone before the command ends.
     interrupt.raise_on_interrupt()
@@ -233,13 +223,19 @@ def _format_report(report: IndexReport, picture_count: int, messages: Messages) 
     if report.skipped_files:
         parts.append(messages.format_count("skipped_files", len(report.skipped_files)))
     yield f"{', '.join(parts)} ({tqdm.format_interval(report.seconds)}){':' if report.skipped_files else '.'}"
-    for skipped in report.skipped_files[:MAX_SHOWN_SKIPPED_FILES]:
-        yield f"  {shorten_and_escape_path(skipped.path)}: {messages.skip_reason(skipped.code, skipped.reason)}"
+    for line in _format_skipped_files(report, messages)[:MAX_SHOWN_SKIPPED_FILES]:
+        yield f"  {line}"
     if (more := len(report.skipped_files) - MAX_SHOWN_SKIPPED_FILES) > 0:
         yield "  " + messages("and_more", n=more)
     if ignored := _format_ignored_counts(report.ignored_counts, messages):
         yield messages("ignored", parts=ignored)
     yield messages.format_count("in_index", picture_count) + "."
+
+
+def _format_skipped_files(state: IndexReport | IndexStatus, messages: Messages) -> list[str]:
+    """Return one line of text for each skipped file: its path, and the reason why it was skipped."""
+    files = state.skipped_files
+    return [f"{shorten_and_escape_path(file.path)}: {messages.skip_reason(file.code, file.reason)}" for file in files]
 
 
 def _format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages) -> str:
@@ -258,7 +254,7 @@ def _format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages
 
 @_register_command("watch")
 @argument("folders", nargs=-1, type=cli.EXISTING_FOLDER)
-@add_boolean_flags("--poll")
+@cli.add_boolean_flags("--poll")
 def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
     """Watch folders until Ctrl-C: update the index after each change, and print a report of each update.
 
@@ -276,10 +272,8 @@ def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
             lines = list(_format_report(report, len(pictures), messages))
             if number == 0:
                 click.echo("\n".join(lines))
-                followed = ", ".join(
-                    shorten_and_escape_path(str(folder)) for folder in folders or pictures.requested_folders()
-                )
-                print_notice(messages("watching", folders=followed))
+                watched = folders or pictures.requested_folders()
+                print_notice(messages("watching", folders=", ".join(map(shorten_and_escape_path, watched))))
             elif report.new or report.changed or report.moved or report.removed or report.skipped_files:
                 click.echo("\n".join(lines[:-1]))
 
@@ -287,14 +281,14 @@ def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
 @_register_command("search")
 @argument("query", metavar="query", nargs=-1)
 @option("--like", type=cli.EXISTING_FILE)
-@option("-k", type=localize_click_type_errors(click.IntRange(1, 10_000)), default=12)
+@option("-k", type=cli.localize_click_type_errors(click.IntRange(1, 10_000)), default=12)
 @option("--folder", type=cli.ANY_FOLDER)
-@option("--since", type=DATE)
-@option("--until", type=DATE)
+@option("--since", type=cli.DATE)
+@option("--until", type=cli.DATE)
 @option("--more", "--mais", multiple=True, metavar="feedback")
 @option("--less", "--menos", multiple=True, metavar="feedback")
 @RELEVANCE_THRESHOLD_OPTION
-@add_boolean_flags("--exact", "--all", "--open", "--json", "--csv")
+@cli.add_boolean_flags("--exact", "--all", "--open", "--json", "--csv")
 def search(
     messages: Messages, query: Sequence[str], like: Path | None, k: int, folder: Path | None, since: date | None,
     until: date | None, more: Sequence[str], less: Sequence[str], relevance_threshold: str, exact: bool, all: bool,
@@ -339,7 +333,7 @@ def search(
     elif hits:
         show_hits(hits, pictures.thumbnail, messages)
     elif folder and not pictures.newest(1, folder=folder):
-        print_notice(messages("nothing_of", path=shorten_and_escape_path(str(folder))))
+        print_notice(messages("nothing_of", path=shorten_and_escape_path(folder)))
     else:
         print_notice(messages("no_hit"))
     if open:
@@ -351,7 +345,7 @@ def search(
 @argument("path", type=cli.EXISTING_PATH)
 @option("--labels", multiple=True, required=True, metavar="label")
 @option("--template", default=DEFAULT_LABEL_TEMPLATE)
-@add_boolean_flags("--json", "--csv")
+@cli.add_boolean_flags("--json", "--csv")
 def classify(messages: Messages, path: Path, labels: Sequence[str], template: str, json: bool, csv: bool) -> int:
     """Print the label that describes a picture best, for one picture or for each picture of a folder.
 
@@ -397,20 +391,15 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
 
 
 @_register_command("app")
-@option("--port", type=localize_click_type_errors(click.IntRange(1, 65535)), default=7860)
+@option("--port", type=cli.localize_click_type_errors(click.IntRange(1, 65535)), default=7860)
 @option("--host", default="127.0.0.1")
 @option("--allow-host", multiple=True)
 @RELEVANCE_THRESHOLD_OPTION
-@add_boolean_flags("--no-open", "--watch")
+@cli.add_boolean_flags("--no-open", "--watch")
 def app(
-    messages: Messages,
-    port: int,
-    host: str,
-    allow_host: Sequence[str],
-    relevance_threshold: str,
-    no_open: bool,
+    messages: Messages, port: int, host: str, allow_host: Sequence[str], relevance_threshold: str, no_open: bool,
     watch: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Serve the search page for the browser until Ctrl-C.
 
     Args:
@@ -434,7 +423,7 @@ def app(
     if hidden_folders := sorted(filter(os.path.isdir, not_requested)):
         print_notice(messages("thumbnails_only", folders=", ".join(map(shorten_and_escape_path, hidden_folders))))
     flag_values = {"index": pictures.where, "lang": messages.language}
-    flag_values |= {name: get_global_value(name) for name in ("model", "device")}
+    flag_values |= {name: cli.get_global_value(name) for name in ("model", "device")}
     follower_flags = [f"--{name}={value}" for name, value in flag_values.items() if value]
 
     def print_address(address: str) -> None:
@@ -448,7 +437,7 @@ def app(
 
 
 @_register_command("status")
-@add_boolean_flags("--all", "--json")
+@cli.add_boolean_flags("--all", "--json")
 def status(messages: Messages, all: bool, json: bool) -> None:
     """Print a summary of the index: location, pictures, model, folders, skipped files, and ignored files.
 
@@ -482,33 +471,27 @@ def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str
         Dictionary `{name of a section: its lines of text}`, in the order of the output. The heading of the section NAME
         is the text `status.NAME` of `messages.yaml`. A section without lines is not printed.
     """
+    folders = []
+    for folder, number in state.folders.items():
+        path = shorten_and_escape_path(folder)
+        name = path if os.path.isdir(folder) else messages("away", folder=path)
+        folders.append(f"{name}  {messages.format_number(number)}")
+    rules = [f"--exclude {escape_control_characters(pattern)}" for pattern in state.exclude]
+    rules += [messages("status.forgotten", path=shorten_and_escape_path(path)) for path in state.forgotten]
     codes = Counter(skipped.code for skipped in state.skipped_files)
-    sections = {
+    totals = [f"{messages.format_number(number)} {messages.skip_reason(code)}" for code, number in codes.most_common()]
+    summary = [", ".join(totals)] if len(totals) > 1 else []
+    return {
         "where": [shorten_and_escape_path(state.where)],
         "pictures": [messages.format_number(state.pictures)],
         "model": [escape_control_characters(state.model or "")],
         "size": [] if state.bytes is None else [messages.format_size(state.bytes)],
         "taken": [f"{messages.format_date(state.first)} – {messages.format_date(state.last)}"] if state.first else [],
+        "folders": folders,
+        "ignored": [_format_ignored_counts(state.ignored_counts, messages)] if state.ignored_counts else [],
+        "rules": rules,
+        "skipped_files": summary + _format_skipped_files(state, messages),
     }
-    sections["folders"] = []
-    for folder, number in state.folders.items():
-        path = shorten_and_escape_path(folder)
-        name = path if os.path.isdir(folder) else messages("away", folder=path)
-        sections["folders"].append(f"{name}  {messages.format_number(number)}")
-    sections["ignored"] = [_format_ignored_counts(state.ignored_counts, messages)] if state.ignored_counts else []
-    sections["rules"] = [
-        *(f"--exclude {escape_control_characters(pattern)}" for pattern in state.exclude),
-        *(messages("status.forgotten", path=shorten_and_escape_path(path)) for path in state.forgotten),
-    ]
-    totals = [f"{messages.format_number(number)} {messages.skip_reason(code)}" for code, number in codes.most_common()]
-    sections["skipped_files"] = [
-        *([", ".join(totals)] if len(totals) > 1 else []),
-        *(
-            f"{shorten_and_escape_path(skipped.path)}: {messages.skip_reason(skipped.code, skipped.reason)}"
-            for skipped in state.skipped_files
-        ),
-    ]
-    return sections
 
 
 @_register_command("forget")
@@ -527,9 +510,7 @@ def forget(messages: Messages, path: Path) -> int:
     key = "stays_out" if os.path.lexists(path) else "nothing_of"
     if number:
         key = "forgotten"
-    text = messages(
-        key, n=messages.format_number(number), path=shorten_and_escape_path(str(path)), quoted_path=quoted_path
-    )
+    text = messages(key, n=messages.format_number(number), path=shorten_and_escape_path(path), quoted_path=quoted_path)
     click.echo(text, err=not number)
     return 0 if number else EXIT_NOTHING_FOUND
 
@@ -546,7 +527,7 @@ def move(messages: Messages, old: Path, new: Path) -> None:
         new: Folder that the pictures are in now.
     """
     row_count, file_count = map(messages.format_number, _open_filled_index().move(old, new))
-    click.echo(messages("moved_to", n=row_count, files=file_count, path=shorten_and_escape_path(str(new))))
+    click.echo(messages("moved_to", n=row_count, files=file_count, path=shorten_and_escape_path(new)))
 
 
 @_register_command("export")
@@ -565,14 +546,12 @@ def export(messages: Messages, file: Path) -> None:
     """
     if not file.parent.is_dir():
         raise click.UsageError(messages("bad.directory", value=escape_control_characters(str(file.parent))))
-    click.echo(
-        messages.format_count("exported", _open_filled_index().export(file), path=shorten_and_escape_path(str(file)))
-    )
+    click.echo(messages.format_count("exported", _open_filled_index().export(file), path=shorten_and_escape_path(file)))
 
 
 @_register_command("duplicates")
-@option("--threshold", type=localize_click_type_errors(click.FloatRange(0.01, 1)), default=DUPLICATE_MIN_SIMILARITY)
-@add_boolean_flags("--json", "--csv")
+@option("--threshold", type=cli.localize_click_type_errors(click.FloatRange(0.01, 1)), default=DUPLICATE_MIN_SIMILARITY)
+@cli.add_boolean_flags("--json", "--csv")
 def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> int:
     """Print the groups of near-duplicates in the index: copies that were resized, re-encoded or slightly edited.
 
@@ -602,7 +581,7 @@ def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> i
 
 
 @_register_command("completion")
-@argument("shell", type=localize_click_type_errors(click.Choice(("bash", "zsh", "fish"))))
+@argument("shell", type=cli.localize_click_type_errors(click.Choice(("bash", "zsh", "fish"))))
 def completion(messages: Messages, shell: str) -> None:
     """Print a shell script that makes the Tab key complete commands and flags of `capivara`.
 
@@ -618,7 +597,8 @@ def completion(messages: Messages, shell: str) -> None:
 def _open_index() -> "PictureIndex":
     from capivara_search.index import PictureIndex  # imported late, because it imports lancedb, which takes a second
 
-    return PictureIndex.open(get_global_value("index") or "auto", get_global_value("model"), get_global_value("device"))
+    index, model, device = (cli.get_global_value(name) for name in ("index", "model", "device"))
+    return PictureIndex.open(index or "auto", model, device)
 
 
 def _open_filled_index(allow_indexing: bool = False, relevance_threshold: str = "auto") -> "PictureIndex":
@@ -637,7 +617,7 @@ def _open_filled_index(allow_indexing: bool = False, relevance_threshold: str = 
     pictures = _open_index()
     pictures.relevance_threshold = RELEVANCE_THRESHOLD_VALUES[relevance_threshold]
     if not len(pictures) and not (allow_indexing and pictures.progress()):
-        raise make_error_from_code(RuntimeError, "no_index", where=shorten_and_escape_path(str(pictures.where)))
+        raise make_error_from_code(RuntimeError, "no_index", where=shorten_and_escape_path(pictures.where))
     return pictures
 
 
@@ -757,7 +737,7 @@ def get_exit_code_and_message(error: Exception, messages: Messages) -> tuple[int
         a text for the error, otherwise in English.
     """
     if isinstance(error, click.UsageError):
-        return EXIT_USAGE_ERROR, describe_usage_error(error, messages)
+        return EXIT_USAGE_ERROR, cli.describe_usage_error(error, messages)
     if isinstance(error, ModuleNotFoundError) and error.name:
         return EXIT_UNUSABLE, messages("error.no_search_extra", name=error.name.partition(".")[0])
     if is_disk_full(error):
@@ -765,9 +745,7 @@ def get_exit_code_and_message(error: Exception, messages: Messages) -> tuple[int
     code, number = getattr(error, "code", None), getattr(error, "errno", None)
     text = error.strerror if code and number else str(error)  # `str` of an OSError would begin with "[Errno 13]"
     if messages.language == "pt" and messages.has(f"error.{code}"):
-        values = {
-            name: messages.skip_reason(getattr(value, "code", None), str(value)) for name, value in error.values.items()
-        }
+        values = {key: messages.skip_reason(getattr(value, "code", None), value) for key, value in error.values.items()}
         text = messages(f"error.{code}", **values)
     elif code is None and number in (errno.EACCES, errno.EPERM, errno.EROFS):
         text = messages("no_permission", path=error.filename or "--port")
@@ -792,14 +770,11 @@ def _print_log_messages_in_user_language(messages: Messages) -> Iterator[None]:
     def emit(record: logging.LogRecord) -> None:
         text, key = record.getMessage(), f"note.{getattr(record, 'code', None)}"
         if messages.language == "pt" and messages.has(key):
-            values = getattr(record, "values", record.args)
-            text = messages(
-                key,
-                *(
-                    get_exit_code_and_message(value, messages)[1] if isinstance(value, Exception) else value
-                    for value in values
-                ),
-            )
+            values = list(getattr(record, "values", record.args))
+            for place, value in enumerate(values):
+                if isinstance(value, Exception):
+                    _, values[place] = get_exit_code_and_message(value, messages)
+            text = messages(key, *values)
         text = escape_control_characters(" ".join(text.split()))
         if sys.stderr.isatty():
             # Unlike print, this does not break a progress bar: tqdm draws the bar again below the text.

@@ -50,13 +50,10 @@ def localize_click_type_errors(param_type: click.ParamType) -> click.ParamType:
         try:
             return convert(value, param, ctx)
         except click.BadParameter as error:
-            values = vars(param_type) | {
-                "value": escape_control_characters(str(value)),
-                "choices": ", ".join(getattr(param_type, "choices", ())),
-            }
-            values |= {
-                name: ctx.obj.format_number(number, 2) for name, number in values.items() if isinstance(number, float)
-            }
+            choices = ", ".join(getattr(param_type, "choices", ()))
+            values = vars(param_type) | {"value": escape_control_characters(str(value)), "choices": choices}
+            limits = {name: limit for name, limit in values.items() if isinstance(limit, float)}
+            values |= {name: ctx.obj.format_number(limit, 2) for name, limit in limits.items()}
             raise click.BadParameter(ctx.obj(f"bad.{param_type.name}", **values)) from error
 
     param_type.convert = convert_value

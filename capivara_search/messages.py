@@ -57,7 +57,8 @@ class Messages:
 
         Args:
             code: Code of the reason, such as "read error". The key of the Portuguese text is `reason.CODE`.
-            text: English description. It is used if the language is English or the code has no Portuguese text.
+            text: English description, or an object whose `str` is the description. It is used if the language is
+                English or the code has no Portuguese text.
 
         Returns:
             The description. If `text` is needed but is None, the code is returned.
@@ -152,11 +153,8 @@ def make_error_from_code(error_type: Callable[[str], Exception], code: str, **va
         The error, for the caller to raise. It has the attributes `code` and `values`. `values` is not redacted, because
         callers compare the values with paths, and a path may look like a secret.
     """
-
-    def create_redacted(text: str) -> Exception:
-        return error_type(redact_secrets(text))
-
-    return make_coded_error(create_redacted, code, Messages("en").raw(f"error.{code}"), **values)
+    template = Messages("en").raw(f"error.{code}")
+    return make_coded_error(lambda text: error_type(redact_secrets(text)), code, template, **values)
 
 
 def log_message_from_code(code: str, *values: object, level: int = logging.INFO) -> None:

@@ -16,14 +16,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import (
-    AutoModel,
-    PreTrainedTokenizerFast,
-    TimmWrapperConfig,
-    TimmWrapperModel,
-    XLMRobertaConfig,
-    XLMRobertaModel,
-)
+from transformers import PreTrainedTokenizerFast, TimmWrapperConfig, TimmWrapperModel, XLMRobertaConfig, XLMRobertaModel
 
 from capivara_common.environment import require_packages
 
@@ -249,7 +242,7 @@ def load_efficientnet_backbone() -> TimmWrapperModel:
         ImportError: If the package is not installed.
     """
     weights = load_efficientnet_tensors()
-    model = AutoModel.from_config(TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
+    model = TimmWrapperModel(TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
     # The package lists the same weights in the same order but under other names, so they are matched by position. The
     # last two are the classifier, which the model does not have.
     names = model.timm_model.state_dict()

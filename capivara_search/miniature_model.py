@@ -6,7 +6,7 @@ embeddings is the file `miniature.safetensors` in this folder, which `python -m 
 """
 
 import hashlib
-from importlib import metadata
+from importlib.metadata import distributions
 from pathlib import Path
 
 from capivara_common.environment import cache_home, require_packages
@@ -61,15 +61,11 @@ def _build_and_save_miniature_model(folder: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from capivara_search.miniature_encoders import (
-        IMAGE_MEAN,
-        IMAGE_STD,
-        load_e5_and_tokenizer,
-        load_efficientnet_backbone,
-    )
+    from capivara_search import miniature_encoders as encoders
     from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 
-    image_encoder, (text_encoder, tokenizer) = load_efficientnet_backbone(), load_e5_and_tokenizer()
+    image_encoder = encoders.load_efficientnet_backbone()
+    text_encoder, tokenizer = encoders.load_e5_and_tokenizer()
     towers = {"vision_config": image_encoder.config, "text_config": text_encoder.config}
     width = text_encoder.config.hidden_size
     config = CapivaraConfig(**towers, projection_dim=width, text_projection_type="linear")
@@ -90,7 +86,7 @@ def _build_and_save_miniature_model(folder: Path) -> None:
     # stores them in 4 bits with a float16 scale per 32 numbers.
     state[word_embeddings] = state[word_embeddings].half()
     model.save_pretrained(folder, state_dict=state)
-    image_processor = CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
+    image_processor = CapivaraImageProcessor(image_mean=encoders.IMAGE_MEAN, image_std=encoders.IMAGE_STD)
     CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)
     write_text(folder / "README.md", MODEL_CARD)
 
@@ -104,8 +100,6 @@ def _compute_cache_folder_name() -> str:
     Returns:
         The digest, 16 hexadecimal digits.
     """
-    versions = [
-        next((dist.version for dist in metadata.distributions(name=name)), "none") for name in REQUIRED_PACKAGES
-    ]
+    versions = [next((dist.version for dist in distributions(name=name)), "none") for name in REQUIRED_PACKAGES]
     parts = [str(FOLDER_VERSION), *versions, hashlib.blake2b(PROJECTION_FILE.read_bytes()).hexdigest()]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()

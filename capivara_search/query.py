@@ -203,10 +203,8 @@ def classify_vectors(
         shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     else:
         shares = model.scale_scores(cosines[:, :-1])
-    results = []
-    for path, picture_cosines, picture_shares in zip(paths, cosines, shares, strict=True):
-        best = int(picture_cosines.argmax())
-        label = labels[best] if best < len(labels) else None
-        shares_by_label = dict(zip(labels, picture_shares.tolist(), strict=True))
-        results.append(Classification(path, label, shares_by_label))
-    return results
+    choices = [*labels, None]  # None: the neutral sentence
+    return [
+        Classification(path, choices[best], dict(zip(labels, picture_shares, strict=True)))
+        for path, best, picture_shares in zip(paths, cosines.argmax(axis=1), shares.tolist(), strict=True)
+    ]

@@ -1,16 +1,17 @@
 """Terminal output of `capivara`: tables of paths, links to files, and pictures drawn with colored characters.
 
 Example:
-    print(render_contact_sheet(thumbnails, ["1 praia.jpg", "2 mar.jpg"], 80), end="")
+    print(render_contact_sheet(thumbnails, ["1 praia.jpg", "2 mar.jpg"], width=80, max_lines=24), end="")
 """
 
 import os
 import shutil
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import TextIO
 from urllib.parse import quote
 
@@ -29,7 +30,7 @@ MIN_TILE_COLUMNS = 34  # minimum width of a drawn picture in characters; a chara
 TILE_ROWS_PER_COLUMN = 0.375
 
 
-def shorten_and_escape_path(path: str) -> str:
+def shorten_and_escape_path(path: str | Path) -> str:
     """Shorten a path for display in a terminal, and escape its control characters.
 
     Args:
@@ -39,6 +40,7 @@ def shorten_and_escape_path(path: str) -> str:
         The text to display. A path inside the current folder becomes relative to the current folder. Otherwise, a path
         inside the home folder begins with `~`, and any other path stays absolute.
     """
+    path = os.fspath(path)
     for folder, prefix in ((os.getcwd(), ""), (os.path.expanduser("~"), f"~{os.sep}")):
         start = folder.rstrip(os.sep) + os.sep
         if start != os.sep and path.startswith(start):
@@ -84,12 +86,10 @@ def align_columns(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = 
     """
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = [
-            " " * (widths[number] - display_width(text)) + text
-            if number in right_aligned
-            else fit_to_columns(text, widths[number])
-            for number, text in enumerate(row[:-1])
-        ]
+        cells = []
+        for number, text in enumerate(row[:-1]):
+            padding = " " * (widths[number] - display_width(text))
+            cells.append(padding + text if number in right_aligned else text + padding)
         yield "  ".join([*cells, row[-1]]).rstrip()
 
 
@@ -108,38 +108,32 @@ def format_link(path: str, text: str) -> str:
     return f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\"
 
 
-def supports_true_color(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+def supports_true_color(stream: TextIO) -> bool:
     """Return whether a stream is a terminal with 24-bit colors. Such terminals also support links.
 
     Args:
         stream: Output stream.
-        environment: Environment variables; TERM and COLORTERM are used.
 
     Returns:
-        True if the stream is a terminal and the environment variables announce 24-bit colors.
+        True if the stream is a terminal and the environment variables TERM and COLORTERM announce 24-bit colors.
     """
-    has_colors = environment.get("TERM", "dumb") != "dumb" and environment.get("COLORTERM") in ("truecolor", "24bit")
+    has_colors = os.environ.get("TERM", "dumb") != "dumb" and os.environ.get("COLORTERM") in ("truecolor", "24bit")
     return stream.isatty() and has_colors
 
 
-def supports_pictures(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+def supports_pictures(stream: TextIO) -> bool:
     """Return whether pictures can be drawn on a stream with colored characters.
 
     Args:
         stream: Output stream.
-        environment: Environment variables; TERM, COLORTERM and NO_COLOR are used.
 
     Returns:
-        True for a UTF-8 terminal with 24-bit colors, unless NO_COLOR is set.
+        True for a UTF-8 terminal with 24-bit colors, unless the environment variable NO_COLOR is set.
     """
-    return (
-        supports_true_color(stream, environment) and "NO_COLOR" not in environment and "utf" in stream.encoding.lower()
-    )
+    return supports_true_color(stream) and "NO_COLOR" not in os.environ and "utf" in stream.encoding.lower()
 
 
-def render_contact_sheet(
-    pictures: Sequence[bytes | None], captions: Sequence[str], width: int, max_lines: int = 10**9
-) -> str:
+def render_contact_sheet(pictures: Sequence[bytes | None], captions: Sequence[str], width: int, max_lines: int) -> str:
     """Draw pictures in rows as text for a terminal, with a caption below each picture.
 
     Args:
@@ -158,7 +152,7 @@ def render_contact_sheet(
     shown = max(1, max_lines // (rows + 1)) * pictures_per_row
     text = ""
     for start in range(0, min(shown, len(pictures)), pictures_per_row):
-        row = slice(start, min(start + pictures_per_row, shown))
+        row = slice(start, start + pictures_per_row)
         for parts in zip(*(_render_picture(data, columns, rows) for data in pictures[row]), strict=True):
             text += "".join(parts) + "\n"
         text += "".join(fit_to_columns(f" {caption}", columns) for caption in captions[row]).rstrip() + "\n"
@@ -211,9 +205,8 @@ def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], mes
     if supports_pictures(sys.stdout):
         columns, lines = shutil.get_terminal_size()
         thumbnails = [thumbnail(hit.path) for hit in hits]
-        captions = [
-            f"{rank} {escape_control_characters(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)
-        ]
+        names = [escape_control_characters(os.path.basename(hit.path)) for hit in hits]
+        captions = [f"{rank} {name}" for rank, name in enumerate(names, 1)]
         click.echo(render_contact_sheet(thumbnails, captions, columns, lines - len(hits) - 3))
     rows = [[messages(f"column.{name}") for name in ("rank", "score", "date", "path")]]
     for rank, hit in enumerate(hits, 1):

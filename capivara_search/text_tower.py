@@ -63,29 +63,26 @@ class TextTower:
     text_config: dict[str, Any]
 
     @classmethod
-    def prepare_tokenizer(
-        cls, tokenizer: Tokenizer, settings: dict[str, Any], text_config: dict[str, Any]
-    ) -> Tokenizer | None:
+    def prepare_tokenizer(cls, tokenizer: Tokenizer, settings: dict[str, Any], text_config: dict[str, Any]) -> bool:
         """Configure a tokenizer so that it encodes texts like the tokenizer that transformers would load.
 
         Args:
-            tokenizer: Tokenizer of `tokenizer.json`.
+            tokenizer: Tokenizer of `tokenizer.json`. It is changed in place.
             settings: Content of `tokenizer_config.json`.
             text_config: `text_config` of the model.
 
         Returns:
-            The same tokenizer object, or None if this class can't encode the model's texts. This is the case if
-            transformers would not load a `CapivaraTokenizer`, or if the tokenizer and the model have different padding
-            tokens.
+            Whether this class can encode the model's texts. It can't if transformers would not load a
+            `CapivaraTokenizer`, or if the tokenizer and the model have different padding tokens.
         """
         is_capivara = settings.get("tokenizer_class") == "CapivaraTokenizer"
         # The id of the padding token, or None if the vocabulary does not have it.
         pad = tokenizer.token_to_id(_token_text(settings["pad_token"]))
         if not is_capivara or pad is None or pad != text_config["pad_token_id"]:
-            return None
+            return False
         tokenizer.no_padding()
         tokenizer.enable_truncation(CONTEXT_LENGTH, direction=settings.get("truncation_side", "right"))
-        return tokenizer
+        return True
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Clean, tokenize and embed texts, in batches of texts of similar length.
@@ -104,9 +101,8 @@ class TextTower:
             ids = [encoding.ids for encoding in encodings]
         # Texts of similar length come into the same batch, so that a batch needs little padding.
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
-        batches = [
-            [ids[n] for n in order[start : start + TEXTS_PER_BATCH]] for start in range(0, len(ids), TEXTS_PER_BATCH)
-        ]
+        ordered = [ids[number] for number in order]
+        batches = [ordered[start : start + TEXTS_PER_BATCH] for start in range(0, len(ids), TEXTS_PER_BATCH)]
         with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count() or 1) as executor:
             embeds = np.concatenate(list(executor.map(self._embed_ids, batches)))[np.argsort(order)]
         if not np.isfinite(embeds).all():
@@ -140,9 +136,8 @@ class TextTower:
         for number in range(self.layer_count):
             name = f"text_model.encoder.layer.{number}."
             names = [f"{name}attention.self.{part}." for part in ("query", "key", "value")]
-            attended = self._linear(
-                self._attention(hidden, mask[:, None, None], names), f"{name}attention.output.dense."
-            )
+            attended = self._attention(hidden, mask[:, None, None], names)
+            attended = self._linear(attended, f"{name}attention.output.dense.")
             hidden = self._layer_norm(attended + hidden, f"{name}attention.output.LayerNorm.")
             inner = gelu(self._linear(hidden, f"{name}intermediate.dense."))
             hidden = self._layer_norm(self._linear(inner, f"{name}output.dense.") + hidden, f"{name}output.LayerNorm.")
@@ -180,9 +175,8 @@ class TextTower:
             Attended values (texts, tokens, hidden size).
         """
         texts, tokens, width = hidden.shape
-        query, key, value = (
-            self._linear(hidden, name).reshape(texts, tokens, self.head_count, -1).swapaxes(1, 2) for name in names
-        )  # (texts, heads, tokens, width of a head)
+        parts = [self._linear(hidden, name).reshape(texts, tokens, self.head_count, -1) for name in names]
+        query, key, value = (part.swapaxes(1, 2) for part in parts)  # (texts, heads, tokens, width of a head)
         scores = query @ key.swapaxes(-1, -2) / np.float32((width // self.head_count) ** 0.5)
         scores = np.where(mask, scores, -np.inf)
         shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -213,37 +207,34 @@ class ClipTextTower(TextTower):
     CLEAN_TEXT = str
 
     @classmethod
-    def prepare_tokenizer(
-        cls, tokenizer: Tokenizer, settings: dict[str, Any], text_config: dict[str, Any]
-    ) -> Tokenizer | None:
+    def prepare_tokenizer(cls, tokenizer: Tokenizer, settings: dict[str, Any], text_config: dict[str, Any]) -> bool:
         """Configure a tokenizer like `XLMRobertaTokenizer` of transformers, which splits texts at white space first.
 
         Args:
-            tokenizer: Tokenizer of `tokenizer.json`.
+            tokenizer: Tokenizer of `tokenizer.json`. It is changed in place.
             settings: Content of `tokenizer_config.json`.
             text_config: `text_config` of the model.
 
         Returns:
-            The same tokenizer object, or None if this class can't encode the model's texts. This is the case if the
-            tokenizer is of another class, or if the tokenizer or the model has settings that are not supported.
+            Whether this class can encode the model's texts. It can't if the tokenizer is of another class, or if the
+            tokenizer or the model has settings that are not supported.
         """
         is_xlm_roberta = settings.get("tokenizer_class") in ("XLMRobertaTokenizer", "XLMRobertaTokenizerFast")
         pads_right = settings.get("padding_side", "right") == "right"
         if not is_xlm_roberta or not pads_right or text_config["hidden_act"] not in ACTIVATIONS:
-            return None
+            return False
         # Only the step "Precompiled" of the normalizer in tokenizer.json is kept, because `XLMRobertaTokenizer` of
         # transformers ignores the other steps, and both must produce the same tokens.
         state = json.loads(tokenizer.normalizer.__getstate__()) if tokenizer.normalizer else {}
         steps = [step for step in state.get("normalizers", [state]) if step.get("type") == "Precompiled"]
         charsmaps = [base64.b64decode(step["precompiled_charsmap"]) for step in steps[:1]]
         tokenizer.normalizer = normalizers.Sequence([normalizers.Precompiled(charsmap) for charsmap in charsmaps])
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
-        )
+        splitters = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splitters)
         length = min(text_config["max_position_embeddings"], settings.get("model_max_length", math.inf))
         tokenizer.no_padding()
         tokenizer.enable_truncation(length, direction=settings.get("truncation_side", "right"))
-        return tokenizer
+        return True
 
     def _embed_ids(self, ids: list[list[int]]) -> np.ndarray:
         """Encode texts that are given as token ids. The embedding is the projected hidden state of the first EOS token.
@@ -293,22 +284,20 @@ class SiglipTextTower(ClipTextTower):
     OTHER_TENSOR_COUNTS = (6,)
 
     @classmethod
-    def prepare_tokenizer(
-        cls, tokenizer: Tokenizer, settings: dict[str, Any], text_config: dict[str, Any]
-    ) -> Tokenizer | None:
+    def prepare_tokenizer(cls, tokenizer: Tokenizer, settings: dict[str, Any], text_config: dict[str, Any]) -> bool:
         """Configure a tokenizer like `Siglip2Tokenizer` of transformers: lowercase texts, padded to a fixed length.
 
         Args:
-            tokenizer: Tokenizer of `tokenizer.json`.
+            tokenizer: Tokenizer of `tokenizer.json`. It is changed in place.
             settings: Content of `tokenizer_config.json`.
             text_config: `text_config` of the model.
 
         Returns:
-            The same tokenizer object. None if transformers would load a class other than `Siglip2Tokenizer` or
-            `GemmaTokenizer`.
+            Whether this class can encode the model's texts. It can't if transformers would load a class other than
+            `Siglip2Tokenizer` or `GemmaTokenizer`.
         """
         if settings.get("tokenizer_class") not in ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast"):
-            return None
+            return False
         padding = _token_text(settings["pad_token"])
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
         tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
@@ -316,7 +305,7 @@ class SiglipTextTower(ClipTextTower):
         tokenizer.enable_truncation(length, direction=settings.get("truncation_side", "right"))
         side, pad_id = settings.get("padding_side", "left"), tokenizer.token_to_id(padding)
         tokenizer.enable_padding(direction=side, pad_id=pad_id, pad_token=padding, length=length)
-        return tokenizer
+        return True
 
     def _embed_ids(self, ids: list[list[int]]) -> np.ndarray:
         """Encode texts that are given as token ids. The embedding is the projected hidden state of the last token.
@@ -363,19 +352,19 @@ def load_numpy_text_tower_or_none(folder: str | Path) -> TextTower | None:
         text_config, weights = {**kind.text_defaults, **config["text_config"]}, WeightFile(weights_file)
         layers, heads = (operator.index(text_config[name]) for name in ("num_hidden_layers", "num_attention_heads"))
         dtypes = [tensor.dtype for name, tensor in weights.tensors.items() if name.startswith("text_")]
-        has_known_config = all(
-            text_config.get(name, value) == value for name, value in tower_class.REQUIRED_CONFIG.items()
-        )
+        required_config = tower_class.REQUIRED_CONFIG
+        has_known_config = all(text_config.get(name, value) == value for name, value in required_config.items())
         has_known_tensors = len(dtypes) - 16 * layers in tower_class.OTHER_TENSOR_COUNTS
         if not (has_known_config and has_known_tensors and WEIGHT_DTYPES.issuperset(dtypes)):
             return None
         with wrap_tokenizer_errors(str(tokenizer_file)):
             tokenizer = Tokenizer.from_file(str(tokenizer_file))
-            tokenizer = tower_class.prepare_tokenizer(tokenizer, settings, text_config)
+            if not tower_class.prepare_tokenizer(tokenizer, settings, text_config):
+                return None
         epsilon = np.float32(text_config["layer_norm_eps"])
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError, RecursionError):
         return None
-    return tokenizer and tower_class(weights, tokenizer, layers, heads, epsilon, text_config)
+    return tower_class(weights, tokenizer, layers, heads, epsilon, text_config)
 
 
 def _token_text(token: Any) -> Any:

@@ -159,7 +159,7 @@ STYLE = re.compile(r"\x1b\[(?:38;2;(\d+);(\d+);(\d+);48;2;\d+;\d+;\d+|0)m")
 
 def test_pictures_are_drawn_above_their_captions():
     pictures, captions = [*map(picture, COLORS[:2]), b"broken", None], ["1 a.png", "2 b.png", "3 c.png", "4 d.png"]
-    lines = render_contact_sheet(pictures, captions, 80).split("\n")
+    lines = render_contact_sheet(pictures, captions, 80, max_lines=1000).split("\n")
     caption = next(number for number, line in enumerate(lines) if "a.png" in line)
     middle, place = lines[caption // 2], (80 - 1) // 2
     characters = STYLE.sub("", middle)
@@ -178,12 +178,14 @@ def test_pictures_are_drawn_above_their_captions():
 TRUE_COLOR = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
 
 
-def test_pictures_are_shown_on_true_color_terminals_only():
+def test_pictures_are_shown_on_true_color_terminals_only(monkeypatch):
     for environment, is_supported in (
         ({"TERM": "xterm-256color"}, False),
         (TRUE_COLOR, True),
         (TRUE_COLOR | {"NO_COLOR": "1"}, False),
         (TRUE_COLOR | {"TERM": "dumb"}, False),
     ):
-        assert supports_pictures(Terminal(), environment) == is_supported
-    assert not supports_pictures(io.StringIO(), TRUE_COLOR) and not supports_true_color(io.StringIO(), TRUE_COLOR)
+        monkeypatch.setattr(os, "environ", environment)
+        assert supports_pictures(Terminal()) == is_supported
+    monkeypatch.setattr(os, "environ", TRUE_COLOR)
+    assert not supports_pictures(io.StringIO()) and not supports_true_color(io.StringIO())

@@ -152,10 +152,8 @@ def _parse_question_field_value(name: str, value: object) -> Any:
             with contextlib.suppress(ValueError):
                 if (day := date.fromisoformat(value)).year < YEAR_LIMIT:
                     return day
-        case (("labels" | "more" | "less"), list()) if all(
-            isinstance(text, str) and _is_encodable(text) for text in value
-        ):
-            if name == "labels" or len(value) <= MAX_FEEDBACK_PICTURES:
+        case (("labels" | "more" | "less"), list()) if name == "labels" or len(value) <= MAX_FEEDBACK_PICTURES:
+            if all(isinstance(text, str) and _is_encodable(text) for text in value):
                 return tuple(value)
         case "language", str():
             return "pt" if value.startswith("pt") else "en"
@@ -238,7 +236,7 @@ class PageAnswers:
         Raises:
             RequestRefusedError: If the picture is not in the index or was not embedded by the model yet.
         """
-        self._require_vectors([question.like])
+        self._require_vector(question.like)
         hits = self.index.copies(question.like, MAX_ANSWER_PICTURES, **question.filters())
         return {"hits": [_hit_to_dict(hit, with_score=False) for hit in hits]}
 
@@ -320,9 +318,9 @@ class PageAnswers:
         if image is not None:
             vectors.append(self.index.model.embed_images([image])[0])
         if question.like:
-            vectors.append(self._require_vectors([question.like])[0])
-        feedback = [(1.0, self._require_vectors([path])[0]) for path in question.more]
-        feedback += [(-1.0, self._require_vectors([path])[0]) for path in question.less]
+            vectors.append(self._require_vector(question.like))
+        feedback = [(1.0, self._require_vector(path)) for path in question.more]
+        feedback += [(-1.0, self._require_vector(path)) for path in question.less]
         if question.more and not vectors:
             # Without another query, the first picture of `more` becomes the query, whose weight is twice the weight of
             # feedback (`query.FEEDBACK_STRENGTH`). If it were feedback, a picture of `less` would count as much as the
@@ -331,23 +329,23 @@ class PageAnswers:
         vector = np.mean(vectors, axis=0) if vectors else None
         return self.index.apply_feedback(vector, feedback) if feedback else vector
 
-    def _require_vectors(self, paths: list[str]) -> np.ndarray:
-        """Return the stored embeddings of pictures of the index, and refuse the request if one is missing.
+    def _require_vector(self, path: str) -> np.ndarray:
+        """Return the stored embedding of a picture of the index, and refuse the request if it is missing.
 
         Args:
-            paths: Paths of the pictures.
+            path: Path of the picture.
 
         Returns:
-            Embeddings (paths, width), float32, of unit length.
+            Embedding (width,), float32, of unit length.
 
         Raises:
-            RequestRefusedError: With the code "gone" if the first picture is not in the index. With the code
-                "not_ready" if the model has not embedded all of the pictures yet.
+            RequestRefusedError: With the code "gone" if the picture is not in the index. With the code "not_ready" if
+                the model has not embedded the picture yet.
         """
         try:
-            return self.index.vectors(paths)
+            return self.index.vectors([path])[0]
         except KeyError:
-            is_gone = self.index.get_picture(paths[0]) is None
+            is_gone = self.index.get_picture(path) is None
             raise (RequestRefusedError("gone", 404) if is_gone else RequestRefusedError("not_ready", 503)) from None
 
 

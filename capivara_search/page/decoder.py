@@ -11,7 +11,6 @@ take minutes, and decoding a JPEG 2000 file of 2 kB can stop all threads of the 
 import faulthandler
 import json
 import os
-import struct
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from capivara_search.picture_reading import MAX_PICTURE_PIXELS, decode_picture, 
 # Code that the child process runs with `python -c`. Its argument is the time limit for each picture, in seconds.
 DECODER_PROGRAM = "import sys; from capivara_search.page.decoder import main; main(float(sys.argv[1]))"
 DECODE_TIMEOUT_S = 10  # seconds per picture; a photograph of 50 million pixels takes under 2 s
+LENGTH_BYTES = 8  # number of bytes in which the length of a message is sent
 MAX_VIEW_SIDE = 1600  # longest side of a decoded image, in pixels; the model uses only a few hundred pixels
 
 
@@ -55,10 +55,8 @@ class DecoderProcess:
         with self._lock:
             try:
                 _send_messages(self._process.stdin, name.encode(), data)
-                header, pixels = (
-                    json.loads(_receive_message(self._process.stdout)),
-                    _receive_message(self._process.stdout),
-                )
+                header = json.loads(_receive_message(self._process.stdout))
+                pixels = _receive_message(self._process.stdout)
             except (EOFError, OSError):  # the pipe is closed, because the child has crashed or ended at the time limit
                 self.close()
                 self._start()
@@ -84,16 +82,14 @@ class DecoderProcess:
         # The child gets a new session, because Ctrl-C in the terminal must end the page and not the decoder. Windows
         # ignores `start_new_session` and has a flag instead.
         options = {"start_new_session": True, "creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
-        environment = {**os.environ, "PYTHONPATH": path}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, **options
-        )
+        options |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": {**os.environ, "PYTHONPATH": path}}
+        self._process = subprocess.Popen(command, **options)
 
 
 def _send_messages(file: BinaryIO, *messages: bytes) -> None:
     """Write messages to a pipe, each after its length."""
     for message in messages:
-        file.write(struct.pack(">Q", len(message)))
+        file.write(len(message).to_bytes(LENGTH_BYTES))
         file.write(message)
     file.flush()
 
@@ -105,11 +101,9 @@ def _receive_message(file: BinaryIO) -> bytes:
         EOFError: If the other process has closed the pipe, or announces more than `MAX_IMAGE_BYTES` bytes. A malicious
             picture that controls the child process could otherwise fill the memory of this process.
     """
-    try:
-        (length,) = struct.unpack(">Q", file.read(8))
-    except struct.error:
-        raise EOFError from None
-    if length > MAX_IMAGE_BYTES or len(message := file.read(length)) < length:
+    prefix = file.read(LENGTH_BYTES)
+    length = int.from_bytes(prefix)
+    if len(prefix) < LENGTH_BYTES or length > MAX_IMAGE_BYTES or len(message := file.read(length)) < length:
         raise EOFError
     return message
 

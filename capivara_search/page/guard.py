@@ -117,8 +117,7 @@ class RequestGuard:
             send: ASGI function that sends the parts of the response.
         """
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+            return await self.app(scope, receive, send)
         started = False
 
         async def send_guarded(message: Message) -> None:
@@ -133,8 +132,7 @@ class RequestGuard:
         try:
             self._check_host(scope)
             self._check_origin(scope)
-            await self.app(scope, receive, send_guarded)
-            return
+            return await self.app(scope, receive, send_guarded)
         except ClientDisconnect:
             # The client has closed the connection, so nobody would receive a response.
             return

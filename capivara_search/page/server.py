@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote
 
-import jinja2
 import numpy as np
 import PIL.Image
 import uvicorn
+from jinja2 import Environment, StrictUndefined
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
@@ -42,19 +42,9 @@ from starlette.staticfiles import StaticFiles
 from capivara_common.image_files import BadImage, open_regular_file_safe_from_link_swaps
 from capivara_search.folder_scan import is_picture_name
 from capivara_search.messages import make_error_from_code
+from capivara_search.page import guard
 from capivara_search.page.answers import PageAnswers, Question
 from capivara_search.page.decoder import DecoderProcess
-from capivara_search.page.guard import (
-    BACKLOG,
-    MAX_LARGE_BODIES,
-    QUEUE_TIMEOUT_S,
-    LimitedHttpProtocol,
-    QuestionQueue,
-    RequestGuard,
-    RequestRefusedError,
-    list_allowed_hosts,
-    receive_request_body_within_limits,
-)
 from capivara_search.picture_reading import read_bounded
 
 if TYPE_CHECKING:
@@ -177,7 +167,7 @@ def create_page_server(
     """
     if language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
-    hosts = list_allowed_hosts(host, allow_hosts)
+    hosts = guard.list_allowed_hosts(host, allow_hosts)
     if len(index):
         # The search is made only for its errors: it fails if the model does not match the index, and the user should
         # know that now.
@@ -191,10 +181,10 @@ def create_page_server(
         listening = socket.create_server((host, 0), family=family)
     name = f"[{host}]" if ":" in host else host
     site = PageSite(PageAnswers(index), is_loopback(host), language, credit)
-    guard = Middleware(RequestGuard, hosts=hosts, behind_proxy=not site.is_local)
+    middleware = Middleware(guard.RequestGuard, hosts=hosts, behind_proxy=not site.is_local)
     config = uvicorn.Config(
-        Starlette(routes=site.routes(), middleware=[guard], lifespan=site.lifespan),
-        http=LimitedHttpProtocol, backlog=BACKLOG, ws="none", lifespan="on",
+        Starlette(routes=site.routes(), middleware=[middleware], lifespan=site.lifespan),
+        http=guard.LimitedHttpProtocol, backlog=guard.BACKLOG, ws="none", lifespan="on",
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
         log_level="error", access_log=False,  # no line per request, because clients could fill the disk with log lines
         server_header=False, proxy_headers=False,
@@ -215,8 +205,8 @@ class PageSite:
     def __init__(self, answers: PageAnswers, is_local: bool, language: str, credit: Credit | None):
         self.answers, self.is_local, self.language, self.credit = answers, is_local, language, credit
         self._decoder = DecoderProcess()
-        self._question_queue, self._view_queue = QuestionQueue(), QuestionQueue()
-        self._body_slots = asyncio.Semaphore(MAX_LARGE_BODIES)
+        self._question_queue, self._view_queue = guard.QuestionQueue(), guard.QuestionQueue()
+        self._body_slots = asyncio.Semaphore(guard.MAX_LARGE_BODIES)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -229,12 +219,10 @@ class PageSite:
         """
         # Loading the model has a queue of its own. In the queue for questions, text queries would have to wait until
         # torch and the image encoder are loaded, although they need neither.
-        self._loading_model = asyncio.create_task(
-            QuestionQueue().ask(self.answers.prepare_images, MODEL_LOAD_TIMEOUT_S)
-        )
-        embedding_text = asyncio.create_task(
-            self._question_queue.ask(lambda: self.answers.index.model.embed_texts(["gato"]))
-        )
+        loading = guard.QuestionQueue().ask(self.answers.prepare_images, MODEL_LOAD_TIMEOUT_S)
+        self._loading_model = asyncio.create_task(loading)
+        embedding = self._question_queue.ask(lambda: self.answers.index.model.embed_texts(["gato"]))
+        embedding_text = asyncio.create_task(embedding)
         for task in (self._loading_model, embedding_text):
             # asyncio would log an exception that nobody has retrieved. It need not be handled here, because each
             # request that needs the model raises it again.
@@ -277,7 +265,7 @@ class PageSite:
         """
 
         async def answer(request: Request) -> Response:
-            async with receive_request_body_within_limits(request, self._body_slots) as body:
+            async with guard.receive_request_body_within_limits(request, self._body_slots) as body:
                 # The body is parsed in a thread, so that the event loop can answer other clients meanwhile.
                 question, upload = await run_in_threadpool(_split_question_and_upload, body)
                 image = await self._decode_upload(upload) if upload else None
@@ -302,9 +290,10 @@ class PageSite:
         try:
             image = await self._view_queue.ask(lambda: self._decoder.decode(upload))
         except BadImage as bad:
-            raise RequestRefusedError("too_many_pixels" if bad.reason == "absurd image size" else "no_picture") from bad
-        if not (await asyncio.wait([self._loading_model], timeout=QUEUE_TIMEOUT_S))[0]:
-            raise RequestRefusedError("busy", 503)
+            code = "too_many_pixels" if bad.reason == "absurd image size" else "no_picture"
+            raise guard.RequestRefusedError(code) from bad
+        if not (await asyncio.wait([self._loading_model], timeout=guard.QUEUE_TIMEOUT_S))[0]:
+            raise guard.RequestRefusedError("busy", 503)
         return image
 
     async def thumbnail(self, request: Request) -> Response:
@@ -324,10 +313,9 @@ class PageSite:
         file, _ = await self._view_queue.ask(lambda: self._open_original(path))
         file.seek(0)
         size, kind = os.fstat(file.fileno()).st_size, mimetypes.guess_type(path)[0] or "application/octet-stream"
-        headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(Path(path).name, safe='')}"}
-        return StreamingResponse(
-            _iter_chunks(file, size), media_type=kind, headers=headers | {"Content-Length": str(size)}
-        )
+        disposition = f"attachment; filename*=utf-8''{quote(Path(path).name, safe='')}"
+        headers = {"Content-Disposition": disposition, "Content-Length": str(size)}
+        return StreamingResponse(_iter_chunks(file, size), media_type=kind, headers=headers)
 
     # The path in a request is looked up in the index before any file is opened. All unknown paths get the same
     # response, so that a client can't find out which files exist on this machine.
@@ -346,7 +334,7 @@ class PageSite:
         """
         if path and (thumbnail := self.answers.index.thumbnail(path)):
             return thumbnail
-        raise RequestRefusedError("gone", 404)
+        raise guard.RequestRefusedError("gone", 404)
 
     def _open_original(self, path: str) -> tuple[BinaryIO, PIL.Image.Image]:
         """Open and decode the file of a picture of the index.
@@ -365,7 +353,7 @@ class PageSite:
             RequestRefusedError: If the index does not have the picture, or its file can't be shown.
         """
         if not path or self.answers.index.get_picture(path) is None:
-            raise RequestRefusedError("gone", 404)
+            raise guard.RequestRefusedError("gone", 404)
         with contextlib.ExitStack() as stack, contextlib.suppress(BadImage, OSError, ValueError):
             if is_picture_name(path):
                 folders = list(self.answers.index.requested_folders().values())
@@ -373,7 +361,7 @@ class PageSite:
                 image = self._decoder.decode(read_bounded(file), path)
                 stack.pop_all()  # without this call, the end of the `with` block would close the file that is returned
                 return file, image
-        raise RequestRefusedError("no_original", 404)
+        raise guard.RequestRefusedError("no_original", 404)
 
     def _render_view(self, path: str) -> tuple[bytes, str]:
         """Return a large view of a picture, or its thumbnail if the original file can't be shown.
@@ -390,7 +378,7 @@ class PageSite:
         """
         try:
             file, image = self._open_original(path)
-        except RequestRefusedError:
+        except guard.RequestRefusedError:
             return self._load_thumbnail(path), "image/webp"
         file.close()
         image.save(view := io.BytesIO(), "JPEG", quality=VIEW_JPEG_QUALITY)
@@ -416,7 +404,7 @@ def _split_question_and_upload(body: bytearray) -> tuple[Question, bytearray]:
         # then raises ValueError.
         values = json.loads(line, parse_constant=int)
     except (ValueError, RecursionError) as error:
-        raise RequestRefusedError("bad_question") from error
+        raise guard.RequestRefusedError("bad_question") from error
     return Question.parse(values), upload
 
 
@@ -483,9 +471,7 @@ def render_page_template(messages: dict[str, Any], is_static: bool = False, **va
     Returns:
         HTML of the whole page.
     """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     template = environment.from_string((PAGE_FOLDER / "page.html").read_text(encoding="utf-8"))
     return template.render({"t": messages, "is_static": is_static, "credit": None, **values})
