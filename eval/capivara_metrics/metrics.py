@@ -79,12 +79,8 @@ def compute_ranks_from_embeddings(
     _check_finite_embeddings_and_relevant_items(query_embeds, item_embeds, query_groups, item_groups)
     block_size = max(MIN_BLOCK_QUERIES, BLOCK_SCORES // len(item_embeds))
     blocks = zip(query_embeds.split(block_size), query_groups.split(block_size), strict=True)
-    return torch.cat(
-        [
-            _compute_ranks_with_mask(queries @ item_embeds.T, groups[:, None] == item_groups)
-            for queries, groups in blocks
-        ]
-    )
+    ranks = [_compute_ranks_with_mask(part @ item_embeds.T, groups[:, None] == item_groups) for part, groups in blocks]
+    return torch.cat(ranks)
 
 
 @torch.no_grad()
