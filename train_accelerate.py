@@ -227,23 +227,20 @@ def evaluate_base_and_trained_and_write_results(
     started, run = time.perf_counter(), read_json(folder / "run.json", seconds=dict)
     folders = {"baseline": args.model, "capivara": folder}
     models = {role: load_model(name).eval().to(accelerator.device) for role, name in folders.items()}
+    dataset = get_publishable_model_or_dataset_name(args.evaluation_dataset)
     all_records, embeddings_by_language = [], {}
     for language, split in inputs.test.items():
         embeddings = embeddings_by_language[language] = {
             role: embed_captions_for_retrieval(model, inputs.processor, split.captions(), inputs.test_embeds)
             for role, model in models.items()
         }
-        metadata = {
-            "dataset": get_publishable_model_or_dataset_name(args.evaluation_dataset),
-            "split": args.test_split,
-            "language": language,
-        }
+        metadata = {"dataset": dataset, "split": args.test_split, "language": language}
         baseline = metadata | {"model": "baseline", "model_folder": args.model, "seed": None}
         trained = metadata | {"model": "capivara", "model_folder": ".", "seed": args.seed}
         records = compute_retrieval_records(embeddings["baseline"], **baseline)
         records += compute_retrieval_records(embeddings["capivara"], **trained)
         records += compute_gain_records(embeddings["baseline"], embeddings["capivara"], **trained)
-        name = f"retrieval_{metadata['dataset'].replace('/', '_')}_{args.test_split}_{language}.json"
+        name = f"retrieval_{dataset.replace('/', '_')}_{args.test_split}_{language}.json"
         write_records_to_result_file(
             folder / "results" / name, records, dataset=args.evaluation_dataset, model=".", precision="float32",
             fingerprint=load_or_compute_pair_content_digest(split.table), device=describe_device(accelerator.device),
@@ -254,9 +251,8 @@ def evaluate_base_and_trained_and_write_results(
     write_text(folder / "table.md", render_retrieval_table(all_records))
     split, embeddings = inputs.test[args.language], embeddings_by_language[args.language]
     queries = [text for texts in split.captions() for text in texts]
-    plot_retrieval_sheet(
-        folder / "retrieval.png", split.source.load_image, queries, embeddings, args.seed, args.language
-    )
+    sheet = folder / "retrieval.png"
+    plot_retrieval_sheet(sheet, split.source.load_image, queries, embeddings, args.seed, args.language)
     write_json(folder / "run.json", run)
 
 

@@ -372,12 +372,8 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
     if len(images.rows) < 2:
         raise ValueError(f"Retrieval needs at least two readable images, but {args.dataset} has one.")
     name = args.dataset_name or args.dataset
-    record_fields = {
-        "dataset": get_publishable_model_or_dataset_name(name),
-        "split": args.split,
-        "language": args.language,
-    }
-    record_fields |= {"seed": args.seed, "model": args.role, "model_folder": args.model}
+    record_fields = {"dataset": get_publishable_model_or_dataset_name(name), "split": args.split}
+    record_fields |= {"language": args.language, "seed": args.seed, "model": args.role, "model_folder": args.model}
     protocol = RETRIEVAL_PROTOCOL
     if args.caption_positions != "all":
         protocol += f"; captions: {args.caption_positions}"
