@@ -31,6 +31,7 @@ from caption_data.sources import Split, open_split
 from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS
 from eval.embeddings import (
+    MODEL_HELP,
     CachedEmbedder,
     EmbeddedImages,
     ModelArguments,
@@ -51,11 +52,7 @@ CAPTION_POSITIONS = {"all": slice(None), "first": slice(1), "even": slice(0, Non
 class RetrievalArguments(ModelArguments):
     """Command-line arguments of `eval.retrieval`, which measures how well captions and images find each other."""
 
-    model: str = flag(
-        ...,
-        "Folder or Hub id of a CLIP-like model. With the role baseline, also open_clip:NAME:PRETRAINED or "
-        "open_clip:local-dir:FOLDER.",
-    )
+    model: str = flag(..., MODEL_HELP)
     dataset: str = flag(..., DATASET_HELP)
     output: Path = flag(..., "JSON file to write the result to. Sample queries are drawn in OUTPUT.queries.png.")
     image_column: str = flag("image", "Name of the image column.")
@@ -214,11 +211,10 @@ def compute_retrieval_records(
     for direction in DIRECTIONS:
         ranks = embeddings.ranks[direction]
         record = partial(Record, "retrieval", direction=direction, n=len(ranks), **record_fields)
-        chances = {k: embeddings.chance_recall(direction, k) for k in cutoffs}
-        recalls = [
-            record(metric=f"recall@{k}", value=metrics.recall_at_k(ranks, k), chance=chance)
-            for k, chance in chances.items()
-        ]
+        recalls = []
+        for k in cutoffs:
+            chance = embeddings.chance_recall(direction, k)
+            recalls.append(record(metric=f"recall@{k}", value=metrics.recall_at_k(ranks, k), chance=chance))
         # The mean recall needs recall@1, recall@5 and recall@10. A mean of fewer recalls would have the same name, but
         # could not be compared.
         if len(cutoffs) == len(RECALL_CUTOFFS):

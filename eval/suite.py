@@ -435,11 +435,9 @@ def main(argv: list[str] | None = None) -> None:
     if summary := run_suite(parse_arguments(SuiteArguments, __doc__, argv)):
         print(render_suite_table(summary))
         entries = summary["measurements"]
-        failed = {entry["benchmark"] for entry in entries if entry["status"] == "not run" and entry["local"]}
+        failed = sorted({entry["benchmark"] for entry in entries if entry["status"] == "not run" and entry["local"]})
         if failed:
-            sys.exit(
-                f"error: {', '.join(sorted(failed))} failed although --data_dir has the data. The reasons are above."
-            )
+            sys.exit(f"error: {', '.join(failed)} failed although --data_dir has the data. The reasons are above.")
 
 
 if __name__ == "__main__":

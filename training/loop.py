@@ -285,9 +285,8 @@ class TrainingLoop:
                 images = dict(zip(places.tolist(), next(pixels), strict=True))
                 bad += [(place, images.pop(place)) for place in [*images] if isinstance(images[place], BadImage)]
                 if images:
-                    embeds[[*images]] = embed_pixels(
-                        self.prepared_model, torch.stack([*images.values()]), self.accelerator
-                    )
+                    stacked = torch.stack([*images.values()])
+                    embeds[[*images]] = embed_pixels(self.prepared_model, stacked, self.accelerator)
             # Bad images are sorted by position in the batch, so that their replacements do not depend on the number of
             # processes.
             bad = dict(sorted(gather_object(bad), key=lambda item: item[0]))

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +136,9 @@ def handle_signals_temporarily(handler: Callable[[int, Any], None], *numbers: in
         handler: Function that gets the number of the signal and the current stack frame.
         numbers: Numbers of the signals.
     """
-    try:
+    previous_handlers = {}
+    with suppress(ValueError):
         previous_handlers = {number: signal.signal(number, handler) for number in numbers}
-    except ValueError:
-        previous_handlers = {}
     try:
         yield
     finally:

@@ -114,9 +114,8 @@ class WholeBatch:
             raise ValueError(f"The loss needs at least 2 pairs, got {pairs}.")
         local_rows = torch.cat([torch.empty(0, dtype=torch.long), *(batch.positions for batch in batches)])
         local_rows = local_rows.to(self.accelerator.device)
-        word_rows = look_up_token_embeddings_once(
-            self.model.text_model.get_input_embeddings(), [batch.input_ids.to(local_rows.device) for batch in batches]
-        )
+        table = self.model.text_model.get_input_embeddings()
+        word_rows = look_up_token_embeddings_once(table, [batch.input_ids.to(local_rows.device) for batch in batches])
         # All micro-batches are in one autocast block, so that each weight is cast only once per step.
         with word_rows, self.accelerator.autocast():
             parts, graphs_kept = self._embed_batches(step, batches)

@@ -171,9 +171,8 @@ def average_over_seeds(frame: pandas.DataFrame, group_column: str) -> list[Any]:
     frame = frame.assign(row=pandas.Series([*frame.itertuples(index=False, name="Measured")], frame.index, object))
     # A measurement that is in two files counts once. Otherwise it would have twice the weight in the mean.
     distinct = frame[~frame.duplicated([*keys, "seed"])]
-    columns = frame.groupby(keys, sort=False, dropna=False).agg(
-        chance=("chance", "first"), data=("fingerprint", lambda fingerprints: frozenset(fingerprints.dropna()))
-    )
+    groups = frame.groupby(keys, sort=False, dropna=False)
+    columns = groups.agg(chance=("chance", "first"), data=("fingerprint", lambda column: frozenset(column.dropna())))
     columns["measured"] = distinct.groupby(keys, sort=False, dropna=False)["row"].agg(_sort_by_seed)
     values = compute_means_and_deviations(distinct, keys).join(columns).reset_index()
     values = values.astype({"deviation": object, "chance": object})
