@@ -10,13 +10,11 @@ results are bit-identical to the results of a single process.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
@@ -240,29 +238,6 @@ def _build_protocol_and_dim_fields(embeddings: RetrievalEmbeddings, protocol: st
         return {"protocol": protocol, "dim": None}
     dim = embeddings.text_embeds.shape[1]
     return {"protocol": f"{protocol}; first {dim} of {embeddings.full_width} dimensions", "dim": dim}
-
-
-@torch.no_grad()
-def compute_validation_metrics_and_loss(
-    embeddings: RetrievalEmbeddings, loss: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, float]:
-    """Compute the mean recalls and the loss that are monitored on the validation split during training.
-
-    Args:
-        embeddings: The embedded split.
-        loss: Function that gets text embeddings and image embeddings, both (images, width), and returns a scalar.
-
-    Returns:
-        A dict with four keys:
-
-        - "text_to_image" and "image_to_text": mean recall of this direction, from 0 to 1.
-        - "mean_recall": mean of these two recalls.
-        - "loss": loss over all images, each paired with its first caption.
-    """
-    measures = pd.Series({direction: metrics.mean_recall(embeddings.ranks[direction]) for direction in DIRECTIONS})
-    first = torch.searchsorted(embeddings.image_of_text, torch.arange(len(embeddings.image_embeds)))
-    measures["mean_recall"] = measures.mean()
-    return measures.to_dict() | {"loss": loss(embeddings.text_embeds[first], embeddings.image_embeds).item()}
 
 
 def compute_gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **record_fields) -> list[Record]:

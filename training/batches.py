@@ -269,10 +269,9 @@ class BatchPlanner:
             rows.append(batch_indices(step, count, len(self.captions[number]), seed))
             texts += sample_captions(self.captions[number], rows[-1], step, seed)
         batches, order = tokenize_into_sorted_micro_batches(self.processor, texts, self.micro_batch_size)
-        dataset_indices = np.repeat(range(len(self.pairs_per_dataset)), self.pairs_per_dataset)
         return StepPlan(
             step=step,
-            dataset_indices=dataset_indices[order],
+            dataset_indices=np.repeat(range(len(self.pairs_per_dataset)), self.pairs_per_dataset)[order],
             rows=np.concatenate(rows)[order],
             views=sample_view_numbers(self.augmented_views, len(order), step, self.seed)[order],
             texts=[texts[i] for i in order],

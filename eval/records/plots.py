@@ -215,11 +215,10 @@ def select_sheet_queries(before: "Tensor", after: "Tensor", seed: int) -> list[t
         Tuples (index of the query, kind of change); the kind is "gain", "tie" or "loss".
     """
     order, change = _random_order(len(before), seed), (after - before).sign()
-    return [
-        (q, kind)
-        for kind, (sign, shown) in QUERY_CHANGES.items()
-        for q in order[change[order] == sign][:shown].tolist()
-    ]
+    selected = []
+    for kind, (sign, shown) in QUERY_CHANGES.items():
+        selected += [(query, kind) for query in order[change[order] == sign][:shown].tolist()]
+    return selected
 
 
 def plot_retrieval_sheet(
