@@ -269,13 +269,11 @@ def paired_bootstrap(
         raise ValueError(f"baseline, model and groups must have the same length, got {sizes}.")
     difference = model.double() - baseline.double()
     _, index = groups.unique(return_inverse=True)
-    group_count = int(index.max()) + 1
-    sums = torch.zeros(group_count, dtype=torch.double).index_add_(0, index, difference)
-    counts = torch.zeros(group_count, dtype=torch.double).index_add_(0, index, torch.ones_like(difference))
+    sums, counts = torch.bincount(index, weights=difference), torch.bincount(index)
     generator = torch.Generator().manual_seed(seed)
     means = torch.empty(resamples, dtype=torch.double)
     for i in range(resamples):
-        drawn = torch.randint(group_count, (group_count,), generator=generator)
+        drawn = torch.randint(len(counts), counts.shape, generator=generator)
         means[i] = sums[drawn].sum() / counts[drawn].sum()
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
     return difference.mean().item(), low, high

@@ -165,7 +165,7 @@ def average_over_seeds(frame: pandas.DataFrame, group_column: str) -> list[Any]:
         - `mean`, `deviation` (sample standard deviation; None for a single seed) and `seeds` (number of seeds);
         - `n` and `chance` of the first record; `chance` may be None;
         - `data`, the set of all dataset fingerprints;
-        - `measured`, the rows of the frame, sorted by seed.
+        - `measured`, the rows of the frame, sorted by seed; a row without a seed comes first.
     """
     keys = [*Condition._fields, "model", group_column]
     frame = frame.assign(row=pandas.Series([*frame.itertuples(index=False, name="Measured")], frame.index, object))
@@ -173,15 +173,11 @@ def average_over_seeds(frame: pandas.DataFrame, group_column: str) -> list[Any]:
     distinct = frame[~frame.duplicated([*keys, "seed"])]
     groups = frame.groupby(keys, sort=False, dropna=False)
     columns = groups.agg(chance=("chance", "first"), data=("fingerprint", lambda column: frozenset(column.dropna())))
-    columns["measured"] = distinct.groupby(keys, sort=False, dropna=False)["row"].agg(_sort_by_seed)
+    by_seed = distinct.sort_values("seed", na_position="first")
+    columns["measured"] = by_seed.groupby(keys, sort=False, dropna=False)["row"].agg(tuple)
     values = compute_means_and_deviations(distinct, keys).join(columns).reset_index()
     values = values.astype({"deviation": object, "chance": object})
     return [*values.where(values.notna(), None).itertuples(index=False, name="Value")]
-
-
-def _sort_by_seed(rows: pandas.Series) -> tuple:
-    """Return rows of `build_records_frame` as a tuple, sorted by seed. Rows without a seed come first."""
-    return tuple(sorted(rows, key=lambda row: -1 if row.seed is None else row.seed))
 
 
 def pair_with_baselines(values: Iterable[Any]) -> list[dict[str, Any]]:
