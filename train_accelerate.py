@@ -61,12 +61,7 @@ from training.run_folder import (
     is_run_complete,
     lock_run_folder_and_exit_on_interrupt,
 )
-from training.trainable import (
-    fixed_settings,
-    freeze_parameters_and_add_adapters,
-    interpolate_weights,
-    merge_and_optionally_save_adapters,
-)
+from training.trainable import fixed_settings, freeze_parameters_and_add_adapters, interpolate_weights
 
 # How long processes wait for each other. It must be long, because the main process evaluates and saves on its own while
 # the other processes wait.
@@ -169,10 +164,8 @@ def _create_accelerator_and_set_threads(args: RunArguments, output_dir: Path) ->
     if args.tracker != "none":
         extra = "trackers" if args.tracker == "tensorboard" else None
         require_packages(f"--tracker {args.tracker}", extra, args.tracker)
-        tracker_options = {
-            "log_with": args.tracker,
-            "project_dir": str(get_partial_folder_path(output_dir) / "trackers"),
-        }
+        folder = get_partial_folder_path(output_dir) / "trackers"
+        tracker_options = {"log_with": args.tracker, "project_dir": str(folder)}
     return Accelerator(mixed_precision=args.mixed_precision, **tracker_options)
 
 
@@ -203,12 +196,16 @@ def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, 
     sources = read_origin_cards_and_infer_license(args.model, args.dataset, args.evaluation_dataset)
     state = TrainingLoop(args, inputs, model, wrapped, checkpoints, state).train(resume)
     if accelerator.is_main_process:
-        model = merge_and_optionally_save_adapters(wrapped, folder)
+        if args.lora_rank:
+            wrapped.save_pretrained(folder / "adapter")
+            # The adapters are added to the weights, so that the model can be used without peft.
+            model = wrapped.merge_and_unload()
         if args.interpolate != 1:
             interpolate_weights(model, load_model(args.model).state_dict(), args.interpolate)
         model.save_pretrained(folder)
         inputs.processor.save_pretrained(folder)
-        _write_run_json_and_curves(args, model, state, inputs, sources, folder)
+        plot_training_curves(state.curve, args.language, folder / "curves.png", label_language=args.language)
+        write_json(folder / "run.json", _describe_run(args, model, state, inputs, sources))
     accelerator.wait_for_everyone()
 
 
@@ -230,23 +227,20 @@ def evaluate_base_and_trained_and_write_results(
     started, run = time.perf_counter(), read_json(folder / "run.json", seconds=dict)
     folders = {"baseline": args.model, "capivara": folder}
     models = {role: load_model(name).eval().to(accelerator.device) for role, name in folders.items()}
+    dataset = get_publishable_model_or_dataset_name(args.evaluation_dataset)
     all_records, embeddings_by_language = [], {}
     for language, split in inputs.test.items():
         embeddings = embeddings_by_language[language] = {
             role: embed_captions_for_retrieval(model, inputs.processor, split.captions(), inputs.test_embeds)
             for role, model in models.items()
         }
-        metadata = {
-            "dataset": get_publishable_model_or_dataset_name(args.evaluation_dataset),
-            "split": args.test_split,
-            "language": language,
-        }
+        metadata = {"dataset": dataset, "split": args.test_split, "language": language}
         baseline = metadata | {"model": "baseline", "model_folder": args.model, "seed": None}
         trained = metadata | {"model": "capivara", "model_folder": ".", "seed": args.seed}
         records = compute_retrieval_records(embeddings["baseline"], **baseline)
         records += compute_retrieval_records(embeddings["capivara"], **trained)
         records += compute_gain_records(embeddings["baseline"], embeddings["capivara"], **trained)
-        name = f"retrieval_{metadata['dataset'].replace('/', '_')}_{args.test_split}_{language}.json"
+        name = f"retrieval_{dataset.replace('/', '_')}_{args.test_split}_{language}.json"
         write_records_to_result_file(
             folder / "results" / name, records, dataset=args.evaluation_dataset, model=".", precision="float32",
             fingerprint=load_or_compute_pair_content_digest(split.table), device=describe_device(accelerator.device),
@@ -257,21 +251,15 @@ def evaluate_base_and_trained_and_write_results(
     write_text(folder / "table.md", render_retrieval_table(all_records))
     split, embeddings = inputs.test[args.language], embeddings_by_language[args.language]
     queries = [text for texts in split.captions() for text in texts]
-    plot_retrieval_sheet(
-        folder / "retrieval.png", split.source.load_image, queries, embeddings, args.seed, args.language
-    )
+    sheet = folder / "retrieval.png"
+    plot_retrieval_sheet(sheet, split.source.load_image, queries, embeddings, args.seed, args.language)
     write_json(folder / "run.json", run)
 
 
-def _write_run_json_and_curves(
-    args: RunArguments,
-    model: PreTrainedModel,
-    state: TrainingState,
-    inputs: TrainingInputs,
-    origins: dict[str, Any],
-    folder: Path,
-) -> None:
-    """Write `curves.png`, a plot of the training curves, and `run.json`, the complete description of the run.
+def _describe_run(
+    args: RunArguments, model: PreTrainedModel, state: TrainingState, inputs: TrainingInputs, origins: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the complete description of a run, the content of `run.json`.
 
     Args:
         args: Arguments of the run.
@@ -280,11 +268,9 @@ def _write_run_json_and_curves(
         inputs: Data and image embeddings.
         origins: Licenses and origins of base model and data, from
             `hub_upload.origins.read_origin_cards_and_infer_license`.
-        folder: Working folder of the run.
     """
-    plot_training_curves(state.curve, args.language, folder / "curves.png", label_language=args.language)
     pairs = state.step * args.effective_batch_size
-    run = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "config": args.to_dict(),
         **describe_model(model),
@@ -302,7 +288,6 @@ def _write_run_json_and_curves(
         "pairs_per_second": pairs / state.seconds,
         "curve": state.curve,
     }
-    write_json(folder / "run.json", run)
 
 
 def _write_card_and_push_run_if_requested(args: RunArguments, output_dir: Path) -> Path:

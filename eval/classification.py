@@ -29,6 +29,7 @@ from capivara_common.files import check_output_file
 from caption_data.labeled_images import LABEL_COLUMNS, LabeledImages, load_images_with_prompt_class_labels
 from eval.capivara_metrics import metrics
 from eval.embeddings import (
+    MODEL_HELP,
     CachedEmbedder,
     ModelArguments,
     load_embedder_with_cache,
@@ -49,11 +50,7 @@ CHANCE_DRAWS = 20
 class LabeledImageArguments(ModelArguments):
     """Command-line arguments shared by zero-shot classification and the linear probe."""
 
-    model: str = flag(
-        ...,
-        "Folder or Hub id of a CLIP-like model. With the role baseline, also open_clip:NAME:PRETRAINED or "
-        "open_clip:local-dir:FOLDER.",
-    )
+    model: str = flag(..., MODEL_HELP)
     benchmark: str = flag(
         ...,
         "Name of a file in eval/prompts/pt, such as cifar-10, or path of a JSON file with your own classes "

@@ -35,6 +35,11 @@ from modeling_capivara.two_towers import Embedder, load_embedder
 # Largest number of image embeddings and of text embeddings in one file of the cache.
 IMAGES_PER_SHARD = 256
 TEXTS_PER_SHARD = 2048
+# Description of the flag --model, shared by the commands that measure one model.
+MODEL_HELP = (
+    "Folder or Hub id of a CLIP-like model. With the role baseline, also open_clip:NAME:PRETRAINED or "
+    "open_clip:local-dir:FOLDER."
+)
 
 
 @dataclass(kw_only=True)

@@ -190,6 +190,8 @@ def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[R
         return []
     train, test, validation = (*features, None)[:3]
     records, chosen_penalties, labels, classes = [], {}, test[1].tolist(), len(prompts.names)
+    shared = {"task": "linear_probe", "dataset": prompts.benchmark, "split": args.split, "n": len(labels)}
+    shared |= {"language": "", "direction": "", "model": args.role, "model_folder": args.model}
     for shots in args.shots or [None]:
         name = f"{shots}-shot" if shots else "full"
         results, chosen_penalties[name] = [], []
@@ -201,13 +203,8 @@ def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[R
             results.append(compute_classification_metrics(scores, labels, prompts.metric))
             chosen_penalties[name].append(penalty)
         for metric, value in pandas.DataFrame(results).mean(skipna=False).items():
-            records.append(
-                Record(
-                    task="linear_probe", dataset=prompts.benchmark, split=args.split, language="", protocol=name,
-                    direction="", metric=metric, value=float(value), n=len(labels), model=args.role,
-                    model_folder=args.model, chance=compute_chance_level(metric, labels, classes),
-                )
-            )  # fmt: skip
+            chance = compute_chance_level(metric, labels, classes)
+            records.append(Record(**shared, protocol=name, metric=metric, value=float(value), chance=chance))
     metadata = {"dataset": args.images, "fingerprint": loaded[args.split].fingerprint(), "skipped": skipped}
     write_result_file_with_model_metadata(args, records, store, started, **metadata, chosen_penalties=chosen_penalties)
     return records

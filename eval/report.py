@@ -10,7 +10,6 @@ encoded again.
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +79,11 @@ class ResultsFolder:
     faults: list[tuple[str, str]] = field(default_factory=list)  # (file name, why it is not fully shown)
     image_count: int = 0  # images written so far next to the page
 
+    def choose_image_name(self, suffix: str) -> str:
+        """Return the file name of the next image of the report: its number and the suffix, such as "007.png"."""
+        self.image_count += 1
+        return f"{self.image_count:03d}{suffix}"
+
 
 def read_results_folder(folder: Path) -> ResultsFolder:
     """Read all result files and training runs in a folder and its subfolders.
@@ -148,14 +152,15 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
         for name, run in content.runs:
             try:
                 curve, language = run["curve"], run["config"]["language"]
-                chart = _write_numbered_chart(f"curves {name}", content, folder, plot_training_curves, curve, language)
+                chart = content.choose_image_name(".png")
+                plot_training_curves(curve, language, folder / chart)
             except (TypeError, KeyError, ValueError, AttributeError) as error:
-                content.faults.append(
-                    (name, f"its training curve is malformed: {make_short_plain_line(repr(error), 80)}")
-                )
+                fault = f"its training curve is malformed: {make_short_plain_line(repr(error), 80)}"
+                content.faults.append((name, fault))
                 continue
             sheets, title = [Path(name).with_name(RUN_SHEET_FILE)], "Test captions with the images found for them"
-            runs.append((name, run, [chart, *_copy_images_into_report_as_jpeg(sheets, title, content, folder)]))
+            copies = _copy_images_into_report_as_jpeg(sheets, title, content, folder)
+            runs.append((name, run, [(chart, f"curves {name}"), *copies]))
         values = {"results_folder": content, "blocks": blocks, "runs": runs}
         values |= {"points": format_signed_difference, "safe_line": _to_safe_line}
         write_html_from_template(PAGE_TEMPLATE, folder / "index.html", **values)
@@ -222,35 +227,14 @@ def _build_report_block_and_write_images(
     skipped = measured.groupby("dataset", sort=False)["skipped_rows"].max()
     charts = []
     if drawn:
-        chart = _write_numbered_chart(f"bars {title}", results_folder, output, plot_baseline_and_model_bars, drawn)
-        charts.append(chart)
+        charts = [(results_folder.choose_image_name(".png"), f"bars {title}")]
+        plot_baseline_and_model_bars(drawn, output / charts[0][0])
     return {
-        "title": title, "protocol": first["protocol"], "pairs": pairs, "gains": gains,
-        "charts": charts,
+        "title": title, "protocol": first["protocol"], "pairs": pairs, "gains": gains, "charts": charts,
         "main": [p for p in drawn if p["metric"] == "mean_recall"] if is_retrieval else drawn,
         "skipped": skipped[skipped > 0].to_dict(),
         "sheets": _copy_images_into_report_as_jpeg(sheets, "Best and worst queries", results_folder, output),
     }  # fmt: skip
-
-
-def _write_numbered_chart(
-    title: str, results_folder: ResultsFolder, output: Path, plot: Callable, *plot_arguments: Any
-) -> tuple[str, str]:
-    """Draw a chart as a PNG file in the folder of the report.
-
-    Args:
-        title: Title of the chart.
-        results_folder: The results folder; its `image_count` gives the number in the file name.
-        output: Folder of the report.
-        plot: Function that draws the chart. It gets `plot_arguments`, then the path of the file to write.
-        plot_arguments: All arguments of `plot` except the path.
-
-    Returns:
-        File name and title of the chart.
-    """
-    results_folder.image_count += 1
-    plot(*plot_arguments, output / f"{results_folder.image_count:03d}.png")
-    return f"{results_folder.image_count:03d}.png", title
 
 
 def _copy_images_into_report_as_jpeg(
@@ -276,14 +260,12 @@ def _copy_images_into_report_as_jpeg(
             image = decode_image({"bytes": None, "path": str(results_folder.folder / inside)}, files).convert("RGBA")
         except BadImage as error:
             # The page shows only the short reason, because the full message may name folders of this machine.
-            results_folder.faults.append(
-                (make_short_plain_line(str(inside), 120), f"the image is not shown: {error.reason}")
-            )
+            name = make_short_plain_line(str(inside), 120)
+            results_folder.faults.append((name, f"the image is not shown: {error.reason}"))
             copies.append((None, title))
         else:
-            results_folder.image_count += 1
             image.thumbnail((1600, 1600))
-            copies.append((f"{results_folder.image_count:03d}.jpg", title))
+            copies.append((results_folder.choose_image_name(".jpg"), title))
             opaque = Image.new("RGB", image.size, "white")
             opaque.paste(image, mask=image)
             # The new image has only the pixels of the old one, so metadata such as the place of a photo are left out.

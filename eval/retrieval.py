@@ -10,13 +10,11 @@ results are bit-identical to the results of a single process.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
@@ -31,6 +29,7 @@ from caption_data.sources import Split, open_split
 from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS
 from eval.embeddings import (
+    MODEL_HELP,
     CachedEmbedder,
     EmbeddedImages,
     ModelArguments,
@@ -51,11 +50,7 @@ CAPTION_POSITIONS = {"all": slice(None), "first": slice(1), "even": slice(0, Non
 class RetrievalArguments(ModelArguments):
     """Command-line arguments of `eval.retrieval`, which measures how well captions and images find each other."""
 
-    model: str = flag(
-        ...,
-        "Folder or Hub id of a CLIP-like model. With the role baseline, also open_clip:NAME:PRETRAINED or "
-        "open_clip:local-dir:FOLDER.",
-    )
+    model: str = flag(..., MODEL_HELP)
     dataset: str = flag(..., DATASET_HELP)
     output: Path = flag(..., "JSON file to write the result to. Sample queries are drawn in OUTPUT.queries.png.")
     image_column: str = flag("image", "Name of the image column.")
@@ -214,11 +209,10 @@ def compute_retrieval_records(
     for direction in DIRECTIONS:
         ranks = embeddings.ranks[direction]
         record = partial(Record, "retrieval", direction=direction, n=len(ranks), **record_fields)
-        chances = {k: embeddings.chance_recall(direction, k) for k in cutoffs}
-        recalls = [
-            record(metric=f"recall@{k}", value=metrics.recall_at_k(ranks, k), chance=chance)
-            for k, chance in chances.items()
-        ]
+        recalls = []
+        for k in cutoffs:
+            chance = embeddings.chance_recall(direction, k)
+            recalls.append(record(metric=f"recall@{k}", value=metrics.recall_at_k(ranks, k), chance=chance))
         # The mean recall needs recall@1, recall@5 and recall@10. A mean of fewer recalls would have the same name, but
         # could not be compared.
         if len(cutoffs) == len(RECALL_CUTOFFS):
@@ -244,29 +238,6 @@ def _build_protocol_and_dim_fields(embeddings: RetrievalEmbeddings, protocol: st
         return {"protocol": protocol, "dim": None}
     dim = embeddings.text_embeds.shape[1]
     return {"protocol": f"{protocol}; first {dim} of {embeddings.full_width} dimensions", "dim": dim}
-
-
-@torch.no_grad()
-def compute_validation_metrics_and_loss(
-    embeddings: RetrievalEmbeddings, loss: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, float]:
-    """Compute the mean recalls and the loss that are monitored on the validation split during training.
-
-    Args:
-        embeddings: The embedded split.
-        loss: Function that gets text embeddings and image embeddings, both (images, width), and returns a scalar.
-
-    Returns:
-        A dict with four keys:
-
-        - "text_to_image" and "image_to_text": mean recall of this direction, from 0 to 1.
-        - "mean_recall": mean of these two recalls.
-        - "loss": loss over all images, each paired with its first caption.
-    """
-    measures = pd.Series({direction: metrics.mean_recall(embeddings.ranks[direction]) for direction in DIRECTIONS})
-    first = torch.searchsorted(embeddings.image_of_text, torch.arange(len(embeddings.image_embeds)))
-    measures["mean_recall"] = measures.mean()
-    return measures.to_dict() | {"loss": loss(embeddings.text_embeds[first], embeddings.image_embeds).item()}
 
 
 def compute_gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **record_fields) -> list[Record]:
@@ -372,12 +343,8 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
     if len(images.rows) < 2:
         raise ValueError(f"Retrieval needs at least two readable images, but {args.dataset} has one.")
     name = args.dataset_name or args.dataset
-    record_fields = {
-        "dataset": get_publishable_model_or_dataset_name(name),
-        "split": args.split,
-        "language": args.language,
-    }
-    record_fields |= {"seed": args.seed, "model": args.role, "model_folder": args.model}
+    record_fields = {"dataset": get_publishable_model_or_dataset_name(name), "split": args.split}
+    record_fields |= {"language": args.language, "seed": args.seed, "model": args.role, "model_folder": args.model}
     protocol = RETRIEVAL_PROTOCOL
     if args.caption_positions != "all":
         protocol += f"; captions: {args.caption_positions}"

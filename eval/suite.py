@@ -139,9 +139,8 @@ def _check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
         entry = {"name": name, "role": role, "run": run, "seed": run_data.get("seed"), "fingerprint": model.fingerprint}
         base = str(run_data.get("config", {}).get("model", ""))
         entry |= {"published": find_model_name_in_published_results(name, role, **model.metadata)} | model.metadata
-        models.append(
-            entry | {"base_published": find_model_name_in_published_results(base, "baseline", **model.metadata)}
-        )
+        entry["base_published"] = find_model_name_in_published_results(base, "baseline", **model.metadata)
+        models.append(entry)
     if len({model["fingerprint"] for model in models[-len(runs) :]}) < len(runs):
         raise ValueError("--runs must be different models, but two of them have the same weights.")
     return models
@@ -238,10 +237,8 @@ def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
                 if not isinstance(error, ValueError | OSError | ImportError):
                     error_type = f"{type(error).__name__}: "
                     traceback.print_exc()
-                measurement |= {
-                    "status": "not run",
-                    "reason": error_type + " ".join(shorten_absolute_paths(str(error)).split()),
-                }
+                message = " ".join(shorten_absolute_paths(str(error)).split())
+                measurement |= {"status": "not run", "reason": error_type + message}
         if is_main:
             if measurement["status"] == "measured":
                 measurement["skipped"] = read_json(args.output / measurement["file"])["skipped_rows"]
@@ -331,24 +328,15 @@ def build_suite_rows_and_remarks(
         run_counts = member_values[member_values["role"] == "capivara"].groupby("benchmark")["run"].nunique()
         complete = (run_counts == model_counts["capivara"]).sum()
         averages_left_out.append(f"{average.title}: omitted, since only {complete} of {average.count} datasets ran.")
-    means = compute_means_and_deviations(frame, GROUP_COLUMNS).reset_index()
+    means = compute_means_and_deviations(frame, GROUP_COLUMNS)
     # A mean is shown only if all models of the role were measured, because a mean of fewer models would mislead.
-    means = means[means["seeds"] == means["role"].map(model_counts)]
+    means = means[means["seeds"] == means.index.get_level_values("role").map(model_counts)].to_dict("index")
     published = published or {role: role for role in model_counts}
-    cells = [
-        {
-            "benchmark": benchmark.key, "language": language, "direction": direction, "role": role, "data": benchmark,
-            "published": (
-                benchmark.get_published_figure(published[role], direction) if language == benchmark.language else None
-            ),
-        }
-        for benchmark, language in pairs for direction in benchmark.directions for role in model_counts
-    ]  # fmt: skip
-    cells = pandas.DataFrame(cells).merge(means, "left")
-    cells["difference"] = cells["mean"] - [figure["mean"] if figure else math.nan for figure in cells["published"]]
-    rows = [
-        _build_suite_table_row(row_cells, protocol) for _, row_cells in cells.groupby(GROUP_COLUMNS[:3], sort=False)
-    ]
+    rows = []
+    for benchmark, language in pairs:
+        for direction in benchmark.directions:
+            row_means = {role: means.get((benchmark.key, language, direction, role)) for role in published}
+            rows.append(_build_suite_table_row(benchmark, language, direction, row_means, published, protocol))
     members_comparable = all(row["like_for_like"] for row in rows if row["benchmark"] in members)
     for row in rows:
         if row["benchmark"] == average.key:
@@ -356,12 +344,17 @@ def build_suite_rows_and_remarks(
     return rows, averages_left_out
 
 
-def _build_suite_table_row(cells: pandas.DataFrame, protocol: str) -> dict[str, Any]:
+def _build_suite_table_row(
+    benchmark: Benchmark, language: str, direction: str, means: dict[str, Any], published: dict[str, Any], protocol: str
+) -> dict[str, Any]:
     """Build a table row for a benchmark, language and direction.
 
     Args:
-        cells: Table with one row per role. It has the benchmark, its published result, and mean and deviation of the
-            measured results.
+        benchmark: The benchmark.
+        language: Language code of the measurement.
+        direction: Search direction; "" for classification.
+        means: For each role, a row of `compute_means_and_deviations` as a dict, or None if no mean is shown.
+        published: For each role, the name of the model whose published results are shown, or None.
         protocol: Source of class names and prompts, "ours" or "authors".
 
     Returns:
@@ -373,27 +366,25 @@ def _build_suite_table_row(cells: pandas.DataFrame, protocol: str) -> dict[str, 
         - "baseline" and "capivara": a dict with "published" and "measured" (each None, or a dict with "mean" and "std"
           in percent) and "difference" (measured minus published, in percentage points).
     """
-    first = cells.iloc[0]
-    benchmark: Benchmark = first["data"]
-    title = benchmark.title + ("" if benchmark.languages == (first["language"],) else f" ({first['language']})")
+    title = benchmark.title + ("" if benchmark.languages == (language,) else f" ({language})")
     section = "beyond" if "beyond" in benchmark.suite else "paper"
     # `n` is the number of images, with two exceptions: from text to image it is the number of captions, and for the
     # average over benchmarks it is 0.
-    image_counts = [int(n) for n in cells["n"] if n > 0 and first["direction"] != "text_to_image"]
-    images = image_counts[0] if image_counts else None
+    counts = [int(measured["n"]) for measured in means.values() if measured and direction != "text_to_image"]
+    images = next(filter(None, counts), None)
     same_number = None in (benchmark.test_images, images) or images == benchmark.test_images
     same_prompts = benchmark.task == "retrieval" or benchmark.protocol == "babel" or protocol == "authors"
-    row = {"benchmark": benchmark.key, "title": title, "section": section, "language": first["language"]}
-    row |= {"direction": first["direction"], "metric": benchmark.metric, "images": images}
-    row |= {
-        "test_images": benchmark.test_images,
-        "like_for_like": benchmark.like_for_like and same_number and same_prompts,
-    }
-    for cell in cells.itertuples():
-        std = None if math.isnan(cell.deviation) else cell.deviation
-        measured = None if math.isnan(cell.mean) else {"mean": cell.mean, "std": std, "runs": int(cell.seeds)}
-        difference = None if math.isnan(cell.difference) else cell.difference
-        row[cell.role] = {"published": cell.published, "measured": measured, "difference": difference}
+    like_for_like = benchmark.like_for_like and same_number and same_prompts
+    row = {"benchmark": benchmark.key, "title": title, "section": section, "language": language}
+    row |= {"direction": direction, "metric": benchmark.metric, "images": images}
+    row |= {"test_images": benchmark.test_images, "like_for_like": like_for_like}
+    for role, name in published.items():
+        figure = benchmark.get_published_figure(name, direction) if language == benchmark.language else None
+        row[role] = {"published": figure, "measured": None, "difference": None}
+        if result := means[role]:
+            std = None if math.isnan(result["deviation"]) else result["deviation"]
+            row[role]["measured"] = {"mean": result["mean"], "std": std, "runs": int(result["seeds"])}
+            row[role]["difference"] = result["mean"] - figure["mean"] if figure else None
     return row
 
 
@@ -444,11 +435,9 @@ def main(argv: list[str] | None = None) -> None:
     if summary := run_suite(parse_arguments(SuiteArguments, __doc__, argv)):
         print(render_suite_table(summary))
         entries = summary["measurements"]
-        failed = {entry["benchmark"] for entry in entries if entry["status"] == "not run" and entry["local"]}
+        failed = sorted({entry["benchmark"] for entry in entries if entry["status"] == "not run" and entry["local"]})
         if failed:
-            sys.exit(
-                f"error: {', '.join(sorted(failed))} failed although --data_dir has the data. The reasons are above."
-            )
+            sys.exit(f"error: {', '.join(failed)} failed although --data_dir has the data. The reasons are above.")
 
 
 if __name__ == "__main__":

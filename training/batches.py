@@ -109,12 +109,11 @@ def apportion_batch_to_datasets(batch_size: int, dataset_sizes: Sequence[int]) -
     by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
     for i in by_remainder[: batch_size - sum(counts)]:
         counts[i] += 1
-    for count, size in zip(counts, dataset_sizes, strict=True):
-        if count == 0:
-            raise ValueError(
-                f"effective_batch_size {batch_size} leaves no room for the dataset of {size} pairs: every batch must "
-                "hold at least one pair of each dataset. Use a larger batch, or remove the dataset."
-            )
+    if 0 in counts:
+        raise ValueError(
+            f"effective_batch_size {batch_size} leaves no room for the dataset of {dataset_sizes[counts.index(0)]} "
+            "pairs: every batch must hold at least one pair of each dataset. Use a larger batch, or remove the dataset."
+        )
     return counts
 
 
@@ -264,18 +263,16 @@ class BatchPlanner:
 
     def __call__(self, step: int) -> StepPlan:
         """Return the plan of the optimizer step with the number `step`, counted from 0."""
-        drawn, texts = [], []
+        rows, texts = [], []
         for number, count in enumerate(self.pairs_per_dataset):
             seed = self.seed + (number << 32)  # the first dataset is sampled exactly as if it were the only one
-            rows = batch_indices(step, count, len(self.captions[number]), seed)
-            drawn.append((np.full(count, number), rows))
-            texts += sample_captions(self.captions[number], rows, step, seed)
+            rows.append(batch_indices(step, count, len(self.captions[number]), seed))
+            texts += sample_captions(self.captions[number], rows[-1], step, seed)
         batches, order = tokenize_into_sorted_micro_batches(self.processor, texts, self.micro_batch_size)
-        sources, rows = (np.concatenate(column)[order] for column in zip(*drawn, strict=True))
         return StepPlan(
             step=step,
-            dataset_indices=sources,
-            rows=rows,
+            dataset_indices=np.repeat(range(len(self.pairs_per_dataset)), self.pairs_per_dataset)[order],
+            rows=np.concatenate(rows)[order],
             views=sample_view_numbers(self.augmented_views, len(order), step, self.seed)[order],
             texts=[texts[i] for i in order],
             batches=batches,

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from capivara_common.image_files import BadImage
 from caption_data.pairs import check_bad_share
 from caption_data.rows import SkippedRow, write_skipped_rows
-from eval.retrieval import compute_validation_metrics_and_loss, embed_captions_for_retrieval
+from eval.capivara_metrics.metrics import mean_recall
+from eval.retrieval import embed_captions_for_retrieval
 from modeling_capivara.two_towers import embedding_width, uses_sigmoid_loss
 from training.arguments import RunArguments
 from training.batches import MicroBatch, StepPlan
@@ -285,9 +286,8 @@ class TrainingLoop:
                 images = dict(zip(places.tolist(), next(pixels), strict=True))
                 bad += [(place, images.pop(place)) for place in [*images] if isinstance(images[place], BadImage)]
                 if images:
-                    embeds[[*images]] = embed_pixels(
-                        self.prepared_model, torch.stack([*images.values()]), self.accelerator
-                    )
+                    stacked = torch.stack([*images.values()])
+                    embeds[[*images]] = embed_pixels(self.prepared_model, stacked, self.accelerator)
             # Bad images are sorted by position in the batch, so that their replacements do not depend on the number of
             # processes.
             bad = dict(sorted(gather_object(bad), key=lambda item: item[0]))
@@ -378,22 +378,23 @@ class TrainingLoop:
         """
         return plan.batches[self.accelerator.process_index :: self.accelerator.num_processes]
 
+    @torch.no_grad()
     def _measure_validation(self) -> dict[str, float]:
         """Evaluate the model on the validation split in the main process, and send the results to all processes.
 
         Returns:
             A dict with the keys "text_to_image" and "image_to_text" (mean recall of this direction, from 0 to 1),
-            "mean_recall" (the mean of both) and "loss" (in nats).
+            "mean_recall" (the mean of both) and "loss" (in nats, over all images, each paired with its first caption).
         """
         measures, inputs = [None], self.inputs
         if self.accelerator.is_main_process:
             embeddings = embed_captions_for_retrieval(
                 self.model.eval(), inputs.processor, inputs.validation.captions(), inputs.validation_embeds
             )
-            all_rows = torch.arange(len(embeddings.image_embeds))
-
-            def loss(texts: Tensor, images: Tensor) -> Tensor:
-                return select_loss(self.model)(texts, images, self.model.logit_scale, all_rows)
-
-            measures = [compute_validation_metrics_and_loss(embeddings, loss)]
+            recalls = {direction: mean_recall(ranks) for direction, ranks in embeddings.ranks.items()}
+            rows = torch.arange(len(embeddings.image_embeds))
+            # The loss compares each image with its first caption.
+            texts = embeddings.text_embeds[torch.searchsorted(embeddings.image_of_text, rows)]
+            loss = select_loss(self.model)(texts, embeddings.image_embeds, self.model.logit_scale, rows)
+            measures = [recalls | {"mean_recall": sum(recalls.values()) / len(recalls), "loss": loss.item()}]
         return broadcast_object_list(measures)[0]

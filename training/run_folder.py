@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,8 @@ def check_matches_finished_run(folder: Path, config: dict[str, Any], data: dict[
         ValueError: If a digest differs, or if a setting that affects the weights differs.
     """
     finished = read_json(folder / "run.json", config=dict, dataset_fingerprints=dict)
-    check_same_run(
-        TrainingState(config=finished["config"], data=finished["dataset_fingerprints"]), config, data, folder
-    )
+    state = TrainingState(config=finished["config"], data=finished["dataset_fingerprints"])
+    check_same_run(state, config, data, folder)
 
 
 def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path:
@@ -118,11 +117,8 @@ def is_run_complete(args: RunArguments, output_dir: Path) -> bool:
     Returns:
         True if the folder holds a complete run, and there is no unfinished run that will replace it.
     """
-    return (
-        args.resume == "auto"
-        and (output_dir / "run.json").is_file()
-        and not get_partial_folder_path(output_dir).exists()
-    )
+    partial = get_partial_folder_path(output_dir)
+    return args.resume == "auto" and (output_dir / "run.json").is_file() and not partial.exists()
 
 
 def _can_resume(folder: Path) -> bool:
@@ -140,10 +136,9 @@ def handle_signals_temporarily(handler: Callable[[int, Any], None], *numbers: in
         handler: Function that gets the number of the signal and the current stack frame.
         numbers: Numbers of the signals.
     """
-    try:
+    previous_handlers = {}
+    with suppress(ValueError):
         previous_handlers = {number: signal.signal(number, handler) for number in numbers}
-    except ValueError:
-        previous_handlers = {}
     try:
         yield
     finally:

@@ -1,12 +1,11 @@
 """Prepare the weights of a model for training, and update them.
 
-The functions of this module select the trainable parameters, add and merge LoRA adapters, build the optimizer, compute
-the learning-rate schedule, and interpolate weights between base and trained model.
+The functions of this module select the trainable parameters, add LoRA adapters, build the optimizer, compute the
+learning-rate schedule, and interpolate weights between base and trained model.
 """
 
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,19 +116,15 @@ def _add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
     """
     from peft import LoraConfig, get_peft_model
 
-    rank, alpha, targets = args.lora_rank, args.lora_alpha, args.lora_targets
+    targets, modules = args.lora_targets, _find_fully_trained_modules(model)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     linear = [name for name in linear if not name.startswith(IMAGE_ENCODER_PREFIXES)]
     if not _match_names(targets, linear, "lora_targets"):
         raise ValueError(
             f"lora_targets must match linear layers of the text tower, got {targets!r}. Example: {linear[-1]!r}."
         )
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=_find_fully_trained_modules(model)
-        ),
-    )
+    config = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets, modules_to_save=modules)
+    return get_peft_model(model, config)
 
 
 def _find_fully_trained_modules(model: PreTrainedModel) -> list[str]:
@@ -152,23 +147,6 @@ def _match_names(expression: str, names: list[str], key: str) -> list[str]:
         return [name for name in names if re.fullmatch(expression, name)]
     except re.error as error:
         raise ValueError(f"{key} must be a valid regular expression, got {expression!r} ({error}).") from error
-
-
-def merge_and_optionally_save_adapters(wrapped: nn.Module, folder: Path | None = None) -> PreTrainedModel:
-    """Merge LoRA adapters into the weights of the model, so that the model can be used without peft.
-
-    Args:
-        wrapped: peft's wrapper around a model with adapters, or a model without adapters.
-        folder: Folder of the run. If it is given, the adapters are first saved in `folder/adapter`, in peft's format.
-
-    Returns:
-        The model without peft's wrapper. A model without adapters is returned unchanged.
-    """
-    if not hasattr(wrapped, "peft_config"):
-        return wrapped
-    if folder is not None:
-        wrapped.save_pretrained(folder / "adapter")
-    return wrapped.merge_and_unload()
 
 
 def build_optimizer(model: nn.Module, args: RunArguments) -> torch.optim.Optimizer:

@@ -23,12 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from caption_data.augmentation import derive_seed
-from modeling_capivara.two_towers import (
-    compute_image_embeds,
-    compute_text_embeds,
-    embedding_width,
-    uses_sigmoid_loss,
-)
+from modeling_capivara.two_towers import compute_image_embeds, compute_text_embeds, embedding_width, uses_sigmoid_loss
 from training.batches import MicroBatch
 from training.memory import available_memory, keep_freed_memory, measure_graph_bytes, return_freed_memory
 
@@ -119,9 +114,8 @@ class WholeBatch:
             raise ValueError(f"The loss needs at least 2 pairs, got {pairs}.")
         local_rows = torch.cat([torch.empty(0, dtype=torch.long), *(batch.positions for batch in batches)])
         local_rows = local_rows.to(self.accelerator.device)
-        word_rows = look_up_token_embeddings_once(
-            self.model.text_model.get_input_embeddings(), [batch.input_ids.to(local_rows.device) for batch in batches]
-        )
+        table = self.model.text_model.get_input_embeddings()
+        word_rows = look_up_token_embeddings_once(table, [batch.input_ids.to(local_rows.device) for batch in batches])
         # All micro-batches are in one autocast block, so that each weight is cast only once per step.
         with word_rows, self.accelerator.autocast():
             parts, graphs_kept = self._embed_batches(step, batches)
@@ -134,9 +128,7 @@ class WholeBatch:
             if image_embeds is None:
                 image_embeds = self._gather([leaf[1] for leaf in leaves], local_rows, pairs)
             loss = select_loss(self.model)(texts, image_embeds, self.model.logit_scale, local_rows)
-            whole = loss.detach().clone()
-            if self.accelerator.num_processes > 1:
-                torch.distributed.all_reduce(whole)
+            whole = self.accelerator.reduce(loss.detach(), "sum")
             if not torch.isfinite(whole):
                 raise FloatingPointError(f"The loss is {whole.item()}.")
             with torch.autocast(local_rows.device.type, enabled=False):
@@ -248,11 +240,9 @@ class WholeBatch:
 
 def select_loss(model: nn.Module) -> LossFunction:
     """Return the loss function of a model: SigLIP's loss if the model has a logit bias, otherwise CLIP's loss."""
-    return (
-        partial(compute_sigmoid_loss_share, logit_bias=model.logit_bias)
-        if uses_sigmoid_loss(model)
-        else compute_contrastive_loss_share
-    )
+    if uses_sigmoid_loss(model):
+        return partial(compute_sigmoid_loss_share, logit_bias=model.logit_bias)
+    return compute_contrastive_loss_share
 
 
 def compute_contrastive_loss_share(

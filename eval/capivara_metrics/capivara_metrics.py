@@ -26,10 +26,11 @@ from .metrics import (
     top_k_accuracy,
 )
 
-SCORE_FEATURE = datasets.Value("float32")
-LABEL_FEATURE = datasets.Value("int64")
-SCORES_FEATURE = datasets.Sequence(SCORE_FEATURE)
-LABELS_FEATURE = datasets.Sequence(LABEL_FEATURE)
+# Types of one prediction or one reference in the library `datasets`: a number, or a list of numbers.
+SCORE = datasets.Value("float32")
+LABEL = datasets.Value("int64")
+SCORES = datasets.Sequence(SCORE)
+LABELS = datasets.Sequence(LABEL)
 
 
 def _compute_recall_from_scores(scores: Tensor, relevant_items: list[list[int]], k: int = 1) -> float:
@@ -46,6 +47,11 @@ def _compute_recall_from_scores(scores: Tensor, relevant_items: list[list[int]],
     if k > scores.shape[1]:
         raise ValueError(f"k must be at most the number of items, {scores.shape[1]}, got {k}.")
     return recall_at_k(ranks_from_scores(scores, relevant_items), k)
+
+
+def _with_ranks(metric: Callable[[Tensor], float]) -> Callable[..., float]:
+    """Wrap a metric of ranks so that it accepts scores and, for each query, the indices of its relevant items."""
+    return lambda scores, relevant_items: metric(ranks_from_scores(scores, relevant_items))
 
 
 def _with_label_tensor(metric: Callable[..., float]) -> Callable[..., float]:
@@ -67,33 +73,13 @@ K_DESCRIPTION = " k: number of highest-scored items or classes that count, by de
 # {name of the metric: (function, `datasets` type of one prediction, `datasets` type of one reference, description of
 # predictions and references)}
 METRIC_DEFINITIONS = {
-    "recall_at_k": (_compute_recall_from_scores, SCORES_FEATURE, LABELS_FEATURE, RETRIEVAL_INPUTS + K_DESCRIPTION),
-    "mean_recall": (
-        lambda scores, relevant_items: mean_recall(ranks_from_scores(scores, relevant_items)),
-        SCORES_FEATURE,
-        LABELS_FEATURE,
-        RETRIEVAL_INPUTS,
-    ),
-    "median_rank": (
-        lambda scores, relevant_items: median_rank(ranks_from_scores(scores, relevant_items)),
-        SCORES_FEATURE,
-        LABELS_FEATURE,
-        RETRIEVAL_INPUTS,
-    ),
-    "top_k_accuracy": (
-        _with_label_tensor(top_k_accuracy),
-        SCORES_FEATURE,
-        LABEL_FEATURE,
-        CLASSIFICATION_INPUTS + K_DESCRIPTION,
-    ),
-    "mean_per_class_accuracy": (
-        _with_label_tensor(mean_per_class_accuracy),
-        SCORES_FEATURE,
-        LABEL_FEATURE,
-        CLASSIFICATION_INPUTS,
-    ),
-    "eleven_point_map": (_with_label_tensor(eleven_point_map), SCORES_FEATURE, LABELS_FEATURE, MULTILABEL_INPUTS),
-    "roc_auc": (_with_label_tensor(roc_auc), SCORE_FEATURE, LABEL_FEATURE, BINARY_INPUTS),
+    "recall_at_k": (_compute_recall_from_scores, SCORES, LABELS, RETRIEVAL_INPUTS + K_DESCRIPTION),
+    "mean_recall": (_with_ranks(mean_recall), SCORES, LABELS, RETRIEVAL_INPUTS),
+    "median_rank": (_with_ranks(median_rank), SCORES, LABELS, RETRIEVAL_INPUTS),
+    "top_k_accuracy": (_with_label_tensor(top_k_accuracy), SCORES, LABEL, CLASSIFICATION_INPUTS + K_DESCRIPTION),
+    "mean_per_class_accuracy": (_with_label_tensor(mean_per_class_accuracy), SCORES, LABEL, CLASSIFICATION_INPUTS),
+    "eleven_point_map": (_with_label_tensor(eleven_point_map), SCORES, LABELS, MULTILABEL_INPUTS),
+    "roc_auc": (_with_label_tensor(roc_auc), SCORE, LABEL, BINARY_INPUTS),
 }
 
 

@@ -79,12 +79,8 @@ def compute_ranks_from_embeddings(
     _check_finite_embeddings_and_relevant_items(query_embeds, item_embeds, query_groups, item_groups)
     block_size = max(MIN_BLOCK_QUERIES, BLOCK_SCORES // len(item_embeds))
     blocks = zip(query_embeds.split(block_size), query_groups.split(block_size), strict=True)
-    return torch.cat(
-        [
-            _compute_ranks_with_mask(queries @ item_embeds.T, groups[:, None] == item_groups)
-            for queries, groups in blocks
-        ]
-    )
+    ranks = [_compute_ranks_with_mask(part @ item_embeds.T, groups[:, None] == item_groups) for part, groups in blocks]
+    return torch.cat(ranks)
 
 
 @torch.no_grad()
@@ -273,13 +269,11 @@ def paired_bootstrap(
         raise ValueError(f"baseline, model and groups must have the same length, got {sizes}.")
     difference = model.double() - baseline.double()
     _, index = groups.unique(return_inverse=True)
-    group_count = int(index.max()) + 1
-    sums = torch.zeros(group_count, dtype=torch.double).index_add_(0, index, difference)
-    counts = torch.zeros(group_count, dtype=torch.double).index_add_(0, index, torch.ones_like(difference))
+    sums, counts = torch.bincount(index, weights=difference), torch.bincount(index)
     generator = torch.Generator().manual_seed(seed)
     means = torch.empty(resamples, dtype=torch.double)
     for i in range(resamples):
-        drawn = torch.randint(group_count, (group_count,), generator=generator)
+        drawn = torch.randint(len(counts), counts.shape, generator=generator)
         means[i] = sums[drawn].sum() / counts[drawn].sum()
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
     return difference.mean().item(), low, high

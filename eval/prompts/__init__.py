@@ -14,7 +14,7 @@ import ast
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -219,21 +219,15 @@ def _load_authors_prompts(our_prompts: Prompts, authors_file: str | None) -> Pro
     """
     if not authors_file or not Path(authors_file).is_file():
         raise ValueError(f"--authors_file must be the path of portuguese_prompts.py, got {authors_file}.")
-    values, key, lists = (
-        parse_python_assignments(Path(authors_file).read_text(encoding="utf-8")),
-        our_prompts.benchmark,
-        [],
-    )
+    values = parse_python_assignments(Path(authors_file).read_text(encoding="utf-8"))
+    key, lists = our_prompts.benchmark, []
     for variable in ("class_map", "template_map"):
         texts = values[variable].get(key) if isinstance(values.get(variable), dict) else None
         if variable == "class_map" and isinstance(texts, list):
             # A class may have a list of synonyms. As in the authors' code, the first one is used.
             texts = [text[0] if isinstance(text, list) and text else text for text in texts]
-        if (
-            not isinstance(texts, list)
-            or not texts
-            or not all(isinstance(text, str) and text.strip() for text in texts)
-        ):
+        is_list = isinstance(texts, list) and len(texts) > 0
+        if not is_list or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(f"{variable} in {authors_file} must have a list of texts for {key!r}.")
         lists.append(texts)
     names, templates = lists
@@ -243,7 +237,7 @@ def _load_authors_prompts(our_prompts: Prompts, authors_file: str | None) -> Pro
     note = FOOD_101_NOTE if key == "food-101" else note
     notes = (note,) if len(names) != len(our_prompts.names) else ()
     class_prompts = [[template.replace("{}", name) for template in templates] for name in names]
-    return Prompts(key, "authors", names, our_prompts.english_names, class_prompts, our_prompts.metric, notes=notes)
+    return replace(our_prompts, protocol="authors", names=names, class_prompts=class_prompts, notes=notes)
 
 
 def parse_python_assignments(text: str) -> dict:
@@ -313,7 +307,5 @@ def _load_babel_prompts(our_prompts: Prompts, language: str) -> Prompts:
     class_prompts = [[template.replace("{}", name) for template in templates] for name in names]
     note = f"Babel-ImageNet names {len(indices)} of the 1000 classes in {language}; only their images are classified."
     notes = (note, *_describe_shared_names(names))
-    english_names = our_prompts.english_names
-    return Prompts(
-        "imagenet-1k", "babel", names, english_names, class_prompts, "accuracy", language, notes, list(indices)
-    )
+    texts = {"language": language, "names": names, "class_prompts": class_prompts}
+    return replace(our_prompts, protocol="babel", notes=notes, class_indices=list(indices), **texts)

@@ -92,8 +92,7 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, label_lan
     left.set(xlabel=labels["step"], ylabel=labels["loss"], title=labels["loss_title"])
     rate = left.twinx()
     rate.plot([p["step"] for p in trained], [p["learning_rate"] for p in trained], color=CHANCE_COLOR, linestyle="--")
-    rate.set_ylabel(labels["rate"])
-    rate.set_ylim(bottom=0)
+    rate.set(ylabel=labels["rate"], ylim=(0, None))
     measured = [point for point in curve if "validation" in point]
     for direction, color in DIRECTION_COLORS.items():
         values = [100 * p["validation"][direction] for p in measured]
@@ -188,9 +187,8 @@ def plot_ranked_image_grid(
                     axis.imshow(image)
                     # The anchor "N" (north) keeps a wide image at the top of its cell, close to its title.
                     axis.set(xticks=[], yticks=[], anchor="N")
-                    for spine in axis.spines.values():
-                        frame_color = RELEVANT_COLOR if is_relevant else OTHER_COLOR
-                        spine.set(color=frame_color, linewidth=3.5 if is_relevant else 0.8)
+                    frame_color = RELEVANT_COLOR if is_relevant else OTHER_COLOR
+                    axis.spines[:].set(color=frame_color, linewidth=3.5 if is_relevant else 0.8)
                     if column == 0:
                         axis.set_title(title, loc="left", fontsize=8.5, parse_math=False)
         for block, heading in enumerate(headings):
@@ -215,11 +213,10 @@ def select_sheet_queries(before: "Tensor", after: "Tensor", seed: int) -> list[t
         Tuples (index of the query, kind of change); the kind is "gain", "tie" or "loss".
     """
     order, change = _random_order(len(before), seed), (after - before).sign()
-    return [
-        (q, kind)
-        for kind, (sign, shown) in QUERY_CHANGES.items()
-        for q in order[change[order] == sign][:shown].tolist()
-    ]
+    selected = []
+    for kind, (sign, shown) in QUERY_CHANGES.items():
+        selected += [(query, kind) for query in order[change[order] == sign][:shown].tolist()]
+    return selected
 
 
 def plot_retrieval_sheet(

@@ -165,28 +165,19 @@ def average_over_seeds(frame: pandas.DataFrame, group_column: str) -> list[Any]:
         - `mean`, `deviation` (sample standard deviation; None for a single seed) and `seeds` (number of seeds);
         - `n` and `chance` of the first record; `chance` may be None;
         - `data`, the set of all dataset fingerprints;
-        - `measured`, the rows of the frame, sorted by seed.
+        - `measured`, the rows of the frame, sorted by seed; a row without a seed comes first.
     """
     keys = [*Condition._fields, "model", group_column]
     frame = frame.assign(row=pandas.Series([*frame.itertuples(index=False, name="Measured")], frame.index, object))
     # A measurement that is in two files counts once. Otherwise it would have twice the weight in the mean.
     distinct = frame[~frame.duplicated([*keys, "seed"])]
-    columns = frame.groupby(keys, sort=False, dropna=False).agg(
-        chance=("chance", "first"), data=("fingerprint", lambda fingerprints: frozenset(fingerprints.dropna()))
-    )
-    columns["measured"] = distinct.groupby(keys, sort=False, dropna=False)["row"].agg(_sort_by_seed)
-    values = (
-        compute_means_and_deviations(distinct, keys)
-        .join(columns)
-        .reset_index()
-        .astype({"deviation": object, "chance": object})
-    )
+    groups = frame.groupby(keys, sort=False, dropna=False)
+    columns = groups.agg(chance=("chance", "first"), data=("fingerprint", lambda column: frozenset(column.dropna())))
+    by_seed = distinct.sort_values("seed", na_position="first")
+    columns["measured"] = by_seed.groupby(keys, sort=False, dropna=False)["row"].agg(tuple)
+    values = compute_means_and_deviations(distinct, keys).join(columns).reset_index()
+    values = values.astype({"deviation": object, "chance": object})
     return [*values.where(values.notna(), None).itertuples(index=False, name="Value")]
-
-
-def _sort_by_seed(rows: pandas.Series) -> tuple:
-    """Return rows of `build_records_frame` as a tuple, sorted by seed. Rows without a seed come first."""
-    return tuple(sorted(rows, key=lambda row: -1 if row.seed is None else row.seed))
 
 
 def pair_with_baselines(values: Iterable[Any]) -> list[dict[str, Any]]:
@@ -224,13 +215,7 @@ def pair_with_baselines(values: Iterable[Any]) -> list[dict[str, Any]]:
             matches += [pair for pair in candidates if not _find_doubts_about_comparability(*pair)] or candidates
         unmatched = [value for value in roles["baseline"] if not any(value is baseline for baseline, _ in matches)]
         pairs += matches + [(baseline, None) for baseline in unmatched]
-    means = [[value and value.mean for value in pair] for pair in pairs]
-    means = pandas.DataFrame(means, columns=[*ROLE_NAMES], dtype=float)
-    gains = (means["capivara"] - means["baseline"]).astype(object)
-    return [
-        _build_baseline_comparison(*pair, gain)
-        for pair, gain in zip(pairs, gains.where(gains.notna(), None), strict=True)
-    ]
+    return [_build_baseline_comparison(baseline, model) for baseline, model in pairs]
 
 
 def _find_doubts_about_comparability(baseline: Any | None, model: Any | None) -> list[str]:
@@ -252,20 +237,19 @@ def _find_doubts_about_comparability(baseline: Any | None, model: Any | None) ->
     return doubts
 
 
-def _build_baseline_comparison(baseline: Any | None, model: Any | None, gain: float | None) -> dict[str, Any]:
+def _build_baseline_comparison(baseline: Any | None, model: Any | None) -> dict[str, Any]:
     """Build the dict for one pair of baseline and model; `pair_with_baselines` describes its keys.
 
     Args:
         baseline: Result of the baseline from `average_over_seeds`; None if the model has no baseline.
         model: Result of the model from `average_over_seeds`; None if the baseline has no model.
-        gain: Mean of the model minus mean of the baseline; None if one of them is missing.
     """
     sides = [value for value in (model, baseline) if value]
     return {
         **{name: getattr(sides[0], name) for name in Condition._fields},
         "baseline": baseline,
         "capivara": model,
-        "gain": gain,
+        "gain": model.mean - baseline.mean if model and baseline else None,
         "chance": next((value.chance for value in sides if value.chance is not None), None),
         "n": sides[0].n,
         "seeds": max(value.seeds for value in sides),
@@ -344,9 +328,7 @@ def escape_markdown(text: str, limit: int = 300) -> str:
         text: The text.
         limit: Largest number of characters before escaping; a longer text ends with "…".
     """
-    text = "".join(
-        "\\" + letter if letter in MARKDOWN_CHARACTERS else letter for letter in make_short_plain_line(text, limit)
-    )
+    text = re.sub(f"[{re.escape(MARKDOWN_CHARACTERS)}]", r"\\\g<0>", make_short_plain_line(text, limit))
     # These marks, such as "-" or "1.", would start a list or a heading in Markdown, so a backslash is put before them.
     return re.sub(r"^([-+=])|^(\d+)(?=[.)])", lambda match: f"\\{match[1]}" if match[1] else f"{match[2]}\\", text)
 
