@@ -44,7 +44,7 @@ class ExactBatchTrainer(Trainer):
                 f"ExactBatchTrainer needs a single device, got {self.accelerator.num_processes} processes with "
                 f"{self.args.n_gpu} GPUs each. Use train_accelerate.py, whose batch extends over several devices."
             )
-        self._whole_batch, self._step_batches = None, []
+        self._whole_batch, self._step_batches, self._micro_step = None, [], 0
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Any]:
         """Get the micro-batches of an optimizer step as `Trainer` does, and store them for `training_step`.
@@ -55,6 +55,7 @@ class ExactBatchTrainer(Trainer):
             The result of `Trainer.get_batch_samples`, a tuple (micro-batches, number of items in them or None).
         """
         self._step_batches, items = super().get_batch_samples(*args, **kwargs)
+        self._micro_step = 0
         return self._step_batches, items
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
@@ -62,8 +63,7 @@ class ExactBatchTrainer(Trainer):
 
         Args:
             model: The model.
-            inputs: A micro-batch. Only the last one of the step starts the computation, which uses all micro-batches
-                that `get_batch_samples` has stored.
+            inputs: A micro-batch. It is not used, because `get_batch_samples` has stored all micro-batches of the step.
             num_items_in_batch: Not used; `Trainer` passes it.
 
         Returns:
@@ -73,7 +73,8 @@ class ExactBatchTrainer(Trainer):
         Raises:
             ValueError: If a micro-batch lacks one of `REQUIRED_INPUTS`.
         """
-        if inputs is not self._step_batches[-1]:
+        self._micro_step += 1
+        if self._micro_step < len(self._step_batches):
             return torch.zeros((), device=self.args.device)
         model.train()
         if self._whole_batch is None:
