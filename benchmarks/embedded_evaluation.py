@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.tools import describe_measurement_conditions, output_results_as_json
+from benchmarks.tools import output_results_with_conditions
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from captions import embed
 from eval.retrieval import RetrievalArguments, evaluate_retrieval_and_write_result
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     for values in measured.values():
         values["difference"] = {name: values["embeddings"][name] - value for name, value in values["images"].items()}
     results = {"model": args.model, "dataset": args.dataset, "split": args.split, "measured": measured}
-    output_results_as_json(describe_measurement_conditions() | results, args.output)
+    output_results_with_conditions(results, args.output)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from benchmarks.tools import CODE_ROOT, RESULTS_FOLDER, describe_measurement_conditions, output_results_as_json
+from benchmarks import tools
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.files import write_json
 from capivara_search.folder_scan import find_pictures_and_unreadable_files
@@ -55,10 +55,8 @@ class NothingFitsArguments:
 
     model: str | None = flag(None, "Folder or Hub id of the model. Default: the model of a new index.")
     pictures: Path = flag(Path("data/coco128/images"), "Folder of photographs.")
-    sentences: Path = flag(
-        CODE_ROOT / "benchmarks" / "nothing_fits.yaml", "YAML file with the sentences to search for."
-    )
-    output: Path = flag(RESULTS_FOLDER / "nothing_fits.json", "JSON file for the results.")
+    sentences: Path = flag(Path(__file__).with_suffix(".yaml"), "YAML file with the sentences to search for.")
+    output: Path = flag(tools.RESULTS_FOLDER / "nothing_fits.json", "JSON file for the results.")
     keep: bool = flag(
         False, "Also save the results in the model's folder. The search uses its threshold if the AUC there is high."
     )
@@ -187,35 +185,25 @@ def main(argv: list[str] | None = None) -> None:
     model, pictures = resolve_search_model(args.model), [open_query_picture(path) for path in files]
     pictures += [load_example_photo(name) for name in PHOTOGRAPHS if sentences.get("photographs")]
     images, neutral_texts = model.embed_images(pictures), model.embed_texts(NEUTRAL_SENTENCES)
-    scores = {
-        kind: model.embed_texts(sentences[kind]) @ images.T
-        for kind in ("there", "absent", "nonsense")
-        if sentences.get(kind)
-    }
-    counts = {"pictures": len(images), "sentences": {kind: len(rows) for kind, rows in scores.items()}}
+    kinds = [kind for kind in ("there", "absent", "nonsense") if sentences.get(kind)]
+    scores = {kind: model.embed_texts(sentences[kind]) @ images.T for kind in kinds}
     best = {kind: np.array([z_score(row.max(), row) for row in rows]) for kind, rows in scores.items()}
     separation = _compute_auc_with_interval(best["there"], best["absent"])
-    relevance_threshold = estimate_relevance_z_score_threshold(
-        images, neutral_texts, (neutral_texts @ images.T).max(axis=1)
-    )
-    results = describe_measurement_conditions() | {
-        "model": model.name,
-        **counts,
-        "chosen": CHOSEN_STATISTIC,
-        "statistics": {CHOSEN_STATISTIC: separation},
-    }
-    results["auc"] = separation["auc"]
+    highest_neutral = (neutral_texts @ images.T).max(axis=1)
+    relevance_threshold = estimate_relevance_z_score_threshold(images, neutral_texts, highest_neutral)
+    results = tools.describe_measurement_conditions() | {"model": model.name, "pictures": len(images)}
+    results |= {"sentences": {kind: len(rows) for kind, rows in scores.items()}, "chosen": CHOSEN_STATISTIC}
+    results |= {"statistics": {CHOSEN_STATISTIC: separation}, "auc": separation["auc"]}
     results["above_the_line"] = {kind: float((values >= relevance_threshold).mean()) for kind, values in best.items()}
     config = args.pictures.parent / "object_detection" / "config.yaml"
     if sentences.get("steering") and config.is_file():
         names = yaml.safe_load(config.read_text(encoding="utf-8"))["names"]
         classes = [_read_classes_in_photograph(path, names) for path in files]
-        results["steering"] = list(
-            _measure_feedback_effect_on_results(model, sentences["steering"], images[: len(files)], classes)
-        )
+        effects = _measure_feedback_effect_on_results(model, sentences["steering"], images[: len(files)], classes)
+        results["steering"] = list(effects)
     if args.keep:
         write_json(model.folder / RELEVANCE_AUC_FILE, results)
-    output_results_as_json(results, args.output)
+    tools.output_results_as_json(results, args.output)
 
 
 if __name__ == "__main__":
