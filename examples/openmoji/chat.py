@@ -13,7 +13,6 @@ for any other dataset: a config (configs/openmoji_chat.yaml), `captions.build`, 
 the command again, finished steps are not repeated.
 """
 
-import hashlib
 import logging
 import subprocess
 import sys
@@ -27,16 +26,15 @@ import yaml
 from datasets import DatasetDict
 
 from capivara_common.cli import check_at_least, flag, parse_arguments, read_yaml_config, run_main_and_report_user_errors
-from capivara_common.files import atomic_folder, write_text
+from capivara_common.files import write_text
 from capivara_search.miniature_model import get_or_build_miniature_folder
 from captions.build import BuildArguments, build_dataset
 from captions.captioners.chat import convert_image_to_jpeg_data_url
 from captions.chat.prompts import CaptionPrompts
 from examples.chat_server import MODEL, ChatServer, run_stand_in_chat_server
 from examples.openmoji.concepts import load_emoji_by_concept, split_concepts
-from examples.openmoji.dataset import render_emoji_splits_as_dataset
+from examples.openmoji.dataset import render_emoji_splits_as_dataset, save_dataset_with_english_names
 
-ENGLISH, NAMES = "captions-en", "captions-pt"
 # Captions that the stand-in server answers, one template per prompt. {} becomes the Portuguese name of the emoji.
 CAPTION_TEMPLATES = ("{}", "um desenho de {}", "um emoji que mostra {}", "{}, desenho simples em fundo branco")
 TRAINER = Path(__file__).resolve().parents[2] / "train_accelerate.py"
@@ -78,7 +76,7 @@ class EmojiNames:
 
     Attributes:
         translations: `{English name: Portuguese name}`, for translation requests.
-        by_image: `{digest of the image's data URL: Portuguese name}`, for caption requests.
+        by_image: `{data URL of the image: Portuguese name}`, for caption requests.
         prompts: Prompts that ask for a caption. The answer to prompt number i uses template number i of
             `CAPTION_TEMPLATES`.
     """
@@ -103,12 +101,8 @@ class EmojiNames:
             return self.translations.get(content, content)
         prompt = content[-1]["text"]
         place = self.prompts.index(prompt) if prompt in self.prompts else 0
-        name = self.by_image.get(_digest(content[0].get("image_url", {}).get("url", "")), "imagem desconhecida")
+        name = self.by_image.get(content[0].get("image_url", {}).get("url"), "imagem desconhecida")
         return CAPTION_TEMPLATES[place % len(CAPTION_TEMPLATES)].format(name)
-
-
-def _digest(url: str) -> str:
-    return hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
 
 
 def _render_emoji_dataset(args: OpenMojiChatArguments) -> DatasetDict:
@@ -122,14 +116,6 @@ def _render_emoji_dataset(args: OpenMojiChatArguments) -> DatasetDict:
     return render_emoji_splits_as_dataset({name: splits[name][:count] for name, count in counts.items()})
 
 
-def _save_english_dataset(source: DatasetDict, folder: Path) -> None:
-    """Save a copy of the dataset with one English name per image and no Portuguese names, unless `folder` exists."""
-    if not folder.exists():
-        with atomic_folder(folder) as new:
-            english = source.remove_columns([NAMES])
-            english.map(lambda row: {ENGLISH: row[ENGLISH][:1]}, desc="English names").save_to_disk(new)
-
-
 def _build_stand_in_answers(source: DatasetDict, image_side: int) -> EmojiNames:
     """Build the answers of the stand-in chat server from a dataset with names in both languages.
 
@@ -140,8 +126,8 @@ def _build_stand_in_answers(source: DatasetDict, image_side: int) -> EmojiNames:
     """
     names = EmojiNames(prompts=CaptionPrompts(None, "pt").prompts)
     for row in (row for split in source.values() for row in split):
-        names.translations[row[ENGLISH][0]] = row[NAMES][0]
-        names.by_image[_digest(convert_image_to_jpeg_data_url(row["image"], image_side))] = row[NAMES][0]
+        names.translations[row["captions-en"][0]] = row["captions-pt"][0]
+        names.by_image[convert_image_to_jpeg_data_url(row["image"], image_side)] = row["captions-pt"][0]
     return names
 
 
@@ -181,7 +167,7 @@ def _build_dataset_and_train_model(args: OpenMojiChatArguments) -> Path:
     """
     content, source = read_yaml_config(args.config), _render_emoji_dataset(args)
     content |= {"dataset": str(args.output / "english"), "output": str(args.output)}
-    _save_english_dataset(source, args.output / "english")
+    save_dataset_with_english_names(source, args.output / "english")
     names = _build_stand_in_answers(source, int(content["generate"]["image_side"]))
     with _run_stand_in_server_unless_urls_given(args, names) as urls:
         for section in SERVER_SECTIONS:
@@ -191,21 +177,10 @@ def _build_dataset_and_train_model(args: OpenMojiChatArguments) -> Path:
         dataset = build_dataset(BuildArguments(config))
     run = args.output / "run"
     if not run.exists():
-        flags = {
-            "model": get_or_build_miniature_folder(),
-            "dataset": dataset,
-            "output_dir": run,
-            "caption_strategy": "all",
-            "resume": "auto",
-        }
-        flags |= {
-            "effective_batch_size": min(MAX_BATCH_SIZE, args.images),
-            "max_steps": args.max_steps,
-            "eval_steps": args.max_steps,
-            **TRAINING,
-        }
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        words += ["--eval_languages", "pt", "en"]
+        flags = {"model": get_or_build_miniature_folder(), "dataset": dataset, "output_dir": run, "resume": "auto"}
+        flags |= {"max_steps": args.max_steps, "eval_steps": args.max_steps, **TRAINING}
+        flags["effective_batch_size"] = min(MAX_BATCH_SIZE, args.images)
+        words = [*(f"--{name}={value}" for name, value in flags.items()), "--eval_languages", "pt", "en"]
         if status := subprocess.call([sys.executable, str(TRAINER), *words]):
             raise SystemExit(status)  # no message, because the trainer has already printed the reason
     return run
