@@ -55,15 +55,12 @@ def main(argv: list[str] | None = None) -> None:
         embedded, result = Path(folder) / "embedded", Path(folder) / "result.json"
         words = ["--model", args.model, "--dataset", args.dataset, "--split", args.split, "--output", str(embedded)]
         embed.main([*words, "--license", "unknown"])  # the embeddings are deleted at the end and never published
-        measured = {
-            language: {
-                source: _measure_retrieval(args, dataset, language, result)
-                for source, dataset in (("images", args.dataset), ("embeddings", str(embedded)))
-            }
-            for language in args.languages
-        }
-    for values in measured.values():
-        values["difference"] = {name: values["embeddings"][name] - value for name, value in values["images"].items()}
+        measured = {}
+        for language in args.languages:
+            images = _measure_retrieval(args, args.dataset, language, result)
+            embeddings = _measure_retrieval(args, str(embedded), language, result)
+            difference = {name: embeddings[name] - value for name, value in images.items()}
+            measured[language] = {"images": images, "embeddings": embeddings, "difference": difference}
     results = {"model": args.model, "dataset": args.dataset, "split": args.split, "measured": measured}
     output_results_with_conditions(results, args.output)
 

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,12 +107,10 @@ def _sum_anonymous_memory_of_process_tree(process: psutil.Process) -> int:
     """Return the anonymous memory (`RssAnon`) of a process and all its descendants in bytes."""
     total = 0
     for member in (process, *process.children(recursive=True)):
-        try:
-            status = Path(f"/proc/{member.pid}/status").read_text(encoding="ascii")
-        except OSError:
-            # The process has ended since the list of processes was made.
-            continue
-        total += sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
+        # A process may have ended since the list of processes was made.
+        with suppress(psutil.NoSuchProcess):
+            memory = member.memory_info()
+            total += memory.rss - memory.shared
     return total
 
 
@@ -191,17 +190,9 @@ def main(argv: list[str] | None = None) -> None:
         disk[name] = {"dataset_bytes": _count_bytes(dataset), "caches_bytes": _count_bytes(cache) - before}
     runs["large, again"] = _measure_training_in_subprocess(args, dataset, "again")
     peak = max(runs[name]["peak_anonymous_bytes"] for name in ("large", "large, again"))
-    results = {
-        "rows": args.rows,
-        "small_rows": args.small_rows,
-        "steps": args.steps,
-        "width": width,
-        "captions_per_row": CAPTIONS_PER_ROW,
-        "flags": TRAINING_FLAGS,
-        "runs": runs,
-        "anonymous_bytes_over_small": peak - runs["small"]["peak_anonymous_bytes"],
-        "disk": disk,
-    }
+    results = {name: getattr(args, name) for name in ("rows", "small_rows", "steps")}
+    results |= {"width": width, "captions_per_row": CAPTIONS_PER_ROW, "flags": TRAINING_FLAGS, "runs": runs}
+    results |= {"anonymous_bytes_over_small": peak - runs["small"]["peak_anonymous_bytes"], "disk": disk}
     tools.output_results_with_conditions(results, args.output, "datasets", "pyarrow")
     if not args.keep:
         shutil.rmtree(args.work)

@@ -18,7 +18,7 @@ repeat the command: downloads, conversions and embeddings are kept in caches.
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -240,9 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     estimate = estimate_embedding_time(args, readable, folders)
     left_out = f" without {', '.join(estimate['unknown'])}, whose size is unknown" * bool(estimate["unknown"])
     print(f"Embeddings: about {estimate['seconds'] / 3600:.1f} hours on this machine{left_out}.", flush=True)
-    options = {field.name: getattr(args, field.name) for field in fields(SuiteArguments)}
-    options |= {"model": str(folders["capivara"]), "baseline": str(folders["baseline"])}
-    summary = run_suite(SuiteArguments(**options | {"only": [benchmark.key for benchmark in benchmarks]}))
+    models_to_run = {"model": str(folders["capivara"]), "baseline": str(folders["baseline"])}
+    summary = run_suite(replace(args, **models_to_run, only=[benchmark.key for benchmark in benchmarks]))
     if summary is None:
         # In a distributed launch, only the main process gets a summary. The other processes have nothing to write.
         return

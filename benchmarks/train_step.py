@@ -133,9 +133,7 @@ class TrainStepArguments:
             at least two micro-batches of open_clip, or is too small for the part `recipe`.
     """
 
-    model: Literal["capivara", "siglip2", "siglip2_large", "siglip2_so400m"] = flag(
-        "capivara", "Architecture: CAPIVARA, or SigLIP 2 B/16, L/16 or So400m/14."
-    )
+    model: Literal[*OPEN_CLIP_FLAGS] = flag("capivara", "Architecture: CAPIVARA, or SigLIP 2 B/16, L/16 or So400m/14.")
     pairs: int | None = flag(
         None, "Pairs per step of the programs (default: 96) or, with --parts recipe, of the recipe (default: 2816)."
     )
@@ -151,9 +149,7 @@ class TrainStepArguments:
         "alone, train_step_recipe_MODEL.json.",
     )
     beside: Path | None = flag(None, "Another checkout with its own .venv, to compare with this one.")
-    worker: Literal["open_clip", "no_cache", "cache", "cache_recomputed"] | None = flag(
-        None, "Measure once in this process (internal)."
-    )
+    worker: Literal[*PROGRAMS] | None = flag(None, "Measure once in this process (internal).")
     precision: Literal["no", "bf16"] = flag("no", "Mixed precision (internal).")
 
     def __post_init__(self) -> None:
