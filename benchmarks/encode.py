@@ -74,9 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     tools.output_results_with_conditions(sizes | {"measured": measured}, args.output)
 
 
-def _build_models_and_preprocessors() -> tuple[
-    CapivaraModel, nn.Module, CapivaraProcessor, Callable[[Image.Image], Tensor]
-]:
+def _build_models_and_preprocessors() -> tuple[CapivaraModel, nn.Module, CapivaraProcessor, Callable]:
     """Build the models of both programs at full size, with the same random weights.
 
     Returns:

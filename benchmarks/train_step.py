@@ -251,9 +251,7 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
     return results
 
 
-def _add_seconds_and_extrapolated_memory_to_step(
-    step: dict[str, Any], smaller: dict[str, Any] | None
-) -> dict[str, Any]:
+def _add_seconds_and_extrapolated_memory_to_step(step: dict, smaller: dict | None) -> dict[str, Any]:
     """Add the seconds of a step of the part `recipe` to its summary, and extrapolate its memory to 2816 pairs.
 
     Args:
