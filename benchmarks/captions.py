@@ -31,13 +31,7 @@ from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
-from benchmarks.tools import (
-    describe_measurement_conditions,
-    median_ratio,
-    output_results_as_json,
-    summarize_rates,
-    time_alternating,
-)
+from benchmarks import tools
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from captions.captioners.blip2 import PREFIXES_FILE, PrefixCaptioner, read_caption_prefixes
 from captions.translate import TranslateArguments
@@ -80,27 +74,39 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_arguments(CaptionsArguments, __doc__, argv)
     if args.parts == "chat":
-        results = describe_measurement_conditions("openai") | {
-            "runs": args.runs,
-            "measured": {"chat": _measure_chat_translation_rates(args.runs)},
-        }
-        return output_results_as_json(results, args.output)
+        measured, packages = _measure_chat_translation_rates(args.runs), ["openai"]
+    else:
+        measured, packages = _measure_captioning_rates(args), []
+    results = {"runs": args.runs, "measured": {args.parts: measured}}
+    tools.output_results_with_conditions(results, args.output, *packages)
+
+
+def _measure_captioning_rates(args: CaptionsArguments) -> dict[str, Any]:
+    """Measure captioned images per second of both programs (see the module docstring), and compare their tokens.
+
+    Args:
+        args: Command-line arguments: sizes of the model, number of images, tokens per caption, and number of runs.
+
+    Returns:
+        A dict with the sizes of the measurement and these keys:
+
+        - "rows_per_second": `{"plain": rates, "ours": rates}` as in `tools.summarize_rates`.
+        - "gain_ours": `{"measured": median over the runs of the seconds of "plain" divided by those of "ours"}`.
+        - "same_tokens": whether both programs generate the same tokens.
+    """
     transformers_logging.set_verbosity_error()
     prefixes = read_caption_prefixes(PREFIXES_FILE)
     steps = _build_captioning_programs_to_compare(_build_small_random_captioner(args, prefixes), prefixes, args.images)
     plain, ours = (step().tolist() for step in steps.values())
-    seconds = time_alternating(steps, args.runs, "generate")
+    seconds = tools.time_alternating(steps, args.runs, "generate")
     rates = {name: [args.images / elapsed for elapsed in times] for name, times in seconds.items()}
-    measured = {
-        "rows_per_second": {name: summarize_rates(values) for name, values in rates.items()},
-        "gain_ours": {"measured": median_ratio(seconds["plain"], seconds["ours"])},
+    return {
+        "rows_per_second": {name: tools.summarize_rates(values) for name, values in rates.items()},
+        "gain_ours": {"measured": tools.median_ratio(seconds["plain"], seconds["ours"])},
         "same_tokens": plain == ours,
         "images": args.images, "prefixes": len(prefixes), "new_tokens": args.new_tokens, "precision": "float32",
         "divided": {"widths": args.widths, "layers": args.layers},
     }  # fmt: skip
-    output_results_as_json(
-        describe_measurement_conditions() | {"runs": args.runs, "measured": {"generate": measured}}, args.output
-    )
 
 
 def _measure_chat_translation_rates(runs: int) -> dict[str, Any]:
@@ -117,26 +123,17 @@ def _measure_chat_translation_rates(runs: int) -> dict[str, Any]:
     with run_stand_in_chat_server(ChatServer(lambda messages: "um gato", delay_s=ANSWER_S)) as server:
 
         def make_step(concurrency: int) -> Callable[[], list[str]]:
-            translator = ChatTranslator(
-                TranslateArguments(
-                    "none",
-                    Path("none"),
-                    language="pt",
-                    backend="chat",
-                    base_url=[server.url],
-                    model=MODEL,
-                    concurrency=concurrency,
-                )
-            )
+            flags = {"language": "pt", "backend": "chat", "base_url": [server.url], "model": MODEL}
+            translator = ChatTranslator(TranslateArguments("none", Path("none"), concurrency=concurrency, **flags))
             return lambda: translator.translate([f"cat {number}" for number in range(ROUNDS * concurrency)])
 
         steps = {str(concurrency): make_step(concurrency) for concurrency in CONCURRENCY}
-        seconds = time_alternating(steps, runs, "chat")
+        seconds = tools.time_alternating(steps, runs, "chat")
     rates = {name: [ROUNDS * int(name) / elapsed for elapsed in times] for name, times in seconds.items()}
     few, many = str(CONCURRENCY[0]), str(CONCURRENCY[-1])
     return {
-        "sentences_per_second": {name: summarize_rates(values) for name, values in rates.items()},
-        "gain": {"measured": median_ratio(seconds[few], seconds[many]) * CONCURRENCY[-1] / CONCURRENCY[0]},
+        "sentences_per_second": {name: tools.summarize_rates(values) for name, values in rates.items()},
+        "gain": {"measured": tools.median_ratio(seconds[few], seconds[many]) * CONCURRENCY[-1] / CONCURRENCY[0]},
         "answer_seconds": ANSWER_S,
         "rounds": ROUNDS,
     }

@@ -96,8 +96,8 @@ def load_block_macros() -> Template:
         "points": format_signed_difference,
         "median": statistics.median,
         "mean": statistics.mean,
+        "percent": _percent,
     }
-    environment.filters["percent"] = _percent
     environment.globals |= {
         "results": load_results,
         "table": _format_markdown_table,
@@ -105,8 +105,6 @@ def load_block_macros() -> Template:
         "ms": _format_milliseconds,
         "step_memory": format_recorded_training_step_peak_memory,
         "zip": zip,
-    }
-    environment.globals |= {
         "recalls": _average_recall_over_directions,
         "retrieval_table": lambda rows: render_retrieval_table([Record(**row) for row in rows]),
     }

@@ -33,16 +33,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.tools import RESULTS_FOLDER, describe_measurement_conditions, output_results_as_json
+from benchmarks.tools import RESULTS_FOLDER, output_results_with_conditions
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
-from capivara_search import PictureIndex
-from capivara_search.duplicates import (
-    FLOAT16_TOLERANCE,
-    SIGNATURE_BYTES,
-    cluster_near_duplicates,
-    combine_vectors_and_colors,
-    compute_duplicate_similarity,
-)
+from capivara_search import PictureIndex, duplicates
 from capivara_search.results import DUPLICATE_MIN_SIMILARITY
 from capivara_search.table import COLOR_SIGNATURE_COLUMN
 from examples.openmoji.concepts import load_emoji_by_concept
@@ -100,17 +93,12 @@ def _crop_image(share: float, image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + round(width * (1 - share)), top + round(height * (1 - share))))
 
 
-def _copy_image(image: Image.Image) -> Image.Image:
-    """Return the image unchanged."""
-    return image
-
-
 PHOTO_KINDS: dict[str, CopyRecipe] = {
     "reduced to 400 pixels": (partial(_shrink_image_to_max_side, 400), {"quality": 90}),
     "reduced to 200 pixels": (partial(_shrink_image_to_max_side, 200), {"quality": 90}),
     "reduced to 100 pixels": (partial(_shrink_image_to_max_side, 100), {"quality": 90}),
-    "recompressed, quality 50": (_copy_image, {"quality": 50}),
-    "recompressed, quality 10": (_copy_image, {"quality": 10}),
+    "recompressed, quality 50": (Image.Image.copy, {"quality": 50}),
+    "recompressed, quality 10": (Image.Image.copy, {"quality": 10}),
     "cropped by 5 %": (partial(_crop_image, 0.05), {"quality": 90}),
     "cropped by 10 %": (partial(_crop_image, 0.1), {"quality": 90}),
     "cropped by 20 %": (partial(_crop_image, 0.2), {"quality": 90}),
@@ -123,8 +111,8 @@ ICON_KINDS: dict[str, CopyRecipe] = {
     "enlarged to 448 pixels": (lambda image: image.resize((448, 448), Image.Resampling.BICUBIC), {"format": "PNG"}),
     "reduced to 112 pixels": (partial(_shrink_image_to_max_side, 112), {"format": "PNG"}),
     "reduced to 64 pixels": (partial(_shrink_image_to_max_side, 64), {"format": "PNG"}),
-    "as JPEG, quality 90": (_copy_image, {"quality": 90}),
-    "as JPEG, quality 50": (_copy_image, {"quality": 50}),
+    "as JPEG, quality 90": (Image.Image.copy, {"quality": 90}),
+    "as JPEG, quality 50": (Image.Image.copy, {"quality": 50}),
 }
 
 
@@ -201,11 +189,11 @@ def _compute_recall_by_copy_kind(
         Fraction from 0 to 1 for each key of `kinds`.
     """
     index = {file: position for position, file in enumerate(files)}
-    names = {copy_kind: [name for name, kind in files if kind == copy_kind] for copy_kind in kinds}
-    return {
-        kind: float(np.mean([is_duplicate[index[name, ORIGINAL_KIND], index[name, kind]] for name in names_of_kind]))
-        for kind, names_of_kind in names.items()
-    }
+    is_found = {kind: [] for kind in kinds}
+    for name, kind in files:
+        if kind in kinds:
+            is_found[kind].append(is_duplicate[index[name, ORIGINAL_KIND], index[name, kind]])
+    return {kind: float(np.mean(values)) for kind, values in is_found.items()}
 
 
 def _count_false_duplicates(files: list[tuple[str, str]], is_duplicate: np.ndarray) -> dict[str, list[int]]:
@@ -277,18 +265,22 @@ def _measure_duplicate_detection_at_threshold(
         - "largest_icon_group": number of icons in the largest group of duplicates.
     """
     photo_vectors, icon_vectors = vectors[: len(photos)], vectors[len(photos) :]
-    is_duplicate = compute_duplicate_similarity(photo_vectors, photo_vectors) >= threshold - FLOAT16_TOLERANCE
-    result = {"threshold": threshold, "recall": _compute_recall_by_copy_kind(list(photos), is_duplicate, PHOTO_KINDS)}
-    result["wrong"] = _count_false_duplicates(list(photos), is_duplicate)
-    is_duplicate = compute_duplicate_similarity(icon_vectors, icon_vectors) >= threshold - FLOAT16_TOLERANCE
+    is_photo_duplicate, is_icon_duplicate = (
+        duplicates.compute_duplicate_similarity(rows, rows) >= threshold - duplicates.FLOAT16_TOLERANCE
+        for rows in (photo_vectors, icon_vectors)
+    )
     originals = [index for index, (_, kind) in enumerate(icons) if kind == ORIGINAL_KIND]
-    result["icon_recall"] = _compute_recall_by_copy_kind(list(icons), is_duplicate, ICON_KINDS)
-    is_duplicate = np.triu(is_duplicate[np.ix_(originals, originals)], 1)
-    wrong = int(is_duplicate.sum() - sum(is_duplicate[pair] for pair in same_drawings))
+    is_wrong = np.triu(is_icon_duplicate[np.ix_(originals, originals)], 1)
+    wrong = int(is_wrong.sum() - sum(is_wrong[pair] for pair in same_drawings))
     pair_count = len(originals) * (len(originals) - 1) // 2 - len(same_drawings)
-    result["wrong"]["icons of different emoji"] = [wrong, pair_count]
-    sizes = [len(group) for group in cluster_near_duplicates(icon_vectors[originals], threshold)]
-    return result | {"largest_icon_group": max(sizes)}
+    wrong_photos = _count_false_duplicates(list(photos), is_photo_duplicate)
+    return {
+        "threshold": threshold,
+        "recall": _compute_recall_by_copy_kind(list(photos), is_photo_duplicate, PHOTO_KINDS),
+        "wrong": wrong_photos | {"icons of different emoji": [wrong, pair_count]},
+        "icon_recall": _compute_recall_by_copy_kind(list(icons), is_icon_duplicate, ICON_KINDS),
+        "largest_icon_group": max(map(len, duplicates.cluster_near_duplicates(icon_vectors[originals], threshold))),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -310,15 +302,15 @@ def main(argv: list[str] | None = None) -> None:
         vectors = index.vectors(paths)
         rows = index._table.rows(["path", COLOR_SIGNATURE_COLUMN])
         signatures = dict(zip(rows["path"].to_pylist(), rows[COLOR_SIGNATURE_COLUMN].to_pylist(), strict=True))
-        without_colors = combine_vectors_and_colors(vectors, [None] * len(paths))
-        with_colors = combine_vectors_and_colors(vectors, [signatures[path] for path in paths])
+        without_colors = duplicates.combine_vectors_and_colors(vectors, [None] * len(paths))
+        with_colors = duplicates.combine_vectors_and_colors(vectors, [signatures[path] for path in paths])
         rules = {
             "vectors alone, strict": (without_colors, 0.97),
             "vectors alone": (without_colors, 0.8),
             "both": (with_colors, DUPLICATE_MIN_SIMILARITY),
         }
         same_drawings = _find_lookalike_icon_pairs([path for (_, kind), path in icons.items() if kind == ORIGINAL_KIND])
-        flat = [len(signatures[path]) > SIGNATURE_BYTES for path in paths]
+        flat = [len(signatures[path]) > duplicates.SIGNATURE_BYTES for path in paths]
         results = {
             "model": args.model,
             "photographs": len({name for name, _ in photos} - {*DRAWINGS}),
@@ -331,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
                 for name, (rule_vectors, threshold) in rules.items()
             },
         }
-    output_results_as_json(describe_measurement_conditions() | results, args.output)
+    output_results_with_conditions(results, args.output)
 
 
 if __name__ == "__main__":

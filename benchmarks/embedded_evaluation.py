@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.tools import describe_measurement_conditions, output_results_as_json
+from benchmarks.tools import output_results_with_conditions
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from captions import embed
 from eval.retrieval import RetrievalArguments, evaluate_retrieval_and_write_result
@@ -55,17 +55,14 @@ def main(argv: list[str] | None = None) -> None:
         embedded, result = Path(folder) / "embedded", Path(folder) / "result.json"
         words = ["--model", args.model, "--dataset", args.dataset, "--split", args.split, "--output", str(embedded)]
         embed.main([*words, "--license", "unknown"])  # the embeddings are deleted at the end and never published
-        measured = {
-            language: {
-                source: _measure_retrieval(args, dataset, language, result)
-                for source, dataset in (("images", args.dataset), ("embeddings", str(embedded)))
-            }
-            for language in args.languages
-        }
-    for values in measured.values():
-        values["difference"] = {name: values["embeddings"][name] - value for name, value in values["images"].items()}
+        measured = {}
+        for language in args.languages:
+            images = _measure_retrieval(args, args.dataset, language, result)
+            embeddings = _measure_retrieval(args, str(embedded), language, result)
+            difference = {name: embeddings[name] - value for name, value in images.items()}
+            measured[language] = {"images": images, "embeddings": embeddings, "difference": difference}
     results = {"model": args.model, "dataset": args.dataset, "split": args.split, "measured": measured}
-    output_results_as_json(describe_measurement_conditions() | results, args.output)
+    output_results_with_conditions(results, args.output)
 
 
 if __name__ == "__main__":

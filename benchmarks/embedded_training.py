@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,23 +33,10 @@ from datasets import Features, List, Value
 from tqdm.auto import tqdm
 
 import train_accelerate
-from benchmarks.tools import (
-    CODE_ROOT,
-    RESULTS_FOLDER,
-    describe_measurement_conditions,
-    make_captions,
-    output_results_as_json,
-    save_random_model,
-)
+from benchmarks import tools
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.files import read_json, write_json
-from caption_data.embedded import (
-    DIGEST_COLUMN,
-    EMBEDS_COLUMN,
-    ENCODER_COLUMN,
-    embeds_feature,
-    resolve_image_encoder_digest,
-)
+from caption_data import embedded
 from modeling_capivara.loading import load_transformers_config
 from modeling_capivara.two_towers import embedding_width
 from training.loop import TrainingLoop
@@ -72,7 +60,7 @@ class EmbeddedTrainingArguments:
     steps: int = flag(3, "Optimizer steps of each run.")
     work: Path = flag(Path("runs/embedded_training"), "Folder for datasets, caches and runs. Needs 25 GB by default.")
     keep: bool = flag(False, "Keep the work folder. By default, it is removed at the end.")
-    output: Path = flag(RESULTS_FOLDER / "embedded_training.json", "JSON file for the results.")
+    output: Path = flag(tools.RESULTS_FOLDER / "embedded_training.json", "JSON file for the results.")
     worker: Path | None = flag(None, "Dataset to train on in this process (internal).")
 
     def __post_init__(self) -> None:
@@ -91,15 +79,10 @@ def _write_random_embeddings_dataset(folder: Path, rows: int, width: int, encode
     """
     if folder.is_dir():
         return
-    features = Features(
-        {
-            "captions-pt": List(Value("string")),
-            EMBEDS_COLUMN: embeds_feature(width),
-            DIGEST_COLUMN: Value("string"),
-            ENCODER_COLUMN: Value("string"),
-        }
-    )
-    halves, rng = pa.array(make_captions(HALF_CAPTIONS, words=9)), np.random.default_rng(0)
+    text = Value("string")
+    types = {"captions-pt": List(text), embedded.EMBEDS_COLUMN: embedded.embeds_feature(width)}
+    features = Features(types | {embedded.DIGEST_COLUMN: text, embedded.ENCODER_COLUMN: text})
+    halves, rng = pa.array(tools.make_captions(HALF_CAPTIONS, words=9)), np.random.default_rng(0)
     sizes = [min(ROWS_PER_FILE, rows - start) for start in range(0, rows, ROWS_PER_FILE)]
     files = [("train", size) for size in sizes] + [(name, EVALUATION_ROWS) for name in ("validation", "test")]
     temporary = folder.with_name(folder.name + ".new")
@@ -124,12 +107,10 @@ def _sum_anonymous_memory_of_process_tree(process: psutil.Process) -> int:
     """Return the anonymous memory (`RssAnon`) of a process and all its descendants in bytes."""
     total = 0
     for member in (process, *process.children(recursive=True)):
-        try:
-            status = Path(f"/proc/{member.pid}/status").read_text(encoding="ascii")
-        except OSError:
-            # The process has ended since the list of processes was made.
-            continue
-        total += sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
+        # A process may have ended since the list of processes was made.
+        with suppress(psutil.NoSuchProcess):
+            memory = member.memory_info()
+            total += memory.rss - memory.shared
     return total
 
 
@@ -150,14 +131,14 @@ def _measure_training_in_subprocess(args: EmbeddedTrainingArguments, dataset: Pa
     """
     folder, log = args.work / name, args.work / f"{name}.log"
     shutil.rmtree(folder, ignore_errors=True)
-    words = [sys.executable, "-m", "benchmarks.embedded_training", f"--worker={dataset}", f"--work={folder}"]
+    flags = {"worker": dataset, "work": folder, "steps": args.steps}
+    words = [f"--{key}={value}" for key, value in flags.items()]
+    command = [sys.executable, "-m", "benchmarks.embedded_training", *words]
     caches = {"CAPIVARA_CACHE": args.work / "cache", "HF_HOME": args.work / "cache" / "huggingface"}
     environment = os.environ | {name: str(path.absolute()) for name, path in caches.items()}
     started, peak = time.perf_counter(), 0
     with log.open("w", encoding="utf-8") as file:
-        process = psutil.Popen(
-            [*words, f"--steps={args.steps}"], cwd=CODE_ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
+        process = psutil.Popen(command, cwd=tools.CODE_ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         while process.poll() is None:
             peak = max(peak, _sum_anonymous_memory_of_process_tree(process))
             time.sleep(SAMPLE_INTERVAL_S)
@@ -194,36 +175,25 @@ def main(argv: list[str] | None = None) -> None:
     """Run the benchmark: train on a small and on a large dataset of embeddings, and write memory and times as JSON."""
     args = parse_arguments(EmbeddedTrainingArguments, __doc__, argv)
     if args.worker:
-        _train_and_write_step_times(args)
-        return
+        return _train_and_write_step_times(args)
     args.work = args.work.absolute()
+    cache = args.work / "cache"
     args.work.mkdir(parents=True, exist_ok=True)
-    save_random_model(args.work / "model")
+    tools.save_random_model(args.work / "model")
     width = embedding_width(load_transformers_config(args.work / "model"))
-    encoder, runs, disk = resolve_image_encoder_digest(str(args.work / "model"), ""), {}, {}
+    encoder, runs, disk = embedded.resolve_image_encoder_digest(str(args.work / "model"), ""), {}, {}
     for name, rows in (("small", args.small_rows), ("large", args.rows)):
         dataset = args.work / f"dataset-{rows}"
         _write_random_embeddings_dataset(dataset, rows, width, encoder)
-        before = _count_bytes(args.work / "cache")
+        before = _count_bytes(cache)
         runs[name] = _measure_training_in_subprocess(args, dataset, name)
-        disk[name] = {
-            "dataset_bytes": _count_bytes(dataset),
-            "caches_bytes": _count_bytes(args.work / "cache") - before,
-        }
+        disk[name] = {"dataset_bytes": _count_bytes(dataset), "caches_bytes": _count_bytes(cache) - before}
     runs["large, again"] = _measure_training_in_subprocess(args, dataset, "again")
     peak = max(runs[name]["peak_anonymous_bytes"] for name in ("large", "large, again"))
-    results = {
-        "rows": args.rows,
-        "small_rows": args.small_rows,
-        "steps": args.steps,
-        "width": width,
-        "captions_per_row": CAPTIONS_PER_ROW,
-        "flags": TRAINING_FLAGS,
-        "runs": runs,
-        "anonymous_bytes_over_small": peak - runs["small"]["peak_anonymous_bytes"],
-        "disk": disk,
-    }
-    output_results_as_json(describe_measurement_conditions("datasets", "pyarrow") | results, args.output)
+    results = {name: getattr(args, name) for name in ("rows", "small_rows", "steps")}
+    results |= {"width": width, "captions_per_row": CAPTIONS_PER_ROW, "flags": TRAINING_FLAGS, "runs": runs}
+    results |= {"anonymous_bytes_over_small": peak - runs["small"]["peak_anonymous_bytes"], "disk": disk}
+    tools.output_results_with_conditions(results, args.output, "datasets", "pyarrow")
     if not args.keep:
         shutil.rmtree(args.work)
 

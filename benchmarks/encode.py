@@ -29,15 +29,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.tools import (
-    describe_measurement_conditions,
-    make_captions,
-    median_ratio,
-    output_results_as_json,
-    summarize_rates,
-    time_alternating,
-    time_call,
-)
+from benchmarks import tools
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.embedding_speed import with_tuned_chunk_size
 from capivara_common.embedding_store import embed_batch_except_bad_images
@@ -79,12 +71,10 @@ def main(argv: list[str] | None = None) -> None:
         }
     sizes = {name: getattr(args, name) for name in ("runs", "images", "captions")}
     sizes |= {"tokens": CAPTION_TOKENS, "image_size": IMAGE_SIZE}
-    output_results_as_json(describe_measurement_conditions() | sizes | {"measured": measured}, args.output)
+    tools.output_results_with_conditions(sizes | {"measured": measured}, args.output)
 
 
-def _build_models_and_preprocessors() -> tuple[
-    CapivaraModel, nn.Module, CapivaraProcessor, Callable[[Image.Image], Tensor]
-]:
+def _build_models_and_preprocessors() -> tuple[CapivaraModel, nn.Module, CapivaraProcessor, Callable]:
     """Build the models of both programs at full size, with the same random weights.
 
     Returns:
@@ -123,7 +113,7 @@ def _build_encoding_programs_to_compare(args: EncodeArguments) -> dict[str, dict
 
     ours, theirs, processor, preprocess = _build_models_and_preprocessors()
     images = make_images(args.images)
-    texts = make_captions(args.captions, CAPTION_TOKENS - 2, deviation=0)
+    texts = tools.make_captions(args.captions, CAPTION_TOKENS - 2, deviation=0)
     with tempfile.TemporaryDirectory() as folder:
         processor.tokenizer.save_pretrained(folder)
         tokenize = HFTokenizer(folder)
@@ -162,12 +152,20 @@ def _compare_encoders(
     with torch.inference_mode(), autocast:
         # The first call of a program is slower than later calls. These untimed calls therefore also serve as warm-up.
         ours, theirs = (encode().float() for encode in encoders.values())
-        seconds = time_alternating(encoders, runs, f"{item_count} items, {precision}")
-    return {
-        **{name: summarize_rates([item_count / elapsed for elapsed in times]) for name, times in seconds.items()},
-        "ratio": median_ratio(seconds["open_clip"], seconds["ours"]),
-        "largest_difference": (ours - theirs).abs().max().item(),
-    }
+        seconds = tools.time_alternating(encoders, runs, f"{item_count} items, {precision}")
+    return _summarize_times(seconds, item_count) | {"largest_difference": (ours - theirs).abs().max().item()}
+
+
+def _summarize_times(seconds: dict[str, list[float]], item_count: int) -> dict[str, Any]:
+    """Return the rates of both programs in items per second, and the ratio (see `_compare_encoders`).
+
+    Args:
+        seconds: Seconds of each run, under "ours" and "open_clip".
+        item_count: Number of images or captions per run.
+    """
+    rates = {name: [item_count / elapsed for elapsed in times] for name, times in seconds.items()}
+    summaries = {name: tools.summarize_rates(values) for name, values in rates.items()}
+    return summaries | {"ratio": tools.median_ratio(seconds["open_clip"], seconds["ours"])}
 
 
 def _measure_embedding_many_images(args: EncodeArguments) -> dict[str, Any]:
@@ -191,41 +189,38 @@ def _measure_embedding_many_images(args: EncodeArguments) -> dict[str, Any]:
     images = list(islice(cycle(make_images(min(args.images, 64))), args.images))
     batches = [images[start : start + 32] for start in range(0, args.images, 32)]
 
-    def run_ours(precision: str) -> Tensor:
+    embeddings: dict[tuple[str, str], Tensor] = {}
+
+    def run_ours(precision: str) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             embed = partial(embed_images, ours, processor)
             embed = with_tuned_chunk_size(embed, args.images, "cpu", f"benchmark in {precision}")
-            return torch.stack([vector for batch in batches for vector in embed_batch_except_bad_images(batch, embed)])
+            vectors = [vector for batch in batches for vector in embed_batch_except_bad_images(batch, embed)]
+            embeddings["ours", precision] = torch.stack(vectors)
 
     @torch.inference_mode()
-    def run_theirs(precision: str) -> Tensor:
+    def run_theirs(precision: str) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             parts = (torch.stack([*map(preprocess, batch)]) for batch in batches)
-            return torch.cat([theirs.encode_image(pixels, normalize=True).float() for pixels in parts])
+            vectors = [theirs.encode_image(pixels, normalize=True).float() for pixels in parts]
+            embeddings["open_clip", precision] = torch.cat(vectors)
 
-    embeddings: dict[tuple[str, str], Tensor] = {}
-
-    def run_and_store(name: str, precision: str) -> None:
-        embeddings[name, precision] = {"ours": run_ours, "open_clip": run_theirs}[name](precision)
-
+    run = {"ours": run_ours, "open_clip": run_theirs}
     with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, CAPIVARA_CACHE=cache):
         auto, first, programs = choose_fastest_precision(ours, processor), {}, {}
         for precision in dict.fromkeys(["float32", auto]):
-            first[precision] = time_call(partial(run_ours, precision))
-            programs |= {(name, precision): partial(run_and_store, name, precision) for name in ("ours", "open_clip")}
-        seconds = time_alternating(programs, args.runs, f"{args.images} images")
+            first[precision] = tools.time_call(partial(run_ours, precision))
+            programs |= {(name, precision): partial(run[name], precision) for name in run}
+        seconds = tools.time_alternating(programs, args.runs, f"{args.images} images")
         choices = [read_json(path) for path in Path(cache, "embedding_speed").iterdir()]
         results: dict[str, Any] = {"auto": auto, "choices": choices}
         for precision in first:
-            times = {name: seconds[name, precision] for name in ("ours", "open_clip")}
-            vectors = [embeddings[name, precision] for name in ("ours", "open_clip")]
-            results[precision] = {
-                **{name: summarize_rates([args.images / elapsed for elapsed in times[name]]) for name in times},
-                "ratio": median_ratio(times["open_clip"], times["ours"]),
+            vectors = [embeddings[name, precision] for name in run]
+            results[precision] = _summarize_times({name: seconds[name, precision] for name in run}, args.images) | {
                 "first_seconds": first[precision],
                 "smallest_cosine": torch.cosine_similarity(*vectors).min().item(),
             }
-        results["ratio_of_auto"] = median_ratio(seconds["ours", "float32"], seconds["ours", auto])
+        results["ratio_of_auto"] = tools.median_ratio(seconds["ours", "float32"], seconds["ours", auto])
     return results
 
 

@@ -11,14 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.tools import (
-    describe_measurement_conditions,
-    output_results_as_json,
-    peak_resident_bytes,
-    run_module_in_subprocess,
-    save_random_model,
-    time_call,
-)
+from benchmarks import tools
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from hub_upload.export import export_model
 
@@ -38,18 +31,16 @@ def main(argv: list[str] | None = None) -> None:
     """Run the export benchmark: export a random full-size model, and print memory and time of the export as JSON."""
     args = parse_arguments(ExportBenchmarkArguments, __doc__, argv)
     if args.worker:
-        before, target = peak_resident_bytes(), args.worker.with_name("repository")
-        seconds = time_call(lambda: export_model(args.worker, target, EXPORTED_FORMATS))
-        output_results_as_json({"after_imports_bytes": before, "peak_bytes": peak_resident_bytes(), "seconds": seconds})
-        return
+        before, target = tools.peak_resident_bytes(), args.worker.with_name("repository")
+        seconds = tools.time_call(lambda: export_model(args.worker, target, EXPORTED_FORMATS))
+        measured = {"after_imports_bytes": before, "peak_bytes": tools.peak_resident_bytes(), "seconds": seconds}
+        return tools.output_results_as_json(measured)
     with tempfile.TemporaryDirectory(prefix="capivara-export-") as folder:
-        weights = save_random_model(Path(folder) / "model")
-        measured = run_module_in_subprocess("benchmarks.export", worker=f"{folder}/model")
+        weights = tools.save_random_model(Path(folder) / "model")
+        measured = tools.run_module_in_subprocess("benchmarks.export", worker=f"{folder}/model")
     additional = measured["peak_bytes"] - measured["after_imports_bytes"]
     measured |= {"peak_over_imports_bytes": additional, "ratio_to_weights": additional / weights}
-    output_results_as_json(
-        describe_measurement_conditions() | {"weights_bytes": weights, "export": measured}, args.output
-    )
+    tools.output_results_with_conditions({"weights_bytes": weights, "export": measured}, args.output)
 
 
 if __name__ == "__main__":

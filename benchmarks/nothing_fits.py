@@ -25,20 +25,13 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from benchmarks.tools import CODE_ROOT, RESULTS_FOLDER, describe_measurement_conditions, output_results_as_json
+from benchmarks import tools
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.files import write_json
+from capivara_search import query
 from capivara_search.folder_scan import find_pictures_and_unreadable_files
 from capivara_search.models import SearchModel, resolve_search_model
 from capivara_search.picture_reading import open_query_picture
-from capivara_search.query import (
-    FEEDBACK_STRENGTH,
-    NEUTRAL_SENTENCES,
-    RELEVANCE_AUC_FILE,
-    apply_feedback,
-    estimate_relevance_z_score_threshold,
-    z_score,
-)
 from examples.real_images import PHOTOGRAPHS, load_example_photo
 
 TOP_K = 10  # number of first results of a search in which objects are counted
@@ -55,10 +48,8 @@ class NothingFitsArguments:
 
     model: str | None = flag(None, "Folder or Hub id of the model. Default: the model of a new index.")
     pictures: Path = flag(Path("data/coco128/images"), "Folder of photographs.")
-    sentences: Path = flag(
-        CODE_ROOT / "benchmarks" / "nothing_fits.yaml", "YAML file with the sentences to search for."
-    )
-    output: Path = flag(RESULTS_FOLDER / "nothing_fits.json", "JSON file for the results.")
+    sentences: Path = flag(Path(__file__).with_suffix(".yaml"), "YAML file with the sentences to search for.")
+    output: Path = flag(tools.RESULTS_FOLDER / "nothing_fits.json", "JSON file for the results.")
     keep: bool = flag(
         False, "Also save the results in the model's folder. The search uses its threshold if the AUC there is high."
     )
@@ -139,19 +130,19 @@ def _measure_feedback_effect_on_results(
         - "gone": fraction (0 to 1) of the cases in "had" in which no result shows the object after feedback.
     """
     cases = [
-        (query["text"], object_class, words, set(query["wanted"]))
-        for query in feedback_queries
-        for object_class, words in query["each"].items()
+        (entry["text"], object_class, words, set(entry["wanted"]))
+        for entry in feedback_queries
+        for object_class, words in entry["each"].items()
     ]
-    queries, words = (model.embed_texts([case[column] for case in cases]) for column in (0, 2))
+    sentences, words = (model.embed_texts([case[column] for case in cases]) for column in (0, 2))
     for weight, by in product([-weight for weight in FEEDBACK_WEIGHTS] + [*FEEDBACK_WEIGHTS], ("words", "picture")):
         counts = []
-        for query, word, (_, object_class, _, wanted) in zip(queries, words, cases, strict=True):
-            before = np.argsort(-images @ query)
+        for sentence, word, (_, object_class, _, wanted) in zip(sentences, words, cases, strict=True):
+            before = np.argsort(-images @ sentence)
             # Simulate a user who clicks on the first result that shows the object.
             clicked = images[next(index for index in before if object_class in classes[index])]
-            example = word if by == "words" else clicked
-            after = np.argsort(-images @ apply_feedback(query, [(weight / FEEDBACK_STRENGTH, example)], images))
+            feedback = [(weight / query.FEEDBACK_STRENGTH, word if by == "words" else clicked)]
+            after = np.argsort(-images @ query.apply_feedback(sentence, feedback, images))
             orders = product(({object_class}, wanted), (before[:TOP_K], after[:TOP_K]))
             counts.append([sum(bool(labels & classes[index]) for index in order) for labels, order in orders])
         # Shape (cases, 4), counted in the first `TOP_K` results. Columns: results that show the object, before and
@@ -186,36 +177,26 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--sentences must be a file with sentences under `there` and `absent`, got {args.sentences}.")
     model, pictures = resolve_search_model(args.model), [open_query_picture(path) for path in files]
     pictures += [load_example_photo(name) for name in PHOTOGRAPHS if sentences.get("photographs")]
-    images, neutral_texts = model.embed_images(pictures), model.embed_texts(NEUTRAL_SENTENCES)
-    scores = {
-        kind: model.embed_texts(sentences[kind]) @ images.T
-        for kind in ("there", "absent", "nonsense")
-        if sentences.get(kind)
-    }
-    counts = {"pictures": len(images), "sentences": {kind: len(rows) for kind, rows in scores.items()}}
-    best = {kind: np.array([z_score(row.max(), row) for row in rows]) for kind, rows in scores.items()}
+    images, neutral_texts = model.embed_images(pictures), model.embed_texts(query.NEUTRAL_SENTENCES)
+    kinds = [kind for kind in ("there", "absent", "nonsense") if sentences.get(kind)]
+    scores = {kind: model.embed_texts(sentences[kind]) @ images.T for kind in kinds}
+    best = {kind: np.array([query.z_score(row.max(), row) for row in rows]) for kind, rows in scores.items()}
     separation = _compute_auc_with_interval(best["there"], best["absent"])
-    relevance_threshold = estimate_relevance_z_score_threshold(
-        images, neutral_texts, (neutral_texts @ images.T).max(axis=1)
-    )
-    results = describe_measurement_conditions() | {
-        "model": model.name,
-        **counts,
-        "chosen": CHOSEN_STATISTIC,
-        "statistics": {CHOSEN_STATISTIC: separation},
-    }
-    results["auc"] = separation["auc"]
+    highest_neutral = (neutral_texts @ images.T).max(axis=1)
+    relevance_threshold = query.estimate_relevance_z_score_threshold(images, neutral_texts, highest_neutral)
+    results = tools.describe_measurement_conditions() | {"model": model.name, "pictures": len(images)}
+    results |= {"sentences": {kind: len(rows) for kind, rows in scores.items()}, "chosen": CHOSEN_STATISTIC}
+    results |= {"statistics": {CHOSEN_STATISTIC: separation}, "auc": separation["auc"]}
     results["above_the_line"] = {kind: float((values >= relevance_threshold).mean()) for kind, values in best.items()}
     config = args.pictures.parent / "object_detection" / "config.yaml"
     if sentences.get("steering") and config.is_file():
         names = yaml.safe_load(config.read_text(encoding="utf-8"))["names"]
         classes = [_read_classes_in_photograph(path, names) for path in files]
-        results["steering"] = list(
-            _measure_feedback_effect_on_results(model, sentences["steering"], images[: len(files)], classes)
-        )
+        effects = _measure_feedback_effect_on_results(model, sentences["steering"], images[: len(files)], classes)
+        results["steering"] = list(effects)
     if args.keep:
-        write_json(model.folder / RELEVANCE_AUC_FILE, results)
-    output_results_as_json(results, args.output)
+        write_json(model.folder / query.RELEVANCE_AUC_FILE, results)
+    tools.output_results_as_json(results, args.output)
 
 
 if __name__ == "__main__":

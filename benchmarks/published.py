@@ -18,8 +18,8 @@ repeat the command: downloads, conversions and embeddings are kept in caches.
 """
 
 import sys
-import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from benchmarks.tools import describe_measurement_conditions
+from benchmarks import tools
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import require_packages
 from capivara_common.files import check_output_file, read_json, write_json, write_text
@@ -138,19 +138,17 @@ def estimate_embedding_time(
             texts += CAPTIONS_PER_IMAGE * size
         else:
             texts += sum(map(len, load_prompts(benchmark.prompts).class_prompts))
-    seconds, image_encoders = {}, set()
-    for role, folder in folders.items():
+    seconds, image_encoders = {"image": 0.0, "text": 0.0}, set()
+    for folder in folders.values():
         embedder = load_embedder(str(folder), args.device, precision=args.precision)
         image_encoders.add(embedder.image_fingerprint)
         picture, sentence = PIL.Image.effect_noise((500, 375), 60).convert("RGB"), " ".join(TEXTS[:2])
         for kind, embed, item in (("image", embedder.embed_images, picture), ("text", embedder.embed_texts, sentence)):
             embed([item])  # untimed warm-up, because the first call is slower
-            started = time.perf_counter()
-            embed([item] * TIMED_ITEMS)
-            seconds[role, kind] = (time.perf_counter() - started) / TIMED_ITEMS
+            elapsed = tools.time_call(partial(embed, [item] * TIMED_ITEMS))
+            seconds[kind] = max(seconds[kind], elapsed / TIMED_ITEMS)  # of all models, the slowest counts
     counts = {"images": len(image_encoders) * images, "texts": len(folders) * texts}
-    speeds = {kind: max(value for (_, k), value in seconds.items() if k == kind) for kind in ("image", "text")}
-    total = sum(counts[f"{kind}s"] * value for kind, value in speeds.items())
+    total = sum(counts[f"{kind}s"] * value for kind, value in seconds.items())
     return counts | {"seconds": total, "unknown": unknown}
 
 
@@ -177,8 +175,8 @@ def compare_converted_model_with_open_clip(source: str, folder: Path) -> dict[st
     name = f"local-dir:{source}" if Path(source).exists() else f"hf-hub:{source}"
     theirs, _, preprocess = open_clip.create_model_and_transforms(name)
     ours, processor, tokens = load_model(folder).eval(), load_processor(folder), open_clip.get_tokenizer(name)(TEXTS)
-    rows = zip(IMAGE_SIZES, range(5), strict=True)
-    images = [PIL.Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 60 + n).convert("RGB") for size, n in rows]
+    area = (-2, -1.5, 1, 1.5)
+    images = [PIL.Image.effect_mandelbrot(size, area, 60 + n).convert("RGB") for n, size in enumerate(IMAGE_SIZES)]
     pixels = torch.stack([preprocess(image) for image in images])
     batch = processor(text=list(TEXTS), images=images, return_tensors="pt")
     width = batch["input_ids"].shape[1]
@@ -198,12 +196,8 @@ def compare_converted_model_with_open_clip(source: str, folder: Path) -> dict[st
 
 def _render_report(models: dict[str, dict[str, Any]], summary: dict[str, Any]) -> str:
     """Return the report as Markdown: the comparison with open_clip, then the tables of `eval.suite`."""
-    lines = [
-        "## Conversion, compared with open_clip",
-        "",
-        "| Model | Tokens | Pixels | Texts | Images |",
-        "|---" * 5 + "|",
-    ]
+    lines = ["## Conversion, compared with open_clip", "", "| Model | Tokens | Pixels | Texts | Images |"]
+    lines.append("|---" * 5 + "|")
     for role, model in models.items():
         same = ["equal" if model[name] else "**different**" for name in ("equal_tokens", "equal_pixels")]
         differences = [f"{model[name]:.1e}" for name in ("text_embeds", "image_embeds")]
@@ -224,9 +218,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(PublishedArguments, __doc__, argv)
     require_packages("The comparison with open_clip", "open-clip", "open_clip")
     check_output_file(args.output / "published.json")
-    benchmarks = [
-        b for b in check_arguments_and_select_benchmarks(args) if b.key in args.only or "beyond" not in b.suite
-    ]
+    selected = check_arguments_and_select_benchmarks(args)
+    benchmarks = [b for b in selected if b.key in args.only or "beyond" not in b.suite]
     sizes = fetch_download_sizes_from_hub(args, benchmarks)
     total = sum(filter(None, sizes.values())) / 1e9
     unknown = [name for name, size in sizes.items() if size is None]
@@ -237,21 +230,18 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{benchmark.key}: {reason}.", flush=True)
         else:
             readable.append(benchmark)
-    sources = {"baseline": args.baseline, "capivara": args.model}
-    folders = {
-        role: find_download_or_convert_model_folder(source, convert_to_folder) for role, source in sources.items()
-    }
-    models = {}
+    sources, folders, models = {"baseline": args.baseline, "capivara": args.model}, {}, {}
     for role, source in sources.items():
-        models[role] = {"source": source, **read_json(folders[role] / CONVERSION_FILE, revision=str)}
-        models[role] |= {"source": source} | compare_converted_model_with_open_clip(source, folders[role])
+        folders[role] = find_download_or_convert_model_folder(source, convert_to_folder)
+    for role, source in sources.items():
+        models[role] = read_json(folders[role] / CONVERSION_FILE, revision=str) | {"source": source}
+        models[role] |= compare_converted_model_with_open_clip(source, folders[role])
         print(f"{source}: {'equal to open_clip' if models[role]['passed'] else 'DIFFERENT from open_clip'}", flush=True)
     estimate = estimate_embedding_time(args, readable, folders)
     left_out = f" without {', '.join(estimate['unknown'])}, whose size is unknown" * bool(estimate["unknown"])
     print(f"Embeddings: about {estimate['seconds'] / 3600:.1f} hours on this machine{left_out}.", flush=True)
-    options = {field.name: getattr(args, field.name) for field in fields(SuiteArguments)}
-    options |= {"model": str(folders["capivara"]), "baseline": str(folders["baseline"])}
-    summary = run_suite(SuiteArguments(**options | {"only": [benchmark.key for benchmark in benchmarks]}))
+    models_to_run = {"model": str(folders["capivara"]), "baseline": str(folders["baseline"])}
+    summary = run_suite(replace(args, **models_to_run, only=[benchmark.key for benchmark in benchmarks]))
     if summary is None:
         # In a distributed launch, only the main process gets a summary. The other processes have nothing to write.
         return
@@ -259,10 +249,8 @@ def main(argv: list[str] | None = None) -> None:
         model["name"] = sources[model["role"]]
     names = ("protocol", "measurements", "rows")
     measured = {name: summary[name] for name in names} | {"limit": args.limit, "downloads": sizes, "estimate": estimate}
-    write_json(
-        args.output / "published.json",
-        describe_measurement_conditions("open_clip_torch") | {"models": models} | measured,
-    )
+    conditions = tools.describe_measurement_conditions("open_clip_torch")
+    write_json(args.output / "published.json", conditions | {"models": models} | measured)
     write_text(args.output / "report.md", report := _render_report(models, summary))
     print(report)
     if different := [model["source"] for model in models.values() if not model["passed"]]:

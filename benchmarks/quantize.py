@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from benchmarks.tools import describe_measurement_conditions, output_results_as_json
+from benchmarks.tools import output_results_with_conditions
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_search.miniature_model import get_or_build_miniature_folder
 from eval.capivara_metrics.metrics import cross_modal_ranks, mean_recall
@@ -90,23 +90,20 @@ def build_quantizers() -> dict[str, Callable[[nn.Module], nn.Module]]:
         `{name of the kind: function}`. Each function gets a model, quantizes it in place and returns the quantized
         model. The kind "float32" changes nothing and serves as the reference.
     """
-    from torchao.quantization import (
-        Int8DynamicActivationInt8WeightConfig,
-        Int8WeightOnlyConfig,
-        IntxWeightOnlyConfig,
-        PerAxis,
-        PerGroup,
-    )
+    from torchao import quantization
 
-    int8_rows = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
-    four_bits = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP_SIZE))
+    int8 = quantization.Int8WeightOnlyConfig()
+    int8_rows = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=quantization.PerAxis(0))
+    groups = quantization.PerGroup(GROUP_SIZE)
+    four_bits = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)
+    int8_activations = quantization.Int8DynamicActivationInt8WeightConfig()
     return {
         "float32": lambda model: model,
         "bfloat16": lambda model: model.to(torch.bfloat16),
-        "torchao int8, weights": _make_torchao_quantizer(Int8WeightOnlyConfig()),
+        "torchao int8, weights": _make_torchao_quantizer(int8),
         "torchao int8, weights and token embeddings": _make_torchao_quantizer(int8_rows, _in_tower_or_table),
-        "torchao int8, weights, with projections": _make_torchao_quantizer(Int8WeightOnlyConfig(), _is_linear),
-        "torchao int8, weights and activations": _make_torchao_quantizer(Int8DynamicActivationInt8WeightConfig()),
+        "torchao int8, weights, with projections": _make_torchao_quantizer(int8, _is_linear),
+        "torchao int8, weights and activations": _make_torchao_quantizer(int8_activations),
         "torch dynamic int8": _apply_dynamic_quantization,
         f"4 bits, weights in groups of {GROUP_SIZE}": _make_torchao_quantizer(four_bits),
     }
@@ -148,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
             "image_to_text": mean_recall(image_ranks),
         }
     what = {"model": args.model or "miniature", "rows": len(texts), "language": args.language}
-    output_results_as_json(describe_measurement_conditions("torchao") | what | {"measured": measured}, args.output)
+    output_results_with_conditions(what | {"measured": measured}, args.output, "torchao")
 
 
 if __name__ == "__main__":

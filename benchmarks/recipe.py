@@ -12,6 +12,7 @@ Finished runs stay in the work folder and are not trained again. docs/explanatio
 """
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,10 @@ import train_accelerate
 from benchmarks.tools import CODE_ROOT, RESULTS_FOLDER, describe_measurement_conditions
 from capivara_common.cli import flag, parse_arguments, read_yaml_config, run_main_and_report_user_errors
 from capivara_common.files import json_digest, read_json, write_json
+from eval import retrieval
 from eval.capivara_metrics.metrics import mean_hits, paired_bootstrap
 from eval.embeddings import CachedEmbedder
 from eval.records.result_files import DIRECTIONS
-from eval.retrieval import (
-    RetrievalArguments,
-    RetrievalData,
-    RetrievalEmbeddings,
-    compute_retrieval_records,
-    load_retrieval_data,
-)
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import build_embedder
@@ -72,7 +67,7 @@ class RecipeArguments:
             raise ValueError(f"seeds must be one or more different numbers, got {self.seeds}.")
 
 
-def _load_evaluation_data(args: RecipeArguments) -> dict[str, RetrievalData]:
+def _load_evaluation_data(args: RecipeArguments) -> dict[str, retrieval.RetrievalData]:
     """Load all evaluation datasets.
 
     Returns:
@@ -81,14 +76,12 @@ def _load_evaluation_data(args: RecipeArguments) -> dict[str, RetrievalData]:
     Raises:
         ValueError: If a dataset is missing.
     """
-    folders = {name: args.openmoji if name == "openmoji" else str(args.proxies / name) for name, _ in EVALUATION_SPLITS}
-    return {
-        f"{name}/{split}/{code}": load_retrieval_data(
-            RetrievalArguments(args.base, folders[name], Path("unused.json"), split=split, language=code)
-        )
-        for name, split in EVALUATION_SPLITS
-        for code in ("pt", "en")
-    }
+    data = {}
+    for (name, split), code in product(EVALUATION_SPLITS, ("pt", "en")):
+        folder, unused = args.openmoji if name == "openmoji" else str(args.proxies / name), Path("unused.json")
+        arguments = retrieval.RetrievalArguments(args.base, folder, unused, split=split, language=code)
+        data[f"{name}/{split}/{code}"] = retrieval.load_retrieval_data(arguments)
+    return data
 
 
 def find_or_train_run(seed: int, args: RecipeArguments, base_digest: str) -> Path:
@@ -139,15 +132,12 @@ def _build_row_of_recalls_and_gains(
     def average_seeds(hits_of_seeds: list[HitsByCondition], key: str) -> Tensor:
         return torch.stack([seed_hits[key] for seed_hits in hits_of_seeds]).double().mean(0)
 
-    compared = [key for key in groups if key.startswith(DRAWING_SETS) and hits is not reference]
-    return {
-        "name": name,
-        "values": {key: [seed_hits[key].double().mean().item() for seed_hits in hits] for key in groups},
-        "gain": {
-            key: paired_bootstrap(average_seeds(reference, key), average_seeds(hits, key), groups[key])
-            for key in compared
-        },
-    }
+    values = {key: [seed_hits[key].double().mean().item() for seed_hits in hits] for key in groups}
+    gains = {}
+    for key in groups:
+        if key.startswith(DRAWING_SETS) and hits is not reference:
+            gains[key] = paired_bootstrap(average_seeds(reference, key), average_seeds(hits, key), groups[key])
+    return {"name": name, "values": values, "gain": gains}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -164,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     data, processor, base = _load_evaluation_data(args), load_processor(args.base), load_model(args.base)
 
     # The store caches image embeddings, so images are embedded only once for all models with the same image tower.
-    def embed(model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:
+    def embed(model: CapivaraModel) -> dict[str, retrieval.RetrievalEmbeddings]:
         store = CachedEmbedder(build_embedder("", model.eval(), processor, "float32"), args.work / "cache")
         return {key: dataset.embed(store)[0] for key, dataset in data.items()}
 
@@ -178,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     groups, chance = {}, {}
     for key, embeddings in embed(base).items():
         metadata = {"dataset": key, "split": "", "language": "", "model": "baseline", "model_folder": ""}
-        for record in compute_retrieval_records(embeddings, **metadata):
+        for record in retrieval.compute_retrieval_records(embeddings, **metadata):
             if record.metric == "mean_recall":
                 condition = f"{key}/{record.direction}"
                 groups[condition], chance[condition] = embeddings.query_groups(record.direction), record.chance
@@ -191,18 +181,12 @@ def main(argv: list[str] | None = None) -> None:
             model = load_model(run)
             interpolate_weights(model, base.state_dict(), share)
             hits[name].append(measure(model))
-    trainings = {"seeds": args.seeds, "seconds": seconds}
     rows = [_build_row_of_recalls_and_gains("base", base_hits, base_hits, groups)]
-    rows += [
-        _build_row_of_recalls_and_gains(name, row_hits, hits[REFERENCE_ROW], groups) | trainings
-        for name, row_hits in hits.items()
-    ]
-    results = {
-        "config": read_yaml_config(args.config),
-        "n": {key: len(queries) for key, queries in groups.items()},
-        "chance": chance,
-        "rows": rows,
-    }
+    for name, row_hits in hits.items():
+        row = _build_row_of_recalls_and_gains(name, row_hits, hits[REFERENCE_ROW], groups)
+        rows.append(row | {"seeds": args.seeds, "seconds": seconds})
+    counts = {key: len(queries) for key, queries in groups.items()}
+    results = {"config": read_yaml_config(args.config), "n": counts, "chance": chance, "rows": rows}
     write_json(args.output, describe_measurement_conditions() | results)
     print(f"Results: {args.output}. `python -m benchmarks.documentation_tables` updates the tables.")
 

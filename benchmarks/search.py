@@ -34,7 +34,7 @@ from benchmarks import tools
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_search import PictureIndex
 from capivara_search.page.answers import PageAnswers, Question
-from capivara_search.table import MAX_EXACT_ROWS, pictures_schema, vector_column
+from capivara_search.table import MAX_EXACT_ROWS, l2_normalize, pictures_schema, vector_column
 
 EMBEDDING_WIDTH = 512
 CLUSTER_COUNT = 2000
@@ -74,10 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_arguments(SearchArguments, __doc__, argv)
     if args.worker:
-        tools.output_results_as_json(
-            {"fill": _measure_index_creation, "index": _measure_searching_and_adding}[args.worker](args)
-        )
-        return
+        measure = _measure_index_creation if args.worker == "fill" else _measure_searching_and_adding
+        return tools.output_results_as_json(measure(args))
     # Imported here, because it loads torch, which would count in the measured memory of the worker processes above.
     from benchmarks import search_follow
 
@@ -88,10 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         results = search_follow.measure_indexing_watching_and_searches(args.work, args.followed, args.runs)
     name = "search.json" if args.parts == "index" else "search_follow.json"
-    tools.output_results_as_json(
-        tools.describe_measurement_conditions("lancedb") | {"runs": args.runs} | results,
-        args.output or tools.RESULTS_FOLDER / name,
-    )
+    output = args.output or tools.RESULTS_FOLDER / name
+    tools.output_results_with_conditions({"runs": args.runs} | results, output, "lancedb")
 
 
 def _measure_indexes(args: SearchArguments) -> dict[str, Any]:
@@ -109,9 +105,8 @@ def _measure_indexes(args: SearchArguments) -> dict[str, Any]:
     for rows in tqdm(args.sizes, desc="Indexes", unit="size"):
         write_random_vectors_and_queries(args.work, rows)
         flags = {"rows": rows, "work": args.work, "runs": args.runs, "added": ADDED_COUNTS[rows == max(args.sizes)]}
-        filled, measured = (
-            tools.run_module_in_subprocess("benchmarks.search", worker=worker, **flags) for worker in ("fill", "index")
-        )
+        filled = tools.run_module_in_subprocess("benchmarks.search", worker="fill", **flags)
+        measured = tools.run_module_in_subprocess("benchmarks.search", worker="index", **flags)
         sizes[str(rows)] = filled | measured | {"approximate": rows > MAX_EXACT_ROWS}
     return {"index": sizes, "first_search_s": _time_search_commands(args, max(args.sizes))}
 
@@ -190,11 +185,6 @@ def _sample_near_centers(centers: np.ndarray, count: int, rng: np.random.Generat
     return l2_normalize(centers[rng.integers(0, len(centers), count)] + noise)
 
 
-def l2_normalize(vectors: np.ndarray) -> np.ndarray:
-    """Scale each vector to unit length (L2 norm). The shape stays (rows, width)."""
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
 def picture_path(row: int) -> str:
     """Return the made-up file path of picture number `row` in a generated index. No such file exists."""
     return f"/fotos/{row // 1000:04d}/IMG_{row:07d}.jpg"
@@ -210,9 +200,9 @@ def _measure_index_creation(args: SearchArguments) -> dict[str, Any]:
         `{"written_s": seconds to write the rows, "optimised_s": seconds to optimize the index, "bytes": size of the
         index on disk}`.
     """
-    where, model = index_path(args.work, args.rows), args.work / "model"
+    where = index_path(args.work, args.rows)
     shutil.rmtree(where, ignore_errors=True)
-    index = PictureIndex.open(where, model=str(model))
+    index = PictureIndex.open(where, model=str(args.work / "model"))
     table, digest = index._table, index.model.image_digest
     table.create(EMBEDDING_WIDTH)
     vectors = np.load(args.work / f"vectors-{args.rows}.npy", mmap_mode="r")
@@ -225,7 +215,7 @@ def _measure_index_creation(args: SearchArguments) -> dict[str, Any]:
         "written_s": tools.time_call(write),
         # `optimize` compacts the table and, if the table is large, trains an approximate vector index.
         "optimised_s": tools.time_call(lambda: table.optimize(EMBEDDING_WIDTH)),
-        "bytes": sum(path.stat().st_size for path in where.rglob("*") if path.is_file()),
+        "bytes": table.bytes(),
     }
 
 
@@ -242,8 +232,8 @@ def build_picture_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table
     Returns:
         Arrow table with the schema of the search index and one row for each vector.
     """
-    numbers, count = range(start, start + len(vectors)), len(vectors)
-    columns = {
+    numbers, count, schema = range(start, start + len(vectors)), len(vectors), pictures_schema(EMBEDDING_WIDTH)
+    columns = dict.fromkeys(schema.names, [None] * count) | {
         "path": [picture_path(number) for number in numbers],
         "size": [3_000_000 + number for number in numbers],
         "mtime_ns": [1_600_000_000_000_000_000 + number * 10**9 for number in numbers],
@@ -251,14 +241,9 @@ def build_picture_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table
         "width": [4000] * count,
         "height": [3000] * count,
         "model": [digest] * count,
-        vector_column(EMBEDDING_WIDTH): pa.FixedSizeListArray.from_arrays(
-            pa.array(vectors.reshape(-1)), EMBEDDING_WIDTH
-        ),
+        vector_column(EMBEDDING_WIDTH): pa.FixedSizeListArray.from_arrays(vectors.reshape(-1), EMBEDDING_WIDTH),
     }
-    arrays = [
-        pa.array(columns.get(field.name, [None] * count), field.type) for field in pictures_schema(EMBEDDING_WIDTH)
-    ]
-    return pa.Table.from_arrays(arrays, schema=pictures_schema(EMBEDDING_WIDTH))
+    return pa.Table.from_pydict(columns, schema)
 
 
 def _measure_searching_and_adding(args: SearchArguments) -> dict[str, Any]:
@@ -286,10 +271,8 @@ def _measure_searching_and_adding(args: SearchArguments) -> dict[str, Any]:
     def search(query: np.ndarray) -> None:
         hits.append({hit.path for hit in index.search_vector(query, K)})
 
-    measured = {
-        "vector_ms": _measure_latency_percentiles(search, answers["queries"]),
-        "memory_bytes": tools.peak_resident_bytes(),
-    }
+    measured = {"vector_ms": _measure_latency_percentiles(search, answers["queries"])}
+    measured["memory_bytes"] = tools.peak_resident_bytes()
     nearest = [{picture_path(row) for row in rows} for rows in answers["nearest"]]
     measured["recall"] = statistics.mean(len(a & b) / K for a, b in zip(nearest, hits[-QUERY_COUNT:], strict=True))
     texts = [f"{QUERY_TEXTS[number % len(QUERY_TEXTS)]} {number}" for number in range(QUERY_COUNT)]

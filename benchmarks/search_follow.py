@@ -87,9 +87,8 @@ def measure_indexing_watching_and_searches(work: Path, number: int, runs: int) -
     nothing_new = [time_call(lambda: _run_indexing(words)) for _ in range(runs)]
     index = PictureIndex.open(where)
     with _serve_search_page_and_follow_folder(flags) as search:
-        changes = [
-            _time_folder_changes_reaching_index(index, folder, photo, burst[0]) for photo in tqdm(spare, desc="Changes")
-        ]
+        bar = tqdm(spare, desc="Changes")
+        changes = [_time_folder_changes_reaching_index(index, folder, photo, burst[0]) for photo in bar]
         idle = _time_page_searches(search, lambda done: done < QUESTION_COUNT)
         _copy_photos(burst, folder)
         busy = _time_page_searches(search, lambda done: len(index) < number + BURST_SIZE)

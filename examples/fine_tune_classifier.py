@@ -24,13 +24,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_main_and_report_user_errors
-from capivara_common.environment import resolve_mixed_precision
 from capivara_common.files import atomic_folder, write_json, write_text
 from capivara_common.image_files import BadImage
 from caption_data.labeled_images import LabeledImages, load_images_with_prompt_class_labels
 from eval.capivara_metrics.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
-from examples import collect_run_conditions
+from examples import build_trainer_options, collect_run_conditions
 from modeling_capivara import CapivaraForImageClassification
 from modeling_capivara.loading import load_model, load_processor
 
@@ -182,32 +181,16 @@ def main(argv: list[str] | None = None) -> None:
             return {"accuracy": top_k_accuracy(scores, labels)}
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        training = TrainingArguments(
-            output_dir=str(folder),
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.1,  # a value below 1 is a fraction of all steps
-            seed=args.seed,
-            # Otherwise, `Trainer` would remove the image column before `collate` can preprocess the images.
-            remove_unused_columns=False,
-            save_strategy="no",
-            logging_steps=10,
-            use_cpu=device.type == "cpu",
-            bf16=resolve_mixed_precision("auto", device) == "bf16",
-            dataloader_pin_memory=device.type != "cpu",
-            report_to="none",
-        )
+        # Otherwise, `Trainer` would remove the image column before `collate` can preprocess the images.
+        options = build_trainer_options(args, folder, device) | {"remove_unused_columns": False}
+        training = TrainingArguments(per_device_eval_batch_size=args.batch_size, **options)
         trainer = Trainer(model, training, collate, train, test, compute_metrics=compute_accuracy)
         accuracies = {"zero_shot": trainer.evaluate()["eval_accuracy"]}
         seconds = trainer.train().metrics["train_runtime"]
         accuracies["fine_tuned"] = trainer.evaluate()["eval_accuracy"]
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        run = collect_run_conditions(args, device)
-        run |= {"accuracy": accuracies, "training_s": seconds}
+        run = collect_run_conditions(args, device) | {"accuracy": accuracies, "training_s": seconds}
         write_json(folder / "results.json", run | {"train_images": len(train), "test_images": len(test)})
         images = run["config"]["images"] or "scikit-learn's digits"
         write_text(folder / "README.md", CARD_TEMPLATE.format(**run["config"] | {"images": images}))

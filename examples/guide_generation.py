@@ -175,10 +175,8 @@ def main(argv: list[str] | None = None) -> None:
         first_and_last = embed_images(model, processor, [pictures[0], pictures[-1]])
         before, after = (first_and_last @ embed_texts(model, processor, sentences).T).tolist()
         cosines = {text: {"before": b, "after": a} for text, b, a in zip(sentences, before, after, strict=True)}
-        write_json(
-            folder / "results.json",
-            {"cosines": cosines, "seconds": seconds} | collect_run_conditions(args, model.device),
-        )
+        results = {"cosines": cosines, "seconds": seconds} | collect_run_conditions(args, model.device)
+        write_json(folder / "results.json", results)
     print("Cosine similarity of image and sentence, before and after:")
     for text, values in cosines.items():
         print(f"  {values['before']:6.3f}  {values['after']:6.3f}   {text}")

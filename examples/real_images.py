@@ -107,14 +107,8 @@ def _make_photo_dataset_and_classes() -> tuple[DatasetDict, dict]:
         Tuple of the dataset, with the single split test, and the content of classes.json.
     """
     classes = [{key: entry[key] for key in ("en", "pt", "gender", "number")} for entry in CLASS_PHOTOGRAPHS.values()]
-    data = _build_labeled_dataset(
-        [load_example_photo(name) for name in CLASS_PHOTOGRAPHS],
-        list(range(len(CLASS_PHOTOGRAPHS))),
-        [entry["en"] for entry in classes],
-    )
-    return DatasetDict(test=data), _build_classes_json_content(
-        "skimage-photos", "Photographs of scikit-image", classes, PHOTO_TEMPLATES
-    )
+    images, title = [load_example_photo(name) for name in CLASS_PHOTOGRAPHS], "Photographs of scikit-image"
+    return _make_dataset_with_one_class_per_image(images, "skimage-photos", title, classes, PHOTO_TEMPLATES)
 
 
 def load_example_photo(name: str) -> PIL.Image.Image:
@@ -156,10 +150,8 @@ def _make_concept_dataset_and_classes(openmoji: str) -> tuple[DatasetDict, dict]
     """
     rows = load_dataset_and_refuse_image_paths(Path(openmoji))["test"]
     classes = [{"en": row["emoji"], "pt": row["captions-pt"][0]} for row in rows.remove_columns("image")]
-    data = _build_labeled_dataset(rows["image"], list(range(len(rows))), [entry["en"] for entry in classes])
-    return DatasetDict(test=data), _build_classes_json_content(
-        "openmoji-concepts", "Concepts of OpenMoji", classes, ["{nome}"]
-    )
+    title = "Concepts of OpenMoji"
+    return _make_dataset_with_one_class_per_image(rows["image"], "openmoji-concepts", title, classes, ["{nome}"])
 
 
 def _evaluate_model_and_write_results(args: RealImagesArguments, model: str, role: str) -> None:
@@ -214,21 +206,26 @@ def _build_labeled_dataset(images: list, labels: list[int], names: list[str]) ->
     return Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 
-def _build_classes_json_content(dataset: str, title: str, classes: list[dict], templates: list[str]) -> dict:
-    """Build the content of a classes.json, which tells `eval.prompts` how to make the prompts of a dataset.
+def _make_dataset_with_one_class_per_image(
+    images: list, dataset: str, title: str, classes: list[dict], templates: list[str]
+) -> tuple[DatasetDict, dict]:
+    """Make a classification dataset in which each image is a class of its own.
 
     Args:
+        images: PIL images.
         dataset: Identifier of the dataset.
         title: Title of the dataset in reports.
-        classes: For each class `{"en": English name, "pt": Portuguese name}`. Templates that contain an article also
-            need the keys "gender" and "number" of the Portuguese name.
+        classes: For each image `{"en": English name, "pt": Portuguese name}` of its class. Templates that contain an
+            article also need the keys "gender" and "number" of the Portuguese name.
         templates: Portuguese prompt templates, such as "uma foto de {um}.".
 
     Returns:
-        The content of the file. The metric is accuracy.
+        Tuple of the dataset, with the single split test, and the content of classes.json, which tells `eval.prompts`
+        how to make the prompts. The metric is accuracy.
     """
+    data = _build_labeled_dataset(images, list(range(len(classes))), [entry["en"] for entry in classes])
     shared = {"dataset": dataset, "language": "pt", "title": title, "metric": "accuracy"}
-    return {**shared, "classes": classes, "templates": templates}
+    return DatasetDict(test=data), {**shared, "classes": classes, "templates": templates}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -31,15 +31,13 @@ from transformers import TrainerCallback
 
 import modeling_capivara  # noqa: F401  registers the Auto classes, so that no code of the model folder is executed
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_main_and_report_user_errors
-from capivara_common.environment import resolve_mixed_precision
 from capivara_common.files import atomic_folder, write_json, write_text
+from eval.capivara_metrics.metrics import RECALL_CUTOFFS
 from eval.retrieval import check_and_flatten_captions
-from examples import collect_run_conditions
+from examples import build_trainer_options, collect_run_conditions
 from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
 from modeling_capivara.modeling_capivara import similarity_logits
 from training.trainable import clamp_logit_scale
-
-RECALL_CUTOFFS = [1, 5, 10]
 
 CARD_TEMPLATE = """---
 library_name: sentence-transformers
@@ -146,8 +144,8 @@ def build_recall_evaluator(rows: Dataset) -> InformationRetrievalEvaluator:
     names = [f"{row:08}" for row in range(len(rows))]
     return InformationRetrievalEvaluator(
         dict(zip(names, rows["text"], strict=True)), dict(zip(names, rows["image"], strict=True)),
-        {name: {name} for name in names}, accuracy_at_k=RECALL_CUTOFFS, precision_recall_at_k=RECALL_CUTOFFS,
-        write_csv=False,
+        {name: {name} for name in names}, accuracy_at_k=[*RECALL_CUTOFFS],
+        precision_recall_at_k=[*RECALL_CUTOFFS], write_csv=False,
     )  # fmt: skip
 
 
@@ -182,22 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         encoder = SentenceTransformer(str(args.model))
         encoder[0].auto_model.freeze_image_encoder()  # as in the CAPIVARA paper (arXiv 2310.13683)
-        training = Arguments(
-            output_dir=str(folder),
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.1,  # a value below 1 is a fraction of all steps
-            seed=args.seed,
-            dataloader_drop_last=True,  # a last batch with a single pair would have a CLIP loss of 0 and teach nothing
-            save_strategy="no",
-            logging_steps=10,
-            use_cpu=encoder.device.type == "cpu",
-            bf16=resolve_mixed_precision("auto", encoder.device) == "bf16",
-            dataloader_pin_memory=encoder.device.type != "cpu",
-            report_to="none",
-        )
+        # A last batch with a single pair would have a CLIP loss of 0 and teach nothing, so it is dropped.
+        training = Arguments(dataloader_drop_last=True, **build_trainer_options(args, folder, encoder.device))
         loss = build_clip_loss(encoder, args.mini_batch_size)
         trainer = SentenceTransformerTrainer(encoder, training, rows, loss=loss, callbacks=[ClampLogitScaleCallback()])
         metrics = {"before": evaluator(encoder.eval())}

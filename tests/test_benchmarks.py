@@ -115,7 +115,7 @@ def test_export_at_small_size(tiny_folder, tmp_path, capsys, monkeypatch):
     def copy_model(folder):
         return (shutil.copytree(tiny_folder, folder) / "model.safetensors").stat().st_size
 
-    monkeypatch.setattr(export, "save_random_model", copy_model)
+    monkeypatch.setattr(tools, "save_random_model", copy_model)
     export.main(["--output", str(tmp_path / "export.json")])
     results = json.loads((tmp_path / "export.json").read_text(encoding="utf-8"))
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results and {"device", "versions"} <= results.keys()

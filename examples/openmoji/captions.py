@@ -15,11 +15,11 @@ from pathlib import Path
 from datasets import DatasetDict
 
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
-from capivara_common.files import atomic_folder, write_text
+from capivara_common.files import write_text
 from captions.build import BuildArguments, ManualStepRequired, build_dataset, read_build_plan
 from captions.select import REPORT_PAGE
 from captions.translation_tables import escape_cell, unescape_cell
-from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
+from examples.openmoji.dataset import load_dataset_and_refuse_image_paths, save_dataset_with_english_names
 
 
 @dataclass
@@ -51,19 +51,12 @@ def build_openmoji_caption_dataset(args: OpenMojiCaptionsArguments) -> Path:
     plan = read_build_plan(args.config)
     source = load_dataset_and_refuse_image_paths(args.source)
     english = Path(next(iter(plan.steps.values()))[0].dataset)
-    if not english.exists():
-        with atomic_folder(english) as folder:
-            # Only the official English name, the first caption, is kept. The others are aliases, and Unicode has no
-            # Portuguese aliases that could serve as their translations.
-            english_only = source.remove_columns(["captions-pt"])
-            names_only = english_only.map(lambda row: {"captions-en": row["captions-en"][:1]}, desc="English names")
-            names_only.save_to_disk(folder)
+    save_dataset_with_english_names(source, english)
     try:
         return build_dataset(BuildArguments(args.config))
     except ManualStepRequired:
-        _write_portuguese_names_into_table_files(
-            [step.import_file for step in plan.all_steps() if getattr(step, "import_file", None)], source
-        )
+        tables = [step.import_file for step in plan.all_steps() if getattr(step, "import_file", None)]
+        _write_portuguese_names_into_table_files(tables, source)
     return build_dataset(BuildArguments(args.config))
 
 
@@ -75,19 +68,17 @@ def _write_portuguese_names_into_table_files(tables: list[Path], source: Dataset
             translation. Files that do not exist are skipped.
         source: OpenMoji dataset with English and Portuguese names.
     """
-    portuguese = {
-        row["captions-en"][0]: row["captions-pt"][0]
-        for split in source.values()
-        for row in split.select_columns(["captions-en", "captions-pt"])
-    }
+    portuguese = {}
+    for split in source.values():
+        for english, translations in zip(split["captions-en"], split["captions-pt"], strict=True):
+            portuguese[english[0]] = translations[0]
     for table in tables:
         if table.is_file():
             header, *lines = table.read_text(encoding="utf-8").splitlines()
-            rows = (line.split("\t")[:2] for line in lines)
-            filled_lines = [
-                f"{key}\t{english}\t{escape_cell(portuguese[unescape_cell(english)])}" for key, english in rows
-            ]
-            write_text(table, "\n".join([header, *filled_lines]) + "\n")
+            filled_lines = [header]
+            for key, english in (line.split("\t")[:2] for line in lines):
+                filled_lines.append(f"{key}\t{english}\t{escape_cell(portuguese[unescape_cell(english)])}")
+            write_text(table, "\n".join(filled_lines) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,13 +13,12 @@ for any other dataset: a config (configs/openmoji_chat.yaml), `captions.build`, 
 the command again, finished steps are not repeated.
 """
 
-import hashlib
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,15 @@ import yaml
 from datasets import DatasetDict
 
 from capivara_common.cli import check_at_least, flag, parse_arguments, read_yaml_config, run_main_and_report_user_errors
-from capivara_common.files import atomic_folder, write_text
+from capivara_common.files import write_text
 from capivara_search.miniature_model import get_or_build_miniature_folder
 from captions.build import BuildArguments, build_dataset
 from captions.captioners.chat import convert_image_to_jpeg_data_url
 from captions.chat.prompts import CaptionPrompts
 from examples.chat_server import MODEL, ChatServer, run_stand_in_chat_server
 from examples.openmoji.concepts import load_emoji_by_concept, split_concepts
-from examples.openmoji.dataset import render_emoji_splits_as_dataset
+from examples.openmoji.dataset import render_emoji_splits_as_dataset, save_dataset_with_english_names
 
-ENGLISH, NAMES = "captions-en", "captions-pt"
 # Captions that the stand-in server answers, one template per prompt. {} becomes the Portuguese name of the emoji.
 CAPTION_TEMPLATES = ("{}", "um desenho de {}", "um emoji que mostra {}", "{}, desenho simples em fundo branco")
 TRAINER = Path(__file__).resolve().parents[2] / "train_accelerate.py"
@@ -44,7 +42,6 @@ MAX_BATCH_SIZE = 64
 # Flags of the training. It is too short for a good model, because it only has to show that all steps work.
 TRAINING = {"micro_batch_size": 32, "warmup_steps": 1, "learning_rate": 2e-5}
 TRAINING |= {"caption_strategy": "all", "min_learning_rate": 0, "weight_decay": 0}
-SERVER_SECTIONS = ("generate", "translate")  # sections of the config that get the server's address
 
 logger = logging.getLogger("capivara")
 
@@ -72,45 +69,6 @@ class OpenMojiChatArguments:
         check_at_least(self, 1, "max_steps", "concurrency")
 
 
-@dataclass
-class EmojiNames:
-    """Answers of the stand-in chat server, made from the Portuguese names of emoji instead of by a language model.
-
-    Attributes:
-        translations: `{English name: Portuguese name}`, for translation requests.
-        by_image: `{digest of the image's data URL: Portuguese name}`, for caption requests.
-        prompts: Prompts that ask for a caption. The answer to prompt number i uses template number i of
-            `CAPTION_TEMPLATES`.
-    """
-
-    translations: dict[str, str] = field(default_factory=dict)
-    by_image: dict[str, str] = field(default_factory=dict)
-    prompts: list[str] = field(default_factory=list)
-
-    def answer(self, messages: list[dict[str, Any]]) -> str:
-        """Answer a chat request: translate an English emoji name, or caption an emoji image, into Portuguese.
-
-        Args:
-            messages: Messages of the request in OpenAI's format. Only the last message is read. Its content is an
-                English name, or an image with a prompt.
-
-        Returns:
-            The Portuguese name or caption. An unknown name is returned unchanged. An unknown image is called "imagem
-            desconhecida".
-        """
-        content = messages[-1]["content"]
-        if isinstance(content, str):
-            return self.translations.get(content, content)
-        prompt = content[-1]["text"]
-        place = self.prompts.index(prompt) if prompt in self.prompts else 0
-        name = self.by_image.get(_digest(content[0].get("image_url", {}).get("url", "")), "imagem desconhecida")
-        return CAPTION_TEMPLATES[place % len(CAPTION_TEMPLATES)].format(name)
-
-
-def _digest(url: str) -> str:
-    return hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
-
-
 def _render_emoji_dataset(args: OpenMojiChatArguments) -> DatasetDict:
     """Build a dataset of emoji images with their English and Portuguese names.
 
@@ -122,49 +80,35 @@ def _render_emoji_dataset(args: OpenMojiChatArguments) -> DatasetDict:
     return render_emoji_splits_as_dataset({name: splits[name][:count] for name, count in counts.items()})
 
 
-def _save_english_dataset(source: DatasetDict, folder: Path) -> None:
-    """Save a copy of the dataset with one English name per image and no Portuguese names, unless `folder` exists."""
-    if not folder.exists():
-        with atomic_folder(folder) as new:
-            english = source.remove_columns([NAMES])
-            english.map(lambda row: {ENGLISH: row[ENGLISH][:1]}, desc="English names").save_to_disk(new)
-
-
-def _build_stand_in_answers(source: DatasetDict, image_side: int) -> EmojiNames:
-    """Build the answers of the stand-in chat server from a dataset with names in both languages.
+def _build_stand_in_answers(source: DatasetDict, image_side: int) -> Callable[[list[dict[str, Any]]], str]:
+    """Build the function that answers chat requests from the Portuguese names of emoji, without a language model.
 
     Args:
         source: OpenMoji dataset with images and with English and Portuguese names.
-        image_side: Side in pixels to which `captions.build` scales images for requests. The server recognizes an image
-            by its bytes, so the side must be the same.
+        image_side: Side in pixels to which `captions.build` scales images for requests. The function recognizes an
+            image by its bytes, so the side must be the same.
+
+    Returns:
+        Function that gets the messages of a request in OpenAI's format and returns the answer. Only the last message is
+        read. Its content is an English name, or an image with a prompt. The answer is the Portuguese name or caption.
+        For prompt number i of `CaptionPrompts`, it uses template number i of `CAPTION_TEMPLATES`. An unknown name is
+        returned unchanged. An unknown image is called "imagem desconhecida".
     """
-    names = EmojiNames(prompts=CaptionPrompts(None, "pt").prompts)
+    prompts, translations, by_image = CaptionPrompts(None, "pt").prompts, {}, {}
     for row in (row for split in source.values() for row in split):
-        names.translations[row[ENGLISH][0]] = row[NAMES][0]
-        names.by_image[_digest(convert_image_to_jpeg_data_url(row["image"], image_side))] = row[NAMES][0]
-    return names
+        translations[row["captions-en"][0]] = row["captions-pt"][0]
+        by_image[convert_image_to_jpeg_data_url(row["image"], image_side)] = row["captions-pt"][0]
 
+    def answer(messages: list[dict[str, Any]]) -> str:
+        content = messages[-1]["content"]
+        if isinstance(content, str):
+            return translations.get(content, content)
+        prompt = content[-1]["text"]
+        place = prompts.index(prompt) if prompt in prompts else 0
+        name = by_image.get(content[0].get("image_url", {}).get("url"), "imagem desconhecida")
+        return CAPTION_TEMPLATES[place % len(CAPTION_TEMPLATES)].format(name)
 
-@contextmanager
-def _run_stand_in_server_unless_urls_given(args: OpenMojiChatArguments, names: EmojiNames) -> Iterator[list[str]]:
-    """Run the stand-in chat server during a `with` block, unless `--base_url` names a real server.
-
-    Args:
-        args: Command-line arguments.
-        names: Answers of the stand-in server.
-
-    Yields:
-        Addresses of the real server, or a list with the address of the stand-in server.
-    """
-    if args.base_url:
-        yield args.base_url
-        return
-    logger.info(
-        "No language model is used: a stand-in server answers with the names of the emoji. To use a real server, pass "
-        "--base_url and --model."
-    )
-    with run_stand_in_chat_server(ChatServer(names.answer)) as server:
-        yield [server.url]
+    return answer
 
 
 def _build_dataset_and_train_model(args: OpenMojiChatArguments) -> Path:
@@ -181,31 +125,27 @@ def _build_dataset_and_train_model(args: OpenMojiChatArguments) -> Path:
     """
     content, source = read_yaml_config(args.config), _render_emoji_dataset(args)
     content |= {"dataset": str(args.output / "english"), "output": str(args.output)}
-    _save_english_dataset(source, args.output / "english")
-    names = _build_stand_in_answers(source, int(content["generate"]["image_side"]))
-    with _run_stand_in_server_unless_urls_given(args, names) as urls:
-        for section in SERVER_SECTIONS:
+    save_dataset_with_english_names(source, args.output / "english")
+    with ExitStack() as stack:
+        urls = args.base_url
+        if not urls:
+            logger.info(
+                "No language model is used: a stand-in server answers with the names of the emoji. To use a real "
+                "server, pass --base_url and --model."
+            )
+            answer = _build_stand_in_answers(source, int(content["generate"]["image_side"]))
+            urls = [stack.enter_context(run_stand_in_chat_server(ChatServer(answer))).url]
+        for section in ("generate", "translate"):
             content[section] |= {"base_url": urls, "model": args.model, "concurrency": args.concurrency}
         config = args.output / "config.yaml"
         write_text(config, yaml.safe_dump(content, allow_unicode=True, sort_keys=False))
         dataset = build_dataset(BuildArguments(config))
     run = args.output / "run"
     if not run.exists():
-        flags = {
-            "model": get_or_build_miniature_folder(),
-            "dataset": dataset,
-            "output_dir": run,
-            "caption_strategy": "all",
-            "resume": "auto",
-        }
-        flags |= {
-            "effective_batch_size": min(MAX_BATCH_SIZE, args.images),
-            "max_steps": args.max_steps,
-            "eval_steps": args.max_steps,
-            **TRAINING,
-        }
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        words += ["--eval_languages", "pt", "en"]
+        flags = {"model": get_or_build_miniature_folder(), "dataset": dataset, "output_dir": run, "resume": "auto"}
+        flags |= {"max_steps": args.max_steps, "eval_steps": args.max_steps, **TRAINING}
+        flags["effective_batch_size"] = min(MAX_BATCH_SIZE, args.images)
+        words = [*(f"--{name}={value}" for name, value in flags.items()), "--eval_languages", "pt", "en"]
         if status := subprocess.call([sys.executable, str(TRAINER), *words]):
             raise SystemExit(status)  # no message, because the trainer has already printed the reason
     return run

