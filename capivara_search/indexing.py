@@ -41,8 +41,6 @@ from capivara_search.picture_reading import Picture, read_picture_for_indexing
 from capivara_search.results import IndexReport, SkippedFile
 from capivara_search.table import (
     COLOR_SIGNATURE_COLUMN,
-    FOLDER_KEY_PREFIX,
-    PICTURES_TABLE,
     SKIPPED_FILES_TABLE,
     TABLE_SCHEMAS,
     PictureTable,
@@ -471,8 +469,7 @@ def plan_update_and_prepare_index(
     if plan.covers_folders:
         # The folders are recorded now, so that the index knows them even if this update is interrupted.
         # `finish_indexing` adds the numbers of ignored files.
-        new_folders = plan.ignored_counts.keys() - set(table.folders())
-        table.set_metadata({FOLDER_KEY_PREFIX + folder: "" for folder in new_folders})
+        table.set_folders(dict.fromkeys(plan.ignored_counts.keys() - table.folders().keys(), ""))
     _record_current_model(table, model, plan)
     return plan
 
@@ -514,15 +511,15 @@ def finish_indexing(table: PictureTable, model: "SearchModel", plan: IndexPlan, 
     report.removed += len(plan.removed_paths) - report.moved
     report.ignored_counts = dict(sum(plan.ignored_counts.values(), Counter()))
     if plan.covers_folders:
-        counts = {folder: json.dumps(numbers, sort_keys=True) for folder, numbers in plan.ignored_counts.items()}
-        table.set_metadata({FOLDER_KEY_PREFIX + folder: text for folder, text in counts.items()})
+        counts = plan.ignored_counts.items()
+        table.set_folders({folder: json.dumps(numbers, sort_keys=True) for folder, numbers in counts})
     report.skipped_files = _update_and_list_skipped_files(
         table, plan, {skipped.path for skipped in report.skipped_files}
     )
     if len(table.widths()) > 1 and not table.count_other_models(model.image_digest):
         # All rows have vectors of the model in use, so the columns of models with other widths are no longer needed.
         columns = [vector_column(width) for width in table.widths() if width != model.width]
-        table.run_write(PICTURES_TABLE, lambda opened: opened.drop_columns(columns))
+        table.run_write(lambda opened: opened.drop_columns(columns))
     table.optimize(model.width)
 
 
