@@ -164,10 +164,9 @@ def plan_index_update(
             from the index (`IgnoreRules.forgotten`). If the real path of a folder is not the expected one.
     """
     clause, counts = folders_clause(*folders if only_paths is None else only_paths), dict[str, Counter[str]]()
+    rules = rules or load_ignore_rules(table)
     try:
-        files, unreadable = find_pictures_and_unreadable_files(
-            folders, rules or load_ignore_rules(table), counts, only_paths
-        )
+        files, unreadable = find_pictures_and_unreadable_files(folders, rules, counts, only_paths)
     except ValueError as error:
         other_folders = {folder: real for folder, real in folders.items() if str(folder) != error.values["path"]}
         if other_folders and {*map(str, folders)} <= {*table.folders()}:
@@ -191,9 +190,8 @@ def plan_index_update(
     unreadable_prefixes = tuple(skipped.path + os.sep for skipped in unreadable)
     missing = (path for path in stored.positions if path not in present and path.startswith(folder_prefixes))
     removed = [path for path in missing if not path.startswith(unreadable_prefixes)]
-    if only_paths is not None and any(
-        _would_remove_all_rows_of_folder(table, folder, removed, files) for folder in folders
-    ):
+    emptied = (_would_remove_all_rows_of_folder(table, folder, removed, files) for folder in folders)
+    if only_paths is not None and any(emptied):
         # All pictures of a folder seem to be gone, for example because its disk was unmounted. The plan for whole
         # folders refuses empty folders with an error, so it is made instead of removing all rows.
         return plan_index_update(table, image_digest, folders, rules)
@@ -236,6 +234,7 @@ def _would_remove_all_rows_of_folder(
 # --- Reading, embedding, writing -------------------------------------------------------------------------------------
 
 
+@dataclass
 class IndexWriter:
     """Worker that reads the files of a plan, embeds them in batches, and commits their rows to the table.
 
@@ -251,16 +250,14 @@ class IndexWriter:
         reported: Number of processed files in the last call of `progress`.
     """
 
-    def __init__(
-        self,
-        table: PictureTable,
-        model: "SearchModel",
-        plan: IndexPlan,
-        batch_size: int,
-        progress: ProgressCallback = lambda done, total: None,
-    ):
-        self.table, self.model, self.plan = table, model, plan
-        self.batch_size, self.progress = batch_size, progress
+    table: PictureTable
+    model: "SearchModel"
+    plan: IndexPlan
+    batch_size: int
+    progress: ProgressCallback = lambda done, total: None
+
+    def __post_init__(self) -> None:
+        table, model, plan = self.table, self.model, self.plan
         self.columns, self.image_digest, self.column = table.columns(), model.image_digest, vector_column(model.width)
         self.report, self.done_count, self.reported = IndexReport(unchanged=plan.unchanged), 0, 0
         self.estimate, self.write_s = RateEstimator(), 0.0
@@ -401,15 +398,11 @@ class IndexWriter:
             vector: Vector (width,) of the picture.
         """
         digest, stored = picture.digest, self.plan.stored_rows[file.path]
-        values = {name: value for name, value in vars(picture).items() if name != "image"}
-        values |= {
-            COLOR_SIGNATURE_COLUMN: compute_color_signature(picture.image),
-            "model": self.image_digest,
-            self.column: np.float16(vector),
-        }
         # The row stores size and modification time as the scan found them, before the file was read. If the file has
         # changed since then, the next update notices the difference and reads the file again.
-        self.rows[file.path] = values | asdict(file)
+        row = vars(picture) | asdict(file) | {"model": self.image_digest, self.column: np.float16(vector)}
+        row[COLOR_SIGNATURE_COLUMN] = compute_color_signature(row.pop("image"))
+        self.rows[file.path] = row
         self.vectors_by_digest[digest] = vector
         if stored is None:
             kind = "moved" if self.removed_digests[digest] > 0 else "new"
@@ -513,9 +506,8 @@ def finish_indexing(table: PictureTable, model: "SearchModel", plan: IndexPlan, 
     if plan.covers_folders:
         counts = plan.ignored_counts.items()
         table.set_folders({folder: json.dumps(numbers, sort_keys=True) for folder, numbers in counts})
-    report.skipped_files = _update_and_list_skipped_files(
-        table, plan, {skipped.path for skipped in report.skipped_files}
-    )
+    new_paths = {skipped.path for skipped in report.skipped_files}
+    report.skipped_files = _update_and_list_skipped_files(table, plan, new_paths)
     if len(table.widths()) > 1 and not table.count_other_models(model.image_digest):
         # All rows have vectors of the model in use, so the columns of models with other widths are no longer needed.
         columns = [vector_column(width) for width in table.widths() if width != model.width]
@@ -523,9 +515,7 @@ def finish_indexing(table: PictureTable, model: "SearchModel", plan: IndexPlan, 
     table.optimize(model.width)
 
 
-def _update_and_list_skipped_files(
-    table: PictureTable, plan: IndexPlan, new_paths: Collection[str]
-) -> list[SkippedFile]:
+def _update_and_list_skipped_files(table: PictureTable, plan: IndexPlan, new_paths: set[str]) -> list[SkippedFile]:
     """Update the table of skipped files at the end of an index update.
 
     Rows of files that can be read now, or no longer exist, are removed. Files and folders that the folder scan could
@@ -556,9 +546,7 @@ def _update_and_list_skipped_files(
     return [SkippedFile.from_row(valid_rows[path]) for path in sorted(valid_rows)]
 
 
-def embed_files_without_indexing(
-    model: "SearchModel", files: Sequence[FileState], folder: Path
-) -> dict[str, np.ndarray]:
+def embed_files_without_indexing(model: "SearchModel", files: list[FileState], folder: Path) -> dict[str, np.ndarray]:
     """Read and embed picture files without adding them to an index, for example to classify them.
 
     Args:
@@ -574,9 +562,8 @@ def embed_files_without_indexing(
     vectors, read = {}, _make_reader(model, [os.path.realpath(folder)])
     for batch in prefetch_pictures(files, read, CLASSIFY_BATCH_SIZE):
         pictures = {file.path: result.image for file, result in batch if isinstance(result, Picture)}
-        vectors |= dict(
-            zip(pictures, embed_batch_except_bad_images(list(pictures.values()), model.embed_images), strict=True)
-        )
+        embeddings = embed_batch_except_bad_images(list(pictures.values()), model.embed_images)
+        vectors |= zip(pictures, embeddings, strict=True)
     return vectors
 
 
