@@ -34,13 +34,11 @@ from capivara_search.results import (
     Hit,
     IndexReport,
     IndexStatus,
-    SkippedFile,
 )
 from capivara_search.storage_errors import DamagedIndexError
 from capivara_search.table import (
     HIT_COLUMNS,
     MAX_PATHS_PER_CLAUSE,
-    SKIPPED_FILES_TABLE,
     THUMBNAIL_COLUMN,
     PictureTable,
     comparison_columns,
@@ -458,9 +456,8 @@ class PictureIndex:
             vectors.append(self.model.embed_images([image]))
         vector = np.concatenate(vectors).mean(axis=0) if vectors else None
         if feedback:
-            feedback_vectors = self.model.embed_texts([words for _, words in feedback])
-            weights = [weight for weight, _ in feedback]
-            vector = self.apply_feedback(vector, list(zip(weights, feedback_vectors, strict=True)))
+            weights, texts = zip(*feedback, strict=True)
+            vector = self.apply_feedback(vector, list(zip(weights, self.model.embed_texts(texts), strict=True)))
         is_text_query = like is None and not feedback
         return self.search_vector(vector, k, folder, since, until, exact, is_text_query, group_duplicates)
 
@@ -860,12 +857,11 @@ class PictureIndex:
     def status(self) -> IndexStatus:
         """Return a summary of the index: number of pictures, folders, skipped files, model, size and ignore rules."""
         taken = pc.min_max(self._table.rows(["taken"], "taken IS NOT NULL")["taken"]).as_py()
-        skipped_rows = self._table.rows(["path", "reason"], table=SKIPPED_FILES_TABLE).to_pylist()
         model, rules = self._table.model() or {}, known_folders.load_ignore_rules(self._table)
         return IndexStatus(
             where=self.where,
             pictures=len(self),
-            skipped_files=sorted(map(SkippedFile.from_row, skipped_rows), key=lambda skipped: skipped.path),
+            skipped_files=sorted(self._table.skipped_files().values(), key=lambda skipped: skipped.path),
             folders=self.folders(),
             model=model.get("name"),
             bytes=self._table.bytes(),

@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -42,7 +42,6 @@ from capivara_search.results import IndexReport, SkippedFile
 from capivara_search.table import (
     COLOR_SIGNATURE_COLUMN,
     SKIPPED_FILES_TABLE,
-    TABLE_SCHEMAS,
     PictureTable,
     folders_clause,
     in_clause,
@@ -176,14 +175,11 @@ def plan_index_update(
             text = "{error} The index keeps its {number} pictures of this folder; `forget` removes them."
             raise make_coded_error(ValueError, error.code, text, error=error, number=number, **error.values) from error
         raise
-    columns = ["path", "size", "mtime_ns", "digest", "model"]
-    stored = StoredRows(table.rows(columns, clause), image_digest)
+    stored = StoredRows(table.rows(["path", "size", "mtime_ns", "digest", "model"], clause), image_digest)
     todo = [file for file in files if not stored.is_done(file)]
-    known_bad_files = {
-        FileState(row["path"], row["size"], row["mtime_ns"])
-        for row in table.rows([*columns[:3], "reason"], clause, SKIPPED_FILES_TABLE).to_pylist()
-        if SkippedFile.from_row(row).code not in RETRYABLE_REASONS
-    } & set(todo)
+    skipped_files = table.skipped_files(clause).items()
+    bad_files = {file for file, skipped in skipped_files if skipped.code not in RETRYABLE_REASONS}
+    known_bad_files = bad_files & set(todo)
     present = {file.path for file in files} | {skipped.path for skipped in unreadable}
     folder_prefixes = tuple(os.path.join(folder, "") for folder in folders)
     # A file in a folder that can't be read possibly still exists, so the rows of such files are not removed.
@@ -325,8 +321,7 @@ class IndexWriter:
         if self.rows:
             self.table.upsert(pa.Table.from_pylist(list(self.rows.values()), self.columns))
         if self.skipped_files:
-            rows = [asdict(file) | {"reason": skipped.reason} for file, skipped in self.skipped_files.items()]
-            self.table.upsert(pa.Table.from_pylist(rows, TABLE_SCHEMAS[SKIPPED_FILES_TABLE]), SKIPPED_FILES_TABLE)
+            self.table.set_skipped_files(self.skipped_files)
             undecodable = [skipped for skipped in self.skipped_files.values() if skipped.code not in RETRYABLE_REASONS]
             self.table.delete_paths([skipped.path for skipped in undecodable])
             self.report.removed += sum(skipped.path in self.plan.stored_rows.positions for skipped in undecodable)
@@ -529,21 +524,18 @@ def _update_and_list_skipped_files(table: PictureTable, plan: IndexPlan, new_pat
     Returns:
         All skipped files among the paths that the plan compared, sorted by path.
     """
-    columns = ["path", "size", "mtime_ns", "reason"]
-    rows = table.rows(columns, plan.clause, SKIPPED_FILES_TABLE).to_pylist()
-    rows_by_file = {FileState(row["path"], row["size"], row["mtime_ns"]): row for row in rows}
-    valid_rows = {
-        file.path: row for file, row in rows_by_file.items() if file.path in new_paths or file in plan.known_bad_files
-    }
+    stored = table.skipped_files(plan.clause)
+    valid = {file: stored[file] for file in stored if file.path in new_paths or file in plan.known_bad_files}
     for skipped in plan.unreadable:
         # LanceDB stores only valid UTF-8, so the invalid characters of a file name are replaced by "?".
         path = skipped.path.encode("utf-8", "replace").decode()
         # No file has the size and time -1, so the row matches no file on disk, and each update tries the file again.
-        valid_rows[path] = {"path": path, "size": -1, "mtime_ns": -1, "reason": skipped.reason}
-    table.delete_paths([row["path"] for row in rows if row["path"] not in valid_rows], SKIPPED_FILES_TABLE)
-    if new_rows := [row for row in valid_rows.values() if row not in rows]:
-        table.upsert(pa.Table.from_pylist(new_rows, TABLE_SCHEMAS[SKIPPED_FILES_TABLE]), SKIPPED_FILES_TABLE)
-    return [SkippedFile.from_row(valid_rows[path]) for path in sorted(valid_rows)]
+        valid[FileState(path, -1, -1)] = replace(skipped, path=path)
+    valid_paths = {file.path for file in valid}
+    table.delete_paths([file.path for file in stored if file.path not in valid_paths], SKIPPED_FILES_TABLE)
+    if new := {file: skipped for file, skipped in valid.items() if stored.get(file) != skipped}:
+        table.set_skipped_files(new)
+    return sorted(valid.values(), key=lambda skipped: skipped.path)
 
 
 def embed_files_without_indexing(model: "SearchModel", files: list[FileState], folder: Path) -> dict[str, np.ndarray]:

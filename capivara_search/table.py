@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import date, datetime, timedelta
 from functools import cached_property, partial
 from operator import methodcaller
@@ -31,8 +32,9 @@ import pyarrow.compute as pc
 
 from capivara_common.files import CAN_OPEN_FOLDERS, acquire_folder_lock
 from capivara_search import storage_errors
+from capivara_search.folder_scan import FileState
 from capivara_search.messages import log_message_from_code, make_error_from_code
-from capivara_search.results import Hit
+from capivara_search.results import Hit, SkippedFile
 from capivara_search.storage_errors import LANCEDB_ERRORS, DamagedIndexError
 
 if TYPE_CHECKING:
@@ -106,24 +108,22 @@ def pictures_schema(width: int) -> pa.Schema:
     Args:
         width: Width of the model's vectors, which determines the name and type of the vector column.
     """
-    return pa.schema(
-        [
-            pa.field("path", pa.string(), False, PRIMARY_KEY_METADATA),  # absolute path of the file
-            pa.field("size", pa.int64(), False),  # size of the file in bytes
-            pa.field("mtime_ns", pa.int64(), False),  # modification time, in nanoseconds since 1970
-            pa.field("digest", pa.string(), False),  # BLAKE2b-128 digest of the file's content, in hexadecimal
-            pa.field("width", pa.int32(), False),  # pixels, after rotating the picture upright, like the height
-            pa.field("height", pa.int32(), False),  # pixels
-            pa.field("taken", pa.timestamp("us")),  # EXIF date, in the camera's local time
-            pa.field("latitude", pa.float64()),  # degrees
-            pa.field("longitude", pa.float64()),  # degrees
-            pa.field(THUMBNAIL_COLUMN, pa.binary()),  # WebP file
-            pa.field(COLOR_SIGNATURE_COLUMN, pa.binary()),  # result of `duplicates.compute_color_signature`
-            pa.field("model", pa.string(), False),  # digest of the model that made the vector (`image_digest`)
-            pa.field(vector_column(width), pa.list_(pa.float16(), width)),  # vector (embedding) of unit length
-        ],
-        metadata={LAYOUT_METADATA_KEY: str(LAYOUT_VERSION).encode()},
-    )
+    columns = [
+        pa.field("path", pa.string(), False, PRIMARY_KEY_METADATA),  # absolute path of the file
+        pa.field("size", pa.int64(), False),  # size of the file in bytes
+        pa.field("mtime_ns", pa.int64(), False),  # modification time, in nanoseconds since 1970
+        pa.field("digest", pa.string(), False),  # BLAKE2b-128 digest of the file's content, in hexadecimal
+        pa.field("width", pa.int32(), False),  # pixels, after rotating the picture upright, like the height
+        pa.field("height", pa.int32(), False),  # pixels
+        pa.field("taken", pa.timestamp("us")),  # EXIF date, in the camera's local time
+        pa.field("latitude", pa.float64()),  # degrees
+        pa.field("longitude", pa.float64()),  # degrees
+        pa.field(THUMBNAIL_COLUMN, pa.binary()),  # WebP file
+        pa.field(COLOR_SIGNATURE_COLUMN, pa.binary()),  # result of `duplicates.compute_color_signature`
+        pa.field("model", pa.string(), False),  # digest of the model that made the vector (`image_digest`)
+        pa.field(vector_column(width), pa.list_(pa.float16(), width)),  # vector (embedding) of unit length
+    ]
+    return pa.schema(columns, {LAYOUT_METADATA_KEY: str(LAYOUT_VERSION).encode()})
 
 
 def vector_column(width: int) -> str:
@@ -470,6 +470,18 @@ class PictureTable:
         values = {key: value for key, value in self.read_metadata().items() if key.startswith(FOLDER_KEY_PREFIX)}
         return {key.removeprefix(FOLDER_KEY_PREFIX): values[key] for key in sorted(values)}
 
+    def skipped_files(self, clause: str | None = None) -> dict[FileState, SkippedFile]:
+        """Return the files and folders that could not be read when the index was updated.
+
+        Args:
+            clause: SQL condition for the rows of the table `left_out`. None: all rows.
+
+        Returns:
+            Dictionary `{state of the file when it was skipped: the skipped file}`.
+        """
+        rows = self.rows(["path", "size", "mtime_ns", "reason"], clause, SKIPPED_FILES_TABLE).to_pylist()
+        return {FileState(row["path"], row["size"], row["mtime_ns"]): SkippedFile.from_row(row) for row in rows}
+
     def model(self) -> dict[str, Any] | None:
         """Return a description of the model that the latest update of the index used.
 
@@ -600,6 +612,15 @@ class PictureTable:
         if changed := {key: value for key, value in values.items() if stored.get(key) != value}:
             columns = {"key": list(changed), "value": list(changed.values())}
             self.upsert(pa.table(columns, schema=TABLE_SCHEMAS[METADATA_TABLE]), METADATA_TABLE)
+
+    def set_skipped_files(self, skipped_files: Mapping[FileState, SkippedFile]) -> None:
+        """Add skipped files to the table `left_out`. Existing rows with the same paths are replaced.
+
+        Args:
+            skipped_files: Dictionary `{state of the file: the skipped file}`, in the form that `skipped_files` returns.
+        """
+        rows = [asdict(file) | {"reason": skipped.reason} for file, skipped in skipped_files.items()]
+        self.upsert(pa.Table.from_pylist(rows, TABLE_SCHEMAS[SKIPPED_FILES_TABLE]), SKIPPED_FILES_TABLE)
 
     def set_folders(self, values: Mapping[str, str]) -> None:
         """Add folders to the list of indexed folders, or change their values.
