@@ -27,14 +27,7 @@ from capivara_search.folder_scan import to_absolute_path, to_absolute_path_with_
 from capivara_search.index_progress import ProgressCallback, mirror_progress_to_file, read_progress_of_running_update
 from capivara_search.messages import log_message_from_code, make_error_from_code
 from capivara_search.picture_reading import open_query_picture
-from capivara_search.results import (
-    DEFAULT_LABEL_TEMPLATE,
-    DUPLICATE_MIN_SIMILARITY,
-    Classification,
-    Hit,
-    IndexReport,
-    IndexStatus,
-)
+from capivara_search.results import DEFAULT_LABEL_TEMPLATE, Classification, Hit, IndexReport, IndexStatus
 from capivara_search.storage_errors import DamagedIndexError
 from capivara_search.table import (
     HIT_COLUMNS,
@@ -726,7 +719,7 @@ class PictureIndex:
             )
         return [f"model = {quote_sql(digest)}"] if other_count else []
 
-    def duplicates(self, threshold: float = DUPLICATE_MIN_SIMILARITY) -> list[list[Hit]]:
+    def duplicates(self, threshold: float = duplicates.DUPLICATE_MIN_SIMILARITY) -> list[list[Hit]]:
         """Return all groups of near-duplicates in the index.
 
         Near-duplicates are copies of a picture that were resized, re-encoded or slightly edited.

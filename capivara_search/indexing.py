@@ -39,16 +39,7 @@ from capivara_search.index_progress import ProgressCallback, RateEstimator
 from capivara_search.messages import log_message_from_code
 from capivara_search.picture_reading import Picture, read_picture_for_indexing
 from capivara_search.results import IndexReport, SkippedFile
-from capivara_search.table import (
-    COLOR_SIGNATURE_COLUMN,
-    SKIPPED_FILES_TABLE,
-    PictureTable,
-    folders_clause,
-    in_clause,
-    quote_sql,
-    vector_column,
-    vector_column_to_array,
-)
+from capivara_search.table import COLOR_SIGNATURE_COLUMN, PictureTable, folders_clause, vector_column
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
@@ -376,11 +367,7 @@ class IndexWriter:
             Dictionary `{digest: vector (width,)}`, with vectors in float16. Digests without a stored vector of the
             model in use are missing from the dictionary.
         """
-        if not digests:
-            return {}
-        clause = f"{in_clause('digest', digests)} AND model = {quote_sql(self.image_digest)}"
-        rows = self.table.rows(["digest", self.column], clause)
-        return dict(zip(rows["digest"].to_pylist(), vector_column_to_array(rows[self.column]), strict=True))
+        return self.table.vectors_of_digests(digests, self.model.width, self.image_digest)
 
     def _add_row(self, file: FileState, picture: Picture, vector: np.ndarray) -> None:
         """Collect the row of a picture for the next commit, and count the picture in the report.
@@ -532,7 +519,7 @@ def _update_and_list_skipped_files(table: PictureTable, plan: IndexPlan, new_pat
         # No file has the size and time -1, so the row matches no file on disk, and each update tries the file again.
         valid[FileState(path, -1, -1)] = replace(skipped, path=path)
     valid_paths = {file.path for file in valid}
-    table.delete_paths([file.path for file in stored if file.path not in valid_paths], SKIPPED_FILES_TABLE)
+    table.delete_skipped_files([file.path for file in stored if file.path not in valid_paths])
     if new := {file: skipped for file, skipped in valid.items() if stored.get(file) != skipped}:
         table.set_skipped_files(new)
     return sorted(valid.values(), key=lambda skipped: skipped.path)

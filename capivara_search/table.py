@@ -17,7 +17,7 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import date, datetime, timedelta
@@ -435,6 +435,24 @@ class PictureTable:
         rows = self.run_read(lambda table: table.take_offsets(offsets).select(["model", column]).to_arrow())
         return vector_column_to_array(rows.filter(pc.equal(rows["model"], image_digest))[column])
 
+    def vectors_of_digests(self, digests: Collection[str], width: int, image_digest: str) -> dict[str, np.ndarray]:
+        """Look up the stored vectors of pictures by the digests of their file contents.
+
+        Args:
+            digests: Digests of the file contents.
+            width: Width of the model's vectors.
+            image_digest: Digest of the model (`SearchModel.image_digest`).
+
+        Returns:
+            Dictionary `{digest: vector (width,)}`, with vectors in float16. Digests without a stored vector of the
+            model are missing from the dictionary.
+        """
+        if not digests:
+            return {}
+        clause = f"{in_clause('digest', digests)} AND model = {quote_sql(image_digest)}"
+        rows = self.rows(["digest", vector_column(width)], clause)
+        return dict(zip(rows["digest"].to_pylist(), vector_column_to_array(rows[vector_column(width)]), strict=True))
+
     def count(self, clause: str | None = None, table: str = PICTURES_TABLE) -> int:
         """Return the number of rows of a table that match an SQL condition.
 
@@ -621,6 +639,10 @@ class PictureTable:
         """
         rows = [asdict(file) | {"reason": skipped.reason} for file, skipped in skipped_files.items()]
         self.upsert(pa.Table.from_pylist(rows, TABLE_SCHEMAS[SKIPPED_FILES_TABLE]), SKIPPED_FILES_TABLE)
+
+    def delete_skipped_files(self, paths: Sequence[str]) -> None:
+        """Delete the rows with the given paths from the table `left_out`."""
+        self.delete_paths(paths, SKIPPED_FILES_TABLE)
 
     def set_folders(self, values: Mapping[str, str]) -> None:
         """Add folders to the list of indexed folders, or change their values.
