@@ -397,7 +397,7 @@ class PictureTable:
             The rows, in any order.
         """
         parts = [paths[i : i + MAX_PATHS_PER_CLAUSE] for i in range(0, len(paths), MAX_PATHS_PER_CLAUSE)]
-        tables = [self.rows(columns, in_clause("path", part)) for part in parts]
+        tables = [self.rows(columns, _in_clause("path", part)) for part in parts]
         return pa.concat_tables(tables) if tables else self.rows(columns, "false")
 
     def batches(self, columns: Sequence[str], clause: str | None = None) -> Iterator[pa.RecordBatch]:
@@ -433,7 +433,7 @@ class PictureTable:
             return np.empty((0, width), np.float16)
         offsets = np.linspace(0, row_count - 1, min(row_count, max_rows)).astype(int).tolist()
         rows = self.run_read(lambda table: table.take_offsets(offsets).select(["model", column]).to_arrow())
-        return vector_column_to_array(rows.filter(pc.equal(rows["model"], image_digest))[column])
+        return _vector_column_to_array(rows.filter(pc.equal(rows["model"], image_digest))[column])
 
     def vectors_of_digests(self, digests: Collection[str], width: int, image_digest: str) -> dict[str, np.ndarray]:
         """Look up the stored vectors of pictures by the digests of their file contents.
@@ -449,9 +449,9 @@ class PictureTable:
         """
         if not digests:
             return {}
-        clause = f"{in_clause('digest', digests)} AND model = {quote_sql(image_digest)}"
+        clause = f"{_in_clause('digest', digests)} AND model = {quote_sql(image_digest)}"
         rows = self.rows(["digest", vector_column(width)], clause)
-        return dict(zip(rows["digest"].to_pylist(), vector_column_to_array(rows[vector_column(width)]), strict=True))
+        return dict(zip(rows["digest"].to_pylist(), _vector_column_to_array(rows[vector_column(width)]), strict=True))
 
     def count(self, clause: str | None = None, table: str = PICTURES_TABLE) -> int:
         """Return the number of rows of a table that match an SQL condition.
@@ -528,7 +528,7 @@ class PictureTable:
         """
         approximate = not exact and self.has_approximate_index(len(vector))
         rows = self.run_read(lambda table: _build_vector_query(table, vector, k, clause, approximate).to_arrow())
-        scores = np.clip(l2_normalize(vector_column_to_array(rows[vector_column(len(vector))])) @ vector, -1, 1)
+        scores = np.clip(l2_normalize(_vector_column_to_array(rows[vector_column(len(vector))])) @ vector, -1, 1)
         rows = rows.append_column("score", pa.array(scores, pa.float64()))
         return rows.sort_by([("score", "descending"), ("path", "ascending")])
 
@@ -603,7 +603,7 @@ class PictureTable:
             table: Name of the table.
         """
         for start in range(0, len(paths), MAX_PATHS_PER_CLAUSE):
-            clause = in_clause(TABLE_KEY_COLUMNS[table], paths[start : start + MAX_PATHS_PER_CLAUSE])
+            clause = _in_clause(TABLE_KEY_COLUMNS[table], paths[start : start + MAX_PATHS_PER_CLAUSE])
             self.run_write(methodcaller("delete", clause), table)
 
     def delete_matching(self, clause: str, table: str = PICTURES_TABLE) -> int:
@@ -878,7 +878,7 @@ class PictureTable:
             log_message_from_code("set_aside", folder, row_count, new_folder, level=logging.WARNING)
 
 
-def vector_column_to_array(column: pa.ChunkedArray) -> np.ndarray:
+def _vector_column_to_array(column: pa.ChunkedArray) -> np.ndarray:
     """Convert a vector column to a NumPy array.
 
     Args:
@@ -904,7 +904,7 @@ def extract_unit_vectors_of_model_or_zeros(model: "SearchModel", rows: pa.Table)
     vectors, name = np.zeros((len(rows), model.width), np.float32), vector_column(model.width)
     if name in rows.column_names:
         has_vector = pc.and_(rows[name].is_valid(), pc.equal(rows["model"], model.image_digest))
-        vectors[has_vector.to_numpy()] = l2_normalize(vector_column_to_array(rows[name].filter(has_vector)))
+        vectors[has_vector.to_numpy()] = l2_normalize(_vector_column_to_array(rows[name].filter(has_vector)))
     return vectors
 
 
@@ -952,7 +952,7 @@ def quote_sql(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def in_clause(column: str, values: Iterable[str]) -> str:
+def _in_clause(column: str, values: Iterable[str]) -> str:
     """Return the SQL condition that a column has one of several values.
 
     Args:

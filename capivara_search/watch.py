@@ -32,7 +32,7 @@ POLL_INTERVAL_MS = 2000
 # Types of file systems for which Linux does not report changes that other machines make. A dot is added to a type of
 # /proc/self/mountinfo, then the type must start with one of these texts. So "nfs." matches only the type nfs, whereas
 # "fuse." also matches subtypes such as fuse.sshfs.
-NETWORK_FILE_SYSTEMS = (*("nfs.", "nfs4.", "cifs.", "smb", "9p.", "afs.", "ceph.", "virtiofs.", "vboxsf.", "fuse."),)
+NETWORK_FILE_SYSTEMS = ("nfs.", "nfs4.", "cifs.", "smb", "9p.", "afs.", "ceph.", "virtiofs.", "vboxsf.", "fuse.")
 MOUNTINFO_FILE = Path("/proc/self/mountinfo")  # exists on Linux only
 # The follower is a child process of the web page's server. It runs `capivara watch`, which updates the index.
 RESTART_DELAY_S = 30  # seconds before a follower that has ended is started again
