@@ -72,16 +72,15 @@ def compute_color_signature(image: PIL.Image.Image) -> bytes:
         its details follow: the values of its Y, Cb and Cr planes, resized to the sides in `DETAIL_SIDES`.
     """
     image = image.convert("RGB")
-    colors = image.resize((SIGNATURE_SIDE, SIGNATURE_SIDE), PIL.Image.Resampling.BOX).tobytes()
+    signature = image.resize((SIGNATURE_SIDE, SIGNATURE_SIDE), PIL.Image.Resampling.BOX).tobytes()
     if not _is_flat_picture(np.asarray(image)):
-        return colors
-    planes = zip(image.convert("YCbCr").split(), DETAIL_SIDES, strict=True)
+        return signature
     # A cell is the area of the picture that becomes one pixel of the details. In a smaller or larger copy of the
     # picture, other pixels lie on the borders of the cells. HAMMING gives pixels on the border of a cell less weight
     # than pixels in its middle, so the details hardly change. BOX weights all pixels of a cell equally.
-    return colors + b"".join(
-        plane.resize((side, side), PIL.Image.Resampling.HAMMING).tobytes() for plane, side in planes
-    )
+    for plane, side in zip(image.convert("YCbCr").split(), DETAIL_SIDES, strict=True):
+        signature += plane.resize((side, side), PIL.Image.Resampling.HAMMING).tobytes()
+    return signature
 
 
 def _is_flat_picture(pixels: np.ndarray) -> bool:
@@ -121,19 +120,16 @@ def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes |
         Array (rows, width + `SIGNATURE_BYTES` + `DETAIL_BYTES`), float32. The last columns (`DETAIL_COLUMNS`) contain
         the details of flat pictures, such as icons, and are zeros for other pictures.
     """
-    pixels = np.frombuffer(
-        b"".join((signature or bytes(SIGNATURE_BYTES))[:SIGNATURE_BYTES] for signature in signatures), np.uint8
-    )
-    pixels = pixels.reshape(len(signatures), SIGNATURE_SIDE * SIGNATURE_SIDE, 3).astype(np.float32)
+    colors = b"".join((signature or bytes(SIGNATURE_BYTES))[:SIGNATURE_BYTES] for signature in signatures)
+    pixels = np.frombuffer(colors, np.uint8).reshape(len(signatures), SIGNATURE_SIDE**2, 3).astype(np.float32)
     pixels -= (pixels.mean(axis=1, keepdims=True) + pixels.mean(axis=(1, 2), keepdims=True)) / 2
     pixels = pixels.reshape(len(signatures), SIGNATURE_BYTES)
     norms = np.linalg.norm(pixels, axis=1, keepdims=True)
     is_uniform = norms < MIN_SIGNATURE_STD * SIGNATURE_BYTES**0.5
     pixels *= np.where(is_uniform, 0, SIGNATURE_WEIGHT**0.5 / np.maximum(norms, 1)).astype(np.float32)
     vector_scale = np.where(is_uniform, 1, (1 - SIGNATURE_WEIGHT) ** 0.5).astype(np.float32)
-    return np.concatenate(
-        [vectors * vector_scale, pixels, _extract_flat_picture_details(signatures)], axis=1, dtype=np.float32
-    )
+    details = _extract_flat_picture_details(signatures)
+    return np.concatenate([vectors * vector_scale, pixels, details], axis=1, dtype=np.float32)
 
 
 def _extract_flat_picture_details(signatures: Sequence[bytes | None]) -> np.ndarray:
@@ -216,9 +212,7 @@ def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUP
     return compute_duplicate_similarity(vectors, others) >= threshold - FLOAT16_TOLERANCE
 
 
-def assign_near_duplicate_leaders(
-    vectors: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY, max_groups: int | None = None
-) -> np.ndarray:
+def assign_near_duplicate_leaders(vectors: np.ndarray, threshold: float, max_groups: int | None = None) -> np.ndarray:
     """Group near-duplicates by assigning each picture to the leader of its group (sequential leader clustering).
 
     Each row of the array is a picture. Rows are processed in order. If a row is similar to an earlier leader, it joins

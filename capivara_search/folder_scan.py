@@ -4,7 +4,6 @@ Picture files are recognized by the suffix of their name. They are not opened he
 """
 
 import os
-import shlex
 import stat
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -132,8 +131,7 @@ def find_pictures_and_unreadable_files(
             raise make_coded_error(ValueError, None, text, path=root, fault=fault)
     rules = rules or IgnoreRules()
     for root in roots:
-        if forgotten := rules.find_forgotten_parent(root):
-            raise make_error_from_code(ValueError, "folder_forgotten", path=root, forgotten=shlex.quote(forgotten))
+        rules.check_not_forgotten(root)
     scan = _FolderScan(roots, rules, only_paths)
     for root in roots:
         scan.scan_folder(root)

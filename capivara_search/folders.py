@@ -20,16 +20,9 @@ from capivara_common.files import read_json, write_json
 from capivara_search.folder_scan import to_absolute_path
 from capivara_search.ignore_rules import IgnoreRules
 from capivara_search.messages import log_message_from_code, make_error_from_code
-from capivara_search.table import (
-    FOLDER_KEY_PREFIX,
-    METADATA_TABLE,
-    PICTURES_TABLE,
-    RULES_KEY,
-    SKIPPED_FILES_TABLE,
-    PictureTable,
-    folders_clause,
-    quote_sql,
-)
+from capivara_search.table import PICTURES_TABLE, SKIPPED_FILES_TABLE, PictureTable, folders_clause, quote_sql
+
+RULES_KEY = "rules"  # key of the index's metadata; the value is JSON with the rules, which apply to all folders
 
 
 def load_requested_folders(table: PictureTable) -> dict[str, str]:
@@ -121,12 +114,11 @@ def load_ignored_counts_by_reason(table: PictureTable) -> Counter[str]:
         "excluded" (matched a pattern), "hidden", "system", "link" and "video".
     """
     counts = Counter[str]()
-    for key, value in table.read_metadata().items():
-        if key.startswith(FOLDER_KEY_PREFIX):
-            # Values that can't be parsed are skipped: the value is "" until the first update of the folder ends, and in
-            # indexes of older versions.
-            with suppress(ValueError, AttributeError):
-                counts.update({reason: n for reason, n in json.loads(value).items() if type(n) is int})
+    for value in table.folders().values():
+        # Values that can't be parsed are skipped: the value is "" until the first update of the folder ends, and in
+        # indexes of older versions.
+        with suppress(ValueError, AttributeError):
+            counts.update({reason: n for reason, n in json.loads(value).items() if type(n) is int})
     return counts
 
 
@@ -165,10 +157,9 @@ def resolve_folders_to_scan(
             paths[path] = os.path.realpath(path)
     if not paths:
         raise make_error_from_code(ValueError, "no_known_folder")
-    if mistaken := [
-        pattern for pattern in exclude if _is_pattern_probably_a_mistaken_path(pattern, {*map(Path, known), *paths})
-    ]:
-        raise make_error_from_code(ValueError, "path_excluded", pattern=mistaken[0])
+    for pattern in exclude:
+        if _is_pattern_probably_a_mistaken_path(pattern, {*map(Path, known), *paths}):
+            raise make_error_from_code(ValueError, "path_excluded", pattern=pattern)
     return paths
 
 
@@ -220,13 +211,12 @@ def remove_from_index_and_ignore_path(table: PictureTable, path: Path) -> int:
         The number of pictures that were removed from the index.
     """
     with table.locked():
-        removed = table.delete_matching(folders_clause(path), PICTURES_TABLE)
+        removed = table.delete_matching(folders_clause(path))
         skipped = table.delete_matching(folders_clause(path), SKIPPED_FILES_TABLE)
         if removed or skipped or os.path.lexists(path):
             rules = load_ignore_rules(table)
             save_ignore_rules(table, replace(rules, forgotten=rules.forgotten | {str(path)}))
-        folders_inside = [folder for folder in table.folders() if Path(folder).is_relative_to(path)]
-        table.delete_paths([FOLDER_KEY_PREFIX + folder for folder in folders_inside], METADATA_TABLE)
+        table.delete_folders(folder for folder in table.folders() if Path(folder).is_relative_to(path))
         table.purge()
     return removed
 
@@ -253,9 +243,9 @@ def update_paths_after_move(table: PictureTable, old: Path, new: Path) -> tuple[
         raise make_error_from_code(ValueError, "move_nested", old=old, new=new)
     with table.locked():
         paths = table.rows(["path"], folders_clause(old))["path"].to_pylist()
-        folders, metadata, rules = table.folders(), table.read_metadata(), load_ignore_rules(table)
-        old_keys = [FOLDER_KEY_PREFIX + folder for folder in folders if Path(folder).is_relative_to(old)]
-        if not paths and not old_keys:
+        folders, rules = table.folders(), load_ignore_rules(table)
+        old_folders = [folder for folder in folders if Path(folder).is_relative_to(old)]
+        if not paths and not old_folders:
             raise make_error_from_code(ValueError, "move_nothing", path=old)
         existing = sum(os.path.isfile(_moved_path(path, old, new)) for path in paths)
         if paths and not existing:
@@ -263,22 +253,22 @@ def update_paths_after_move(table: PictureTable, old: Path, new: Path) -> tuple[
             raise make_error_from_code(ValueError, "move_not_there", path=old, total=len(paths), example=example)
         for name in (PICTURES_TABLE, SKIPPED_FILES_TABLE):
             _update_rows_after_move(table, name, old, new)
-        forgotten_inside = [path for path in rules.forgotten if Path(path).is_relative_to(old)]
-        moved = frozenset(_moved_path(path, old, new) for path in forgotten_inside)
-        save_ignore_rules(table, replace(rules, forgotten=(rules.forgotten - {*forgotten_inside}) | moved))
-        values = {key.replace(str(old), str(new), 1): metadata[key] for key in old_keys}
+        inside = {path for path in rules.forgotten if Path(path).is_relative_to(old)}
+        forgotten = (rules.forgotten - inside) | {_moved_path(path, old, new) for path in inside}
+        save_ignore_rules(table, replace(rules, forgotten=forgotten))
+        new_folders = {_moved_path(folder, old, new): folders[folder] for folder in old_folders}
         if any(Path(folder) in old.parents for folder in folders) and not any(map(new.is_relative_to, folders)):
             # The old folder was inside an indexed folder. The new folder is outside of all indexed folders, so it is
             # added to the index as a folder of its own.
-            values[FOLDER_KEY_PREFIX + str(new)] = ""
-        table.set_metadata(values)
+            new_folders[str(new)] = ""
+        table.set_folders(new_folders)
         # A folder is recorded as added by the user only if its real path is inside the new folder, which the user has
         # named. The list in the index alone is not trusted: a manipulated index could name any private folder.
         real_paths = {folder: os.path.realpath(folder) for folder in table.folders()}
         real_new = Path(os.path.realpath(new))
         requested = {folder: real for folder, real in real_paths.items() if Path(real).is_relative_to(real_new)}
         record_requested_folders(table, requested, old)
-        table.delete_paths(old_keys, METADATA_TABLE)
+        table.delete_folders(old_folders)
         table.purge()
     return len(paths), existing
 
@@ -311,4 +301,4 @@ def _update_rows_after_move(table: PictureTable, name: str, old: Path, new: Path
     table.delete_paths([path for path in paths if _moved_path(path, old, new) in existing_paths], name)
     moved_path_sql = f"concat({quote_sql(str(new))}, substr(path, {len(str(old)) + 1}))"
     if paths:
-        table.run_write(name, lambda opened: opened.update(where=clause, values_sql={"path": moved_path_sql}))
+        table.run_write(lambda opened: opened.update(where=clause, values_sql={"path": moved_path_sql}), name)

@@ -63,15 +63,21 @@ class IgnoreRules:
             target = os.path.abspath(Path(entry).expanduser())
             still_forgotten = frozenset(path for path in forgotten if not Path(path).is_relative_to(target))
             if str(entry) not in self.exclude:
-                if parent := IgnoreRules(forgotten=still_forgotten).find_forgotten_parent(target):
-                    raise make_error_from_code(
-                        ValueError, "folder_forgotten", path=target, forgotten=shlex.quote(parent)
-                    )
+                IgnoreRules(forgotten=still_forgotten).check_not_forgotten(target)
                 if still_forgotten == forgotten:
                     raise make_error_from_code(ValueError, "nothing_to_include", path=entry)
             forgotten = still_forgotten
         patterns, removed = dict.fromkeys([*self.exclude, *exclude]), set(map(str, include))
         return IgnoreRules(tuple(pattern for pattern in patterns if pattern not in removed), forgotten)
+
+    def check_not_forgotten(self, path: str) -> None:
+        """Raise ValueError if a file or folder was removed from the index by the user, or lies in such a folder.
+
+        Args:
+            path: Absolute path of the file or folder.
+        """
+        if forgotten := self.find_forgotten_parent(path):
+            raise make_error_from_code(ValueError, "folder_forgotten", path=path, forgotten=shlex.quote(forgotten))
 
     def find_forgotten_parent(self, path: str) -> str | None:
         """Find the forgotten path that makes the index ignore a file or folder.

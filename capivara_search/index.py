@@ -21,44 +21,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from capivara_search import duplicates, folder_scan, indexing, query
 from capivara_search import folders as known_folders
-from capivara_search import query
-from capivara_search.duplicates import (
-    cluster_near_duplicates,
-    compute_duplicate_similarity,
-    get_comparison_vectors,
-    is_duplicate,
-)
-from capivara_search.folder_scan import (
-    FileState,
-    find_pictures_and_unreadable_files,
-    to_absolute_path,
-    to_absolute_path_with_disk_case,
-)
-from capivara_search.index_progress import mirror_progress_to_file, read_progress_of_running_update
-from capivara_search.indexing import (
-    IndexWriter,
-    StoredRows,
-    embed_files_without_indexing,
-    finish_indexing,
-    plan_update_and_prepare_index,
-)
+from capivara_search.folder_scan import to_absolute_path, to_absolute_path_with_disk_case
+from capivara_search.index_progress import ProgressCallback, mirror_progress_to_file, read_progress_of_running_update
 from capivara_search.messages import log_message_from_code, make_error_from_code
 from capivara_search.picture_reading import open_query_picture
-from capivara_search.results import (
-    DEFAULT_LABEL_TEMPLATE,
-    DUPLICATE_MIN_SIMILARITY,
-    Classification,
-    Hit,
-    IndexReport,
-    IndexStatus,
-    SkippedFile,
-)
+from capivara_search.results import DEFAULT_LABEL_TEMPLATE, Classification, Hit, IndexReport, IndexStatus
 from capivara_search.storage_errors import DamagedIndexError
 from capivara_search.table import (
     HIT_COLUMNS,
     MAX_PATHS_PER_CLAUSE,
-    SKIPPED_FILES_TABLE,
     THUMBNAIL_COLUMN,
     PictureTable,
     comparison_columns,
@@ -71,8 +44,8 @@ from capivara_search.table import (
     newest_first_order,
     quote_sql,
     vector_column,
-    vector_column_to_array,
 )  # fmt: skip
+from capivara_search.watch import watch_folders_and_iter_index_updates
 
 if TYPE_CHECKING:
     from threading import Event
@@ -127,7 +100,7 @@ class CachedRows:
 
         Each vector combines the model's vector (embedding) and the color signature of a picture.
         """
-        return get_comparison_vectors(self._model, self.rows)
+        return duplicates.get_comparison_vectors(self._model, self.rows)
 
     def nearest(self, vector: np.ndarray, k: int) -> pa.Table:
         """Return the rows whose vectors are nearest to a query vector, by exact search.
@@ -252,7 +225,7 @@ class PictureIndex:
         self,
         *folders: str | Path,
         batch_size: int = 32,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: ProgressCallback | None = None,
         exclude: Sequence[str] = (),
         include: Sequence[str | Path] = (),
         only_paths: Collection[str] | None = None,
@@ -294,14 +267,12 @@ class PictureIndex:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         start = time.monotonic()
-        with (
-            self._table.locked(),
-            mirror_progress_to_file(self.where, on_progress or (lambda done, total: None)) as progress,
-        ):
-            plan = plan_update_and_prepare_index(self._table, self.model, paths, exclude, include, only_paths, progress)
-            writer = IndexWriter(self._table, self.model, plan, batch_size, progress)
+        with self._table.locked(), mirror_progress_to_file(self.where, on_progress) as progress:
+            table, model = self._table, self.model
+            plan = indexing.plan_update_and_prepare_index(table, model, paths, exclude, include, only_paths, progress)
+            writer = indexing.IndexWriter(table, model, plan, batch_size, progress)
             report = writer.run()
-            finish_indexing(self._table, self.model, plan, report)
+            indexing.finish_indexing(table, model, plan, report)
             if writer.reported < len(plan.files):
                 progress(len(plan.files), len(plan.files))
         report.seconds = time.monotonic() - start
@@ -345,7 +316,7 @@ class PictureIndex:
         *folders: str | Path,
         poll: bool | None = None,
         stop: "Event | None" = None,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: ProgressCallback | None = None,
     ) -> Iterator[IndexReport]:
         """Update the index from folders as `add` does, then watch the folders and index changes within seconds.
 
@@ -366,13 +337,8 @@ class PictureIndex:
             OSError: If the index can't be written, or there are too many folders for the operating system to watch.
             ImportError: If the package watchfiles is not installed.
         """
-        from capivara_search.watch import (
-            watch_folders_and_iter_index_updates,  # imported late because only this method needs watchfiles
-        )
-
-        return watch_folders_and_iter_index_updates(
-            self, [*map(to_absolute_path_with_disk_case, folders)], poll, stop, on_progress
-        )
+        named_folders = [*map(to_absolute_path_with_disk_case, folders)]
+        return watch_folders_and_iter_index_updates(self, named_folders, poll, stop, on_progress)
 
     def progress(self) -> dict[str, int | None] | None:
         """Return the progress of an update of this index that is running in any process.
@@ -404,11 +370,9 @@ class PictureIndex:
         Returns:
             The number of removed pictures.
         """
-        return (
-            known_folders.remove_from_index_and_ignore_path(self._table, to_absolute_path_with_disk_case(folder))
-            if self._table.exists()
-            else 0
-        )
+        if not self._table.exists():
+            return 0
+        return known_folders.remove_from_index_and_ignore_path(self._table, to_absolute_path_with_disk_case(folder))
 
     def move(self, old: str | Path, new: str | Path) -> tuple[int, int]:
         """Update the paths in the index after a folder of pictures was moved or renamed.
@@ -427,9 +391,8 @@ class PictureIndex:
             ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its
                 pictures exists in the new folder.
         """
-        return known_folders.update_paths_after_move(
-            self._table, to_absolute_path_with_disk_case(old), to_absolute_path_with_disk_case(new)
-        )
+        old, new = to_absolute_path_with_disk_case(old), to_absolute_path_with_disk_case(new)
+        return known_folders.update_paths_after_move(self._table, old, new)
 
     # --- Searching
 
@@ -472,12 +435,9 @@ class PictureIndex:
                 or a weight is out of range. If there is no index, or all its pictures were embedded with another model.
         """
         text = text.strip() if text else None
-        signed_words = [
-            (sign, words)
-            for sign, argument in ((1, more), (-1, less))
-            for words in ([argument] if isinstance(argument, str) else argument)
-        ]
-        feedback = [(sign, *query.parse_weighted_feedback(words)) for sign, words in signed_words]
+        more, less = ([argument] if isinstance(argument, str) else argument for argument in (more, less))
+        feedback = [(weight, words) for weight, words in map(query.parse_weighted_feedback, more)]
+        feedback += [(-weight, words) for weight, words in map(query.parse_weighted_feedback, less)]
         if not text and like is None and not feedback:
             raise make_error_from_code(ValueError, "empty_query")
         # The result is not used. The call raises errors of the index now, so that the user does not wait for the model
@@ -489,9 +449,8 @@ class PictureIndex:
             vectors.append(self.model.embed_images([image]))
         vector = np.concatenate(vectors).mean(axis=0) if vectors else None
         if feedback:
-            feedback_vectors = self.model.embed_texts([words for *_, words in feedback])
-            weights = [sign * weight for sign, weight, _ in feedback]
-            vector = self.apply_feedback(vector, list(zip(weights, feedback_vectors, strict=True)))
+            weights, texts = zip(*feedback, strict=True)
+            vector = self.apply_feedback(vector, list(zip(weights, self.model.embed_texts(texts), strict=True)))
         is_text_query = like is None and not feedback
         return self.search_vector(vector, k, folder, since, until, exact, is_text_query, group_duplicates)
 
@@ -582,10 +541,8 @@ class PictureIndex:
         if model_clauses := self._model_clauses():
             not_embedded = self._table.count_other_models(self.model.image_digest)
             log_message_from_code("not_yet_embedded", not_embedded, len(self), self.model.name, level=logging.WARNING)
-        vector, clause = (
-            l2_normalize(vector),
-            join_clauses([*model_clauses, *_build_filter_clauses(folder, since, until)]),
-        )
+        vector = l2_normalize(vector)
+        clause = join_clauses([*model_clauses, *_build_filter_clauses(folder, since, until)])
         nearest = partial(self._make_nearest(clause, exact), vector)
         hits = self._group_hits(k, nearest, clause) if group_duplicates else convert_rows_to_hits(nearest(k))
         if not is_text_query or not hits:
@@ -649,15 +606,15 @@ class PictureIndex:
         number, groups = DUPLICATE_OVERFETCH * k, list[np.ndarray]()
         while len(groups) < k:
             rows = fetch_ranked(number)
-            vectors = get_comparison_vectors(self.model, rows)
-            groups = cluster_near_duplicates(vectors, max_groups=k)
+            vectors = duplicates.get_comparison_vectors(self.model, rows)
+            groups = duplicates.cluster_near_duplicates(vectors, max_groups=k)
             if len(rows) < number:
                 break
             number *= OVERFETCH_GROWTH
         first_rows = np.array([group[0] for group in groups], int)
         cached = self._load_cached_rows(clause)
         others = cached.comparison_vectors if cached else vectors
-        copy_counts = is_duplicate(vectors[first_rows], others).sum(axis=1) - 1
+        copy_counts = duplicates.is_duplicate(vectors[first_rows], others).sum(axis=1) - 1
         hits = zip(convert_rows_to_hits(rows.take(first_rows)), copy_counts, strict=True)
         return [replace(hit, copies=max(0, int(copy_count))) for hit, copy_count in hits]
 
@@ -682,14 +639,13 @@ class PictureIndex:
         """
         vector, clause = self.vectors([path])[0], join_clauses(_build_filter_clauses(folder, since, until))
         picture = self._table.rows_of_paths(comparison_columns(self.model.width), [path])
-        picture_vectors = get_comparison_vectors(self.model, picture)  # one row, because there is one path
+        picture_vectors = duplicates.get_comparison_vectors(self.model, picture)  # one row, because there is one path
         cached = self._load_cached_rows(clause)
         rows = cached.rows if cached else self._table.nearest(vector, DUPLICATE_OVERFETCH * k, clause)
-        others = cached.comparison_vectors if cached else get_comparison_vectors(self.model, rows)
-        copies = np.flatnonzero(is_duplicate(picture_vectors, others)[0])
-        hits = convert_rows_to_hits(
-            rows.take(copies), np.clip(compute_duplicate_similarity(others[copies], picture_vectors)[:, 0], -1, 1)
-        )
+        others = cached.comparison_vectors if cached else duplicates.get_comparison_vectors(self.model, rows)
+        copies = np.flatnonzero(duplicates.is_duplicate(picture_vectors, others)[0])
+        similarities = duplicates.compute_duplicate_similarity(others[copies], picture_vectors)[:, 0]
+        hits = convert_rows_to_hits(rows.take(copies), np.clip(similarities, -1, 1))
         return sorted((hit for hit in hits if hit.path != path), key=lambda hit: (-hit.score, hit.path))[:k]
 
     def newest(
@@ -763,7 +719,7 @@ class PictureIndex:
             )
         return [f"model = {quote_sql(digest)}"] if other_count else []
 
-    def duplicates(self, threshold: float = DUPLICATE_MIN_SIMILARITY) -> list[list[Hit]]:
+    def duplicates(self, threshold: float = duplicates.DUPLICATE_MIN_SIMILARITY) -> list[list[Hit]]:
         """Return all groups of near-duplicates in the index.
 
         Near-duplicates are copies of a picture that were resized, re-encoded or slightly edited.
@@ -789,10 +745,10 @@ class PictureIndex:
         # The first row of a group becomes its first hit, which should be the best copy. Rows are therefore sorted by
         # quality: most pixels first, then the largest file.
         rows = rows.sort_by([("pixels", "descending"), ("size", "descending"), ("path", "ascending")])
-        vectors, groups = get_comparison_vectors(self.model, rows), []
-        for numbers in (group for group in cluster_near_duplicates(vectors, threshold) if len(group) > 1):
-            scores = np.clip(compute_duplicate_similarity(vectors[numbers], vectors[numbers[:1]])[:, 0], -1, 1)
-            leader, *others = convert_rows_to_hits(rows.take(numbers), scores)
+        vectors, groups = duplicates.get_comparison_vectors(self.model, rows), []
+        for numbers in (group for group in duplicates.cluster_near_duplicates(vectors, threshold) if len(group) > 1):
+            similarities = duplicates.compute_duplicate_similarity(vectors[numbers], vectors[numbers[:1]])[:, 0]
+            leader, *others = convert_rows_to_hits(rows.take(numbers), np.clip(similarities, -1, 1))
             groups.append([leader, *sorted(others, key=lambda hit: (-hit.score, hit.path))])
         return sorted(groups, key=len, reverse=True)
 
@@ -849,12 +805,10 @@ class PictureIndex:
         Returns:
             Dictionary `{path: vector (width,)}`. Vectors are float32 and have unit length.
         """
-        column = vector_column(self.model.width)
-        if not self._table.exists() or self.model.width not in self._table.widths():
-            return {}
-        rows = self._table.rows_of_paths(["path", "model", column], list(paths))
+        rows = self._table.rows_of_paths(["path", "model", vector_column(self.model.width)], list(paths))
         rows = rows.filter(pc.equal(rows["model"], self.model.image_digest))
-        return dict(zip(rows["path"].to_pylist(), l2_normalize(vector_column_to_array(rows[column])), strict=True))
+        vectors = extract_unit_vectors_of_model_or_zeros(self.model, rows)
+        return dict(zip(rows["path"].to_pylist(), vectors, strict=True))
 
     def folders(self) -> dict[str, int]:
         """Return the number of pictures in each folder that was added to the index.
@@ -896,12 +850,11 @@ class PictureIndex:
     def status(self) -> IndexStatus:
         """Return a summary of the index: number of pictures, folders, skipped files, model, size and ignore rules."""
         taken = pc.min_max(self._table.rows(["taken"], "taken IS NOT NULL")["taken"]).as_py()
-        skipped_rows = self._table.rows(["path", "reason"], table=SKIPPED_FILES_TABLE).to_pylist()
         model, rules = self._table.model() or {}, known_folders.load_ignore_rules(self._table)
         return IndexStatus(
             where=self.where,
             pictures=len(self),
-            skipped_files=sorted(map(SkippedFile.from_row, skipped_rows), key=lambda skipped: skipped.path),
+            skipped_files=sorted(self._table.skipped_files().values(), key=lambda skipped: skipped.path),
             folders=self.folders(),
             model=model.get("name"),
             bytes=self._table.bytes(),
@@ -959,13 +912,15 @@ class PictureIndex:
         Returns:
             Tuple of the sorted paths of the pictures, and the array (paths, width) of their vectors, of unit length.
         """
-        files = [FileState.of(str(source))] if source.is_file() else find_pictures_and_unreadable_files([source])[0]
+        if source.is_file():
+            files = [folder_scan.FileState.of(str(source))]
+        else:
+            files, _ = folder_scan.find_pictures_and_unreadable_files([source])
         rows = self._table.rows(["path", "size", "mtime_ns", "digest", "model"], folders_clause(source))
-        stored = StoredRows(rows, self.model.image_digest)
+        stored = indexing.StoredRows(rows, self.model.image_digest)
         vectors = self._stored_vectors([file.path for file in files if stored.is_done(file)])
-        vectors |= embed_files_without_indexing(
-            self.model, [file for file in files if file.path not in vectors], source
-        )
+        missing = [file for file in files if file.path not in vectors]
+        vectors |= indexing.embed_files_without_indexing(self.model, missing, source)
         paths = [file.path for file in files if file.path in vectors]
         return paths, np.stack([vectors[path] for path in paths]) if paths else np.empty((0, self.model.width))
 

@@ -62,7 +62,7 @@ class RateEstimator:
 
 
 @contextmanager
-def mirror_progress_to_file(where: str, progress: ProgressCallback) -> Iterator[ProgressCallback]:
+def mirror_progress_to_file(where: str, progress: ProgressCallback | None) -> Iterator[ProgressCallback]:
     """Extend a progress callback so that each call also updates the progress file of an index.
 
     With this file, other processes can show the progress (`read_progress_of_running_update`). The file is removed at
@@ -71,7 +71,8 @@ def mirror_progress_to_file(where: str, progress: ProgressCallback) -> Iterator[
 
     Args:
         where: Folder or address of the index.
-        progress: Callback that takes the number of processed pictures and the total number.
+        progress: Callback that takes the number of processed pictures and the total number. None: only the file is
+            written.
 
     Yields:
         A callback with the same arguments, which calls `progress` and writes the file.
@@ -81,7 +82,8 @@ def mirror_progress_to_file(where: str, progress: ProgressCallback) -> Iterator[
     def report_progress(done: int, total: int) -> None:
         """Call `progress`. Write the progress file if it was not written in the last `WRITE_INTERVAL_S` seconds."""
         nonlocal last_write
-        progress(done, total)
+        if progress:
+            progress(done, total)
         estimate.update(done)
         now = time.monotonic()
         if total and now - last_write >= WRITE_INTERVAL_S and "://" not in where:

@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -39,19 +39,7 @@ from capivara_search.index_progress import ProgressCallback, RateEstimator
 from capivara_search.messages import log_message_from_code
 from capivara_search.picture_reading import Picture, read_picture_for_indexing
 from capivara_search.results import IndexReport, SkippedFile
-from capivara_search.table import (
-    COLOR_SIGNATURE_COLUMN,
-    FOLDER_KEY_PREFIX,
-    PICTURES_TABLE,
-    SKIPPED_FILES_TABLE,
-    TABLE_SCHEMAS,
-    PictureTable,
-    folders_clause,
-    in_clause,
-    quote_sql,
-    vector_column,
-    vector_column_to_array,
-)
+from capivara_search.table import COLOR_SIGNATURE_COLUMN, PictureTable, folders_clause, vector_column
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
@@ -166,10 +154,9 @@ def plan_index_update(
             from the index (`IgnoreRules.forgotten`). If the real path of a folder is not the expected one.
     """
     clause, counts = folders_clause(*folders if only_paths is None else only_paths), dict[str, Counter[str]]()
+    rules = rules or load_ignore_rules(table)
     try:
-        files, unreadable = find_pictures_and_unreadable_files(
-            folders, rules or load_ignore_rules(table), counts, only_paths
-        )
+        files, unreadable = find_pictures_and_unreadable_files(folders, rules, counts, only_paths)
     except ValueError as error:
         other_folders = {folder: real for folder, real in folders.items() if str(folder) != error.values["path"]}
         if other_folders and {*map(str, folders)} <= {*table.folders()}:
@@ -179,23 +166,19 @@ def plan_index_update(
             text = "{error} The index keeps its {number} pictures of this folder; `forget` removes them."
             raise make_coded_error(ValueError, error.code, text, error=error, number=number, **error.values) from error
         raise
-    columns = ["path", "size", "mtime_ns", "digest", "model"]
-    stored = StoredRows(table.rows(columns, clause), image_digest)
+    stored = StoredRows(table.rows(["path", "size", "mtime_ns", "digest", "model"], clause), image_digest)
     todo = [file for file in files if not stored.is_done(file)]
-    known_bad_files = {
-        FileState(row["path"], row["size"], row["mtime_ns"])
-        for row in table.rows([*columns[:3], "reason"], clause, SKIPPED_FILES_TABLE).to_pylist()
-        if SkippedFile.from_row(row).code not in RETRYABLE_REASONS
-    } & set(todo)
+    skipped_files = table.skipped_files(clause).items()
+    bad_files = {file for file, skipped in skipped_files if skipped.code not in RETRYABLE_REASONS}
+    known_bad_files = bad_files & set(todo)
     present = {file.path for file in files} | {skipped.path for skipped in unreadable}
     folder_prefixes = tuple(os.path.join(folder, "") for folder in folders)
     # A file in a folder that can't be read possibly still exists, so the rows of such files are not removed.
     unreadable_prefixes = tuple(skipped.path + os.sep for skipped in unreadable)
     missing = (path for path in stored.positions if path not in present and path.startswith(folder_prefixes))
     removed = [path for path in missing if not path.startswith(unreadable_prefixes)]
-    if only_paths is not None and any(
-        _would_remove_all_rows_of_folder(table, folder, removed, files) for folder in folders
-    ):
+    emptied = (_would_remove_all_rows_of_folder(table, folder, removed, files) for folder in folders)
+    if only_paths is not None and any(emptied):
         # All pictures of a folder seem to be gone, for example because its disk was unmounted. The plan for whole
         # folders refuses empty folders with an error, so it is made instead of removing all rows.
         return plan_index_update(table, image_digest, folders, rules)
@@ -238,6 +221,7 @@ def _would_remove_all_rows_of_folder(
 # --- Reading, embedding, writing -------------------------------------------------------------------------------------
 
 
+@dataclass
 class IndexWriter:
     """Worker that reads the files of a plan, embeds them in batches, and commits their rows to the table.
 
@@ -253,16 +237,14 @@ class IndexWriter:
         reported: Number of processed files in the last call of `progress`.
     """
 
-    def __init__(
-        self,
-        table: PictureTable,
-        model: "SearchModel",
-        plan: IndexPlan,
-        batch_size: int,
-        progress: ProgressCallback = lambda done, total: None,
-    ):
-        self.table, self.model, self.plan = table, model, plan
-        self.batch_size, self.progress = batch_size, progress
+    table: PictureTable
+    model: "SearchModel"
+    plan: IndexPlan
+    batch_size: int
+    progress: ProgressCallback = lambda done, total: None
+
+    def __post_init__(self) -> None:
+        table, model, plan = self.table, self.model, self.plan
         self.columns, self.image_digest, self.column = table.columns(), model.image_digest, vector_column(model.width)
         self.report, self.done_count, self.reported = IndexReport(unchanged=plan.unchanged), 0, 0
         self.estimate, self.write_s = RateEstimator(), 0.0
@@ -330,8 +312,7 @@ class IndexWriter:
         if self.rows:
             self.table.upsert(pa.Table.from_pylist(list(self.rows.values()), self.columns))
         if self.skipped_files:
-            rows = [asdict(file) | {"reason": skipped.reason} for file, skipped in self.skipped_files.items()]
-            self.table.upsert(pa.Table.from_pylist(rows, TABLE_SCHEMAS[SKIPPED_FILES_TABLE]), SKIPPED_FILES_TABLE)
+            self.table.set_skipped_files(self.skipped_files)
             undecodable = [skipped for skipped in self.skipped_files.values() if skipped.code not in RETRYABLE_REASONS]
             self.table.delete_paths([skipped.path for skipped in undecodable])
             self.report.removed += sum(skipped.path in self.plan.stored_rows.positions for skipped in undecodable)
@@ -386,11 +367,7 @@ class IndexWriter:
             Dictionary `{digest: vector (width,)}`, with vectors in float16. Digests without a stored vector of the
             model in use are missing from the dictionary.
         """
-        if not digests:
-            return {}
-        clause = f"{in_clause('digest', digests)} AND model = {quote_sql(self.image_digest)}"
-        rows = self.table.rows(["digest", self.column], clause)
-        return dict(zip(rows["digest"].to_pylist(), vector_column_to_array(rows[self.column]), strict=True))
+        return self.table.vectors_of_digests(digests, self.model.width, self.image_digest)
 
     def _add_row(self, file: FileState, picture: Picture, vector: np.ndarray) -> None:
         """Collect the row of a picture for the next commit, and count the picture in the report.
@@ -403,15 +380,11 @@ class IndexWriter:
             vector: Vector (width,) of the picture.
         """
         digest, stored = picture.digest, self.plan.stored_rows[file.path]
-        values = {name: value for name, value in vars(picture).items() if name != "image"}
-        values |= {
-            COLOR_SIGNATURE_COLUMN: compute_color_signature(picture.image),
-            "model": self.image_digest,
-            self.column: np.float16(vector),
-        }
         # The row stores size and modification time as the scan found them, before the file was read. If the file has
         # changed since then, the next update notices the difference and reads the file again.
-        self.rows[file.path] = values | asdict(file)
+        row = vars(picture) | asdict(file) | {"model": self.image_digest, self.column: np.float16(vector)}
+        row[COLOR_SIGNATURE_COLUMN] = compute_color_signature(row.pop("image"))
+        self.rows[file.path] = row
         self.vectors_by_digest[digest] = vector
         if stored is None:
             kind = "moved" if self.removed_digests[digest] > 0 else "new"
@@ -471,8 +444,7 @@ def plan_update_and_prepare_index(
     if plan.covers_folders:
         # The folders are recorded now, so that the index knows them even if this update is interrupted.
         # `finish_indexing` adds the numbers of ignored files.
-        new_folders = plan.ignored_counts.keys() - set(table.folders())
-        table.set_metadata({FOLDER_KEY_PREFIX + folder: "" for folder in new_folders})
+        table.set_folders(dict.fromkeys(plan.ignored_counts.keys() - table.folders().keys(), ""))
     _record_current_model(table, model, plan)
     return plan
 
@@ -514,21 +486,18 @@ def finish_indexing(table: PictureTable, model: "SearchModel", plan: IndexPlan, 
     report.removed += len(plan.removed_paths) - report.moved
     report.ignored_counts = dict(sum(plan.ignored_counts.values(), Counter()))
     if plan.covers_folders:
-        counts = {folder: json.dumps(numbers, sort_keys=True) for folder, numbers in plan.ignored_counts.items()}
-        table.set_metadata({FOLDER_KEY_PREFIX + folder: text for folder, text in counts.items()})
-    report.skipped_files = _update_and_list_skipped_files(
-        table, plan, {skipped.path for skipped in report.skipped_files}
-    )
+        counts = plan.ignored_counts.items()
+        table.set_folders({folder: json.dumps(numbers, sort_keys=True) for folder, numbers in counts})
+    new_paths = {skipped.path for skipped in report.skipped_files}
+    report.skipped_files = _update_and_list_skipped_files(table, plan, new_paths)
     if len(table.widths()) > 1 and not table.count_other_models(model.image_digest):
         # All rows have vectors of the model in use, so the columns of models with other widths are no longer needed.
         columns = [vector_column(width) for width in table.widths() if width != model.width]
-        table.run_write(PICTURES_TABLE, lambda opened: opened.drop_columns(columns))
+        table.run_write(lambda opened: opened.drop_columns(columns))
     table.optimize(model.width)
 
 
-def _update_and_list_skipped_files(
-    table: PictureTable, plan: IndexPlan, new_paths: Collection[str]
-) -> list[SkippedFile]:
+def _update_and_list_skipped_files(table: PictureTable, plan: IndexPlan, new_paths: set[str]) -> list[SkippedFile]:
     """Update the table of skipped files at the end of an index update.
 
     Rows of files that can be read now, or no longer exist, are removed. Files and folders that the folder scan could
@@ -542,26 +511,21 @@ def _update_and_list_skipped_files(
     Returns:
         All skipped files among the paths that the plan compared, sorted by path.
     """
-    columns = ["path", "size", "mtime_ns", "reason"]
-    rows = table.rows(columns, plan.clause, SKIPPED_FILES_TABLE).to_pylist()
-    rows_by_file = {FileState(row["path"], row["size"], row["mtime_ns"]): row for row in rows}
-    valid_rows = {
-        file.path: row for file, row in rows_by_file.items() if file.path in new_paths or file in plan.known_bad_files
-    }
+    stored = table.skipped_files(plan.clause)
+    valid = {file: stored[file] for file in stored if file.path in new_paths or file in plan.known_bad_files}
     for skipped in plan.unreadable:
         # LanceDB stores only valid UTF-8, so the invalid characters of a file name are replaced by "?".
         path = skipped.path.encode("utf-8", "replace").decode()
         # No file has the size and time -1, so the row matches no file on disk, and each update tries the file again.
-        valid_rows[path] = {"path": path, "size": -1, "mtime_ns": -1, "reason": skipped.reason}
-    table.delete_paths([row["path"] for row in rows if row["path"] not in valid_rows], SKIPPED_FILES_TABLE)
-    if new_rows := [row for row in valid_rows.values() if row not in rows]:
-        table.upsert(pa.Table.from_pylist(new_rows, TABLE_SCHEMAS[SKIPPED_FILES_TABLE]), SKIPPED_FILES_TABLE)
-    return [SkippedFile.from_row(valid_rows[path]) for path in sorted(valid_rows)]
+        valid[FileState(path, -1, -1)] = replace(skipped, path=path)
+    valid_paths = {file.path for file in valid}
+    table.delete_skipped_files([file.path for file in stored if file.path not in valid_paths])
+    if new := {file: skipped for file, skipped in valid.items() if stored.get(file) != skipped}:
+        table.set_skipped_files(new)
+    return sorted(valid.values(), key=lambda skipped: skipped.path)
 
 
-def embed_files_without_indexing(
-    model: "SearchModel", files: Sequence[FileState], folder: Path
-) -> dict[str, np.ndarray]:
+def embed_files_without_indexing(model: "SearchModel", files: list[FileState], folder: Path) -> dict[str, np.ndarray]:
     """Read and embed picture files without adding them to an index, for example to classify them.
 
     Args:
@@ -577,9 +541,8 @@ def embed_files_without_indexing(
     vectors, read = {}, _make_reader(model, [os.path.realpath(folder)])
     for batch in prefetch_pictures(files, read, CLASSIFY_BATCH_SIZE):
         pictures = {file.path: result.image for file, result in batch if isinstance(result, Picture)}
-        vectors |= dict(
-            zip(pictures, embed_batch_except_bad_images(list(pictures.values()), model.embed_images), strict=True)
-        )
+        embeddings = embed_batch_except_bad_images(list(pictures.values()), model.embed_images)
+        vectors |= zip(pictures, embeddings, strict=True)
     return vectors
 
 

@@ -150,9 +150,8 @@ def decode_picture(
     Raises:
         BadImage: If the content is damaged, too large or not a picture.
     """
-    return convert_image_to_rgb_on_white(
-        decode_upright(_open_undecoded_picture_or_raw_preview(data, name, max_pixels)[0], "the file", min_short_side)
-    )
+    opened, _ = _open_undecoded_picture_or_raw_preview(data, name, max_pixels)
+    return convert_image_to_rgb_on_white(decode_upright(opened, "the file", min_short_side))
 
 
 def _read_picture_bytes(path: str | Path, folders: Sequence[str | Path] | None = None) -> bytes:
@@ -243,8 +242,7 @@ def _extract_raw_preview_and_size(data: bytes) -> tuple[bytes, tuple[int, int]] 
         reason = error.args[0] if error.args else error
         if isinstance(reason, bytes):  # LibRaw's own errors have their text as bytes
             reason = reason.decode(errors="replace")
-        detail = f"the RAW file has no preview that can be read: {reason}"
-        raise BadImage("unreadable image", detail) from error
+        raise BadImage("unreadable image", f"the RAW file has no preview that can be read: {reason}") from error
     if thumb.format != rawpy.ThumbFormat.JPEG:
         raise BadImage("unreadable image", "the RAW file has no JPEG preview; export it as JPEG")
     return thumb.data, (sizes.width, sizes.height)
@@ -295,14 +293,13 @@ def _resize_like_image_processor(
     Returns:
         The resized image. If the short side in `size` has at most `image_size` pixels, the given image is returned.
     """
-    short, long = min(size), max(size)
-    if short <= image_size:
+    short_side = min(size)
+    if short_side <= image_size:
         return image
-    long_side = int(image_size * long / short)  # truncated, not rounded, to match the image processor of the model
-    if resize_filter is not None:
-        new_size, resample = (image_size, image_size), resize_filter
+    if resize_filter is None:
+        # The long side is truncated, not rounded, to match the image processor of the model.
+        new_size, resample = tuple(int(image_size * side / short_side) for side in size), Resampling.BICUBIC
     else:
-        new_size = (image_size, long_side) if size[0] <= size[1] else (long_side, image_size)
-        resample = Resampling.BICUBIC
+        new_size, resample = (image_size, image_size), resize_filter
     scale = round(size[0] / image.width)  # the JPEG decoder may have reduced the picture already, by 1, 2, 4 or 8
     return image.resize(new_size, resample, box=(0, 0, size[0] / scale, size[1] / scale))

@@ -75,9 +75,9 @@ def wrap_storage_errors(where: str, part: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except DamagedIndexError:
-        raise
     except LANCEDB_ERRORS as error:
+        if hasattr(error, "code"):  # it was converted before
+            raise
         raise convert_lancedb_error(error, where, part) from error
 
 
@@ -90,12 +90,9 @@ def convert_lancedb_error(error: Exception, where: str, part: str = "") -> Excep
         part: Name of the table, for the message. Empty: the message says "tables".
 
     Returns:
-        The new error, for the caller to raise. An error that was converted before is returned unchanged. An error of an
-        unknown kind is returned unchanged, too, unless its text contains credentials. In this case, the new error is an
-        OSError without the credentials.
+        The new error, for the caller to raise. An error of an unknown kind is returned unchanged, unless its text
+        contains credentials. In this case, the new error is an OSError without the credentials.
     """
-    if hasattr(error, "code"):
-        return error
     if access_error := convert_storage_refusal_to_os_error_or_none(error, where):
         return access_error
     if is_write_conflict(error):

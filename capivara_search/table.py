@@ -17,8 +17,9 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import date, datetime, timedelta
 from functools import cached_property, partial
 from operator import methodcaller
@@ -31,8 +32,9 @@ import pyarrow.compute as pc
 
 from capivara_common.files import CAN_OPEN_FOLDERS, acquire_folder_lock
 from capivara_search import storage_errors
+from capivara_search.folder_scan import FileState
 from capivara_search.messages import log_message_from_code, make_error_from_code
-from capivara_search.results import Hit
+from capivara_search.results import Hit, SkippedFile
 from capivara_search.storage_errors import LANCEDB_ERRORS, DamagedIndexError
 
 if TYPE_CHECKING:
@@ -48,10 +50,8 @@ PICTURES_TABLE, SKIPPED_FILES_TABLE, METADATA_TABLE = "pictures", "left_out", "a
 # {table: its key column}, in the order in which the tables are created. `pictures` comes last: if it exists, the index
 # is complete, even if the creation of an index was interrupted.
 TABLE_KEY_COLUMNS = {SKIPPED_FILES_TABLE: "path", METADATA_TABLE: "key", PICTURES_TABLE: "path"}
-# Keys of the metadata table. Each indexed folder has the key `FOLDER_KEY_PREFIX` + path. The value is a JSON object
-# with the number of ignored files and folders in this folder, by reason.
+# Keys of the metadata table. Each indexed folder has the key `FOLDER_KEY_PREFIX` + path (`PictureTable.folders`).
 FOLDER_KEY_PREFIX = "folder:"
-RULES_KEY = "rules"  # the value is JSON: the rules for ignoring files, which apply to all folders
 TRAINED_ROWS_KEY = "approximate_rows"  # number of rows that the approximate vector index was trained on
 THUMBNAIL_COLUMN = "thumbnail"
 COLOR_SIGNATURE_COLUMN = "look"  # missing in indexes of older versions
@@ -108,24 +108,22 @@ def pictures_schema(width: int) -> pa.Schema:
     Args:
         width: Width of the model's vectors, which determines the name and type of the vector column.
     """
-    return pa.schema(
-        [
-            pa.field("path", pa.string(), False, PRIMARY_KEY_METADATA),  # absolute path of the file
-            pa.field("size", pa.int64(), False),  # size of the file in bytes
-            pa.field("mtime_ns", pa.int64(), False),  # modification time, in nanoseconds since 1970
-            pa.field("digest", pa.string(), False),  # BLAKE2b-128 digest of the file's content, in hexadecimal
-            pa.field("width", pa.int32(), False),  # pixels, after rotating the picture upright, like the height
-            pa.field("height", pa.int32(), False),  # pixels
-            pa.field("taken", pa.timestamp("us")),  # EXIF date, in the camera's local time
-            pa.field("latitude", pa.float64()),  # degrees
-            pa.field("longitude", pa.float64()),  # degrees
-            pa.field(THUMBNAIL_COLUMN, pa.binary()),  # WebP file
-            pa.field(COLOR_SIGNATURE_COLUMN, pa.binary()),  # result of `duplicates.compute_color_signature`
-            pa.field("model", pa.string(), False),  # digest of the model that made the vector (`image_digest`)
-            pa.field(vector_column(width), pa.list_(pa.float16(), width)),  # vector (embedding) of unit length
-        ],
-        metadata={LAYOUT_METADATA_KEY: str(LAYOUT_VERSION).encode()},
-    )
+    columns = [
+        pa.field("path", pa.string(), False, PRIMARY_KEY_METADATA),  # absolute path of the file
+        pa.field("size", pa.int64(), False),  # size of the file in bytes
+        pa.field("mtime_ns", pa.int64(), False),  # modification time, in nanoseconds since 1970
+        pa.field("digest", pa.string(), False),  # BLAKE2b-128 digest of the file's content, in hexadecimal
+        pa.field("width", pa.int32(), False),  # pixels, after rotating the picture upright, like the height
+        pa.field("height", pa.int32(), False),  # pixels
+        pa.field("taken", pa.timestamp("us")),  # EXIF date, in the camera's local time
+        pa.field("latitude", pa.float64()),  # degrees
+        pa.field("longitude", pa.float64()),  # degrees
+        pa.field(THUMBNAIL_COLUMN, pa.binary()),  # WebP file
+        pa.field(COLOR_SIGNATURE_COLUMN, pa.binary()),  # result of `duplicates.compute_color_signature`
+        pa.field("model", pa.string(), False),  # digest of the model that made the vector (`image_digest`)
+        pa.field(vector_column(width), pa.list_(pa.float16(), width)),  # vector (embedding) of unit length
+    ]
+    return pa.schema(columns, {LAYOUT_METADATA_KEY: str(LAYOUT_VERSION).encode()})
 
 
 def vector_column(width: int) -> str:
@@ -151,10 +149,7 @@ def comparison_columns(width: int) -> list[str]:
 TABLE_SCHEMAS = {
     PICTURES_TABLE: pictures_schema(1),
     SKIPPED_FILES_TABLE: pa.schema(
-        [
-            *(pictures_schema(1).field(name) for name in ("path", "size", "mtime_ns")),
-            pa.field("reason", pa.string(), False),
-        ]
+        [*map(pictures_schema(1).field, ("path", "size", "mtime_ns")), pa.field("reason", pa.string(), False)]
     ),
     METADATA_TABLE: pa.schema(
         [pa.field("key", pa.string(), False, PRIMARY_KEY_METADATA), pa.field("value", pa.string(), False)]
@@ -237,33 +232,31 @@ class PictureTable:
                 not made by this package.
             OSError: If the storage refuses access or does not answer.
         """
-        if table_name not in self._open_tables:
-            with storage_errors.wrap_storage_errors(self.where, table_name):
-                if not self.is_remote and not Path(self._table_path(table_name)).is_dir():
+        if table_name in self._open_tables:
+            return self._open_tables[table_name]
+        path = self._table_path(table_name)
+        with storage_errors.wrap_storage_errors(self.where, table_name):
+            if not self.is_remote and not Path(path).is_dir():
+                return None
+            try:
+                table = self._connection.open_table(table_name)
+                if not table.schema.names:
+                    # A power cut may leave a manifest of zeros, which LanceDB reads as a table without columns.
+                    raise RuntimeError("LanceError: the newest record of its files holds zeros")
+            except Exception as error:  # not only `LANCEDB_ERRORS`, because a damaged table may raise a RustPanic
+                # "was not found" may also mean that only the manifest (the list of data files) is missing. If there are
+                # data files, the table does exist and is damaged.
+                has_data = not self.is_remote and any(Path(path, "data").glob("*"))
+                if "was not found" in str(error) and not has_data:
                     return None
-                try:
-                    table = self._connection.open_table(table_name)
-                    if not table.schema.names:
-                        # A power cut may leave a manifest of zeros, which LanceDB reads as a table without columns.
-                        raise RuntimeError("LanceError: the newest record of its files holds zeros")
-                except Exception as error:  # not only `LANCEDB_ERRORS`, because a damaged table may raise a RustPanic
-                    # "was not found" may also mean that only the manifest (the list of data files) is missing. If there
-                    # are data files, the table does exist and is damaged.
-                    has_data = not self.is_remote and any(Path(self._table_path(table_name), "data").glob("*"))
-                    if "was not found" in str(error) and not has_data:
-                        return None
-                    is_refused = self.is_remote or storage_errors.convert_storage_refusal_to_os_error_or_none(
-                        error, self.where
-                    )
-                    if isinstance(error, LANCEDB_ERRORS) and is_refused:
-                        raise
-                    raise make_error_from_code(
-                        DamagedIndexError, "damaged_record", path=self.where, part=self._table_path(table_name)
-                    ) from error
-            if table_name == PICTURES_TABLE:
-                self._check_layout(table.schema)
-            self._open_tables[table_name] = table
-        return self._open_tables[table_name]
+                refusal = storage_errors.convert_storage_refusal_to_os_error_or_none(error, self.where)
+                if isinstance(error, LANCEDB_ERRORS) and (self.is_remote or refusal):
+                    raise
+                raise make_error_from_code(DamagedIndexError, "damaged_record", path=self.where, part=path) from error
+        if table_name == PICTURES_TABLE:
+            self._check_layout(table.schema)
+        self._open_tables[table_name] = table
+        return table
 
     def _check_layout(self, schema: pa.Schema) -> None:
         """Raise ValueError if the table `pictures` was not made by this package, or by a newer version of it.
@@ -303,14 +296,14 @@ class PictureTable:
             if self.open_table(name) is None:
                 columns = pictures_schema(width) if name == PICTURES_TABLE else TABLE_SCHEMAS[name]
                 create = partial(self._connection.create_table, name, schema=columns, exist_ok=True)
-                self.run_write(name, lambda _, create=create: create())
+                self.run_write(lambda _, create=create: create(), name)
         if width not in self.widths():
             column = pa.schema([pictures_schema(width).field(vector_column(width))])
-            self.run_write(PICTURES_TABLE, lambda table: None if width in self.widths() else table.add_columns(column))
+            self.run_write(lambda table: None if width in self.widths() else table.add_columns(column))
 
     def columns(self) -> pa.Schema:
         """Return the current schema of the table `pictures`: the names and types of its columns."""
-        return self.run_read(PICTURES_TABLE, lambda table: table.schema)
+        return self.run_read(lambda table: table.schema)
 
     def widths(self) -> list[int]:
         """Return the widths of the vectors that the table `pictures` can store.
@@ -335,9 +328,7 @@ class PictureTable:
         Returns:
             The cached or computed value.
         """
-        version = 0
-        if self.open_table(PICTURES_TABLE) is not None:
-            version = self.run_read(PICTURES_TABLE, lambda table: table.version)
+        version = self.run_read(lambda table: table.version) if self.open_table(PICTURES_TABLE) is not None else 0
         if self._cache.get(name, (None,))[0] != version:
             self._cache[name] = version, compute()
         return self._cache[name][1]
@@ -350,15 +341,15 @@ class PictureTable:
 
     # --- Reading
 
-    def run_read(self, table_name: str, operation: Callable[[Any], T]) -> T:
+    def run_read(self, operation: Callable[[Any], T], table_name: str = PICTURES_TABLE) -> T:
         """Run a read operation on the newest version of a table.
 
         If the operation fails, it is run once more, because another process may have merged and removed the files that
         it was reading.
 
         Args:
-            table_name: Name of the table.
             operation: Function that takes the table as an object of LanceDB, and returns a result.
+            table_name: Name of the table.
 
         Returns:
             The result of the operation.
@@ -393,7 +384,7 @@ class PictureTable:
         if self.open_table(table) is None:
             names = [name for name in columns if name in TABLE_SCHEMAS[table].names]
             return TABLE_SCHEMAS[table].empty_table().select(names)
-        return self.run_read(table, lambda opened: _build_row_scan_query(opened, columns, clause).to_arrow())
+        return self.run_read(lambda opened: _build_row_scan_query(opened, columns, clause).to_arrow(), table)
 
     def rows_of_paths(self, columns: Sequence[str], paths: Sequence[str]) -> pa.Table:
         """Read the rows of the pictures with the given paths.
@@ -406,7 +397,7 @@ class PictureTable:
             The rows, in any order.
         """
         parts = [paths[i : i + MAX_PATHS_PER_CLAUSE] for i in range(0, len(paths), MAX_PATHS_PER_CLAUSE)]
-        tables = [self.rows(columns, in_clause("path", part)) for part in parts]
+        tables = [self.rows(columns, _in_clause("path", part)) for part in parts]
         return pa.concat_tables(tables) if tables else self.rows(columns, "false")
 
     def batches(self, columns: Sequence[str], clause: str | None = None) -> Iterator[pa.RecordBatch]:
@@ -424,9 +415,7 @@ class PictureTable:
         # Errors can also occur during the iteration, after `run_read` has only started the scan. They must be converted
         # as well, hence this block.
         with storage_errors.wrap_storage_errors(self.where, PICTURES_TABLE):
-            yield from self.run_read(
-                PICTURES_TABLE, lambda table: _build_row_scan_query(table, columns, clause).to_batches()
-            )
+            yield from self.run_read(lambda table: _build_row_scan_query(table, columns, clause).to_batches())
 
     def sample(self, width: int, image_digest: str, max_rows: int) -> np.ndarray:
         """Read a sample of the vectors in the index, from rows that are spread evenly over the table `pictures`.
@@ -443,10 +432,26 @@ class PictureTable:
         if not row_count:
             return np.empty((0, width), np.float16)
         offsets = np.linspace(0, row_count - 1, min(row_count, max_rows)).astype(int).tolist()
-        rows = self.run_read(
-            PICTURES_TABLE, lambda table: table.take_offsets(offsets).select(["model", column]).to_arrow()
-        )
-        return vector_column_to_array(rows.filter(pc.equal(rows["model"], image_digest))[column])
+        rows = self.run_read(lambda table: table.take_offsets(offsets).select(["model", column]).to_arrow())
+        return _vector_column_to_array(rows.filter(pc.equal(rows["model"], image_digest))[column])
+
+    def vectors_of_digests(self, digests: Collection[str], width: int, image_digest: str) -> dict[str, np.ndarray]:
+        """Look up the stored vectors of pictures by the digests of their file contents.
+
+        Args:
+            digests: Digests of the file contents.
+            width: Width of the model's vectors.
+            image_digest: Digest of the model (`SearchModel.image_digest`).
+
+        Returns:
+            Dictionary `{digest: vector (width,)}`, with vectors in float16. Digests without a stored vector of the
+            model are missing from the dictionary.
+        """
+        if not digests:
+            return {}
+        clause = f"{_in_clause('digest', digests)} AND model = {quote_sql(image_digest)}"
+        rows = self.rows(["digest", vector_column(width)], clause)
+        return dict(zip(rows["digest"].to_pylist(), _vector_column_to_array(rows[vector_column(width)]), strict=True))
 
     def count(self, clause: str | None = None, table: str = PICTURES_TABLE) -> int:
         """Return the number of rows of a table that match an SQL condition.
@@ -458,7 +463,7 @@ class PictureTable:
         Returns:
             The number of rows, which is 0 if the table does not exist.
         """
-        return 0 if self.open_table(table) is None else self.run_read(table, lambda opened: opened.count_rows(clause))
+        return 0 if self.open_table(table) is None else self.run_read(methodcaller("count_rows", clause), table)
 
     def count_other_models(self, image_digest: str) -> int:
         """Return the number of pictures whose vectors were made with a model other than the given model.
@@ -473,10 +478,27 @@ class PictureTable:
         rows = self.rows(["key", "value"], table=METADATA_TABLE)
         return dict(zip(rows["key"].to_pylist(), rows["value"].to_pylist(), strict=True))
 
-    def folders(self) -> list[str]:
-        """Return the paths of the folders that were added to the index, sorted."""
-        keys = [key for key in self.read_metadata() if key.startswith(FOLDER_KEY_PREFIX)]
-        return sorted(key.removeprefix(FOLDER_KEY_PREFIX) for key in keys)
+    def folders(self) -> dict[str, str]:
+        """Return the folders that were added to the index, with the numbers of ignored files and folders in them.
+
+        Returns:
+            Dictionary `{path of the folder: JSON object with the number of ignored files and folders by reason}`,
+            sorted by path. The value is "" until the first update of the folder ends.
+        """
+        values = {key: value for key, value in self.read_metadata().items() if key.startswith(FOLDER_KEY_PREFIX)}
+        return {key.removeprefix(FOLDER_KEY_PREFIX): values[key] for key in sorted(values)}
+
+    def skipped_files(self, clause: str | None = None) -> dict[FileState, SkippedFile]:
+        """Return the files and folders that could not be read when the index was updated.
+
+        Args:
+            clause: SQL condition for the rows of the table `left_out`. None: all rows.
+
+        Returns:
+            Dictionary `{state of the file when it was skipped: the skipped file}`.
+        """
+        rows = self.rows(["path", "size", "mtime_ns", "reason"], clause, SKIPPED_FILES_TABLE).to_pylist()
+        return {FileState(row["path"], row["size"], row["mtime_ns"]): SkippedFile.from_row(row) for row in rows}
 
     def model(self) -> dict[str, Any] | None:
         """Return a description of the model that the latest update of the index used.
@@ -505,10 +527,8 @@ class PictureTable:
             the row's vector and the query vector. Rows are sorted by score, best first, then by path.
         """
         approximate = not exact and self.has_approximate_index(len(vector))
-        rows = self.run_read(
-            PICTURES_TABLE, lambda table: _build_vector_query(table, vector, k, clause, approximate).to_arrow()
-        )
-        scores = np.clip(l2_normalize(vector_column_to_array(rows[vector_column(len(vector))])) @ vector, -1, 1)
+        rows = self.run_read(lambda table: _build_vector_query(table, vector, k, clause, approximate).to_arrow())
+        scores = np.clip(l2_normalize(_vector_column_to_array(rows[vector_column(len(vector))])) @ vector, -1, 1)
         rows = rows.append_column("score", pa.array(scores, pa.float64()))
         return rows.sort_by([("score", "descending"), ("path", "ascending")])
 
@@ -522,20 +542,20 @@ class PictureTable:
         Returns:
             Dictionary `{name of the indexed column: LanceDB's description of the index}`.
         """
-        indices = self.cached("indices", lambda: self.run_read(PICTURES_TABLE, lambda table: table.list_indices()))
+        indices = self.cached("indices", lambda: self.run_read(methodcaller("list_indices")))
         return {index.columns[0]: index for index in indices}
 
     # --- Writing
 
-    def run_write(self, table_name: str, operation: Callable[[Any], T]) -> T:
+    def run_write(self, operation: Callable[[Any], T], table_name: str = PICTURES_TABLE) -> T:
         """Run a write operation on a table.
 
         If the operation conflicts with a write of another process, it is run again, up to `MAX_WRITE_ATTEMPTS` times.
 
         Args:
-            table_name: Name of the table.
             operation: Function that takes the table as an object of LanceDB, and writes to it. If the table does not
                 exist, the function gets None.
+            table_name: Name of the table.
 
         Returns:
             The result of the operation.
@@ -572,7 +592,7 @@ class PictureTable:
             # vectors.
             query.execute(rows, on_bad_vectors="null")
 
-        self.run_write(table, merge)
+        self.run_write(merge, table)
 
     def delete_paths(self, paths: Sequence[str], table: str = PICTURES_TABLE) -> None:
         """Delete the rows with the given paths.
@@ -583,8 +603,8 @@ class PictureTable:
             table: Name of the table.
         """
         for start in range(0, len(paths), MAX_PATHS_PER_CLAUSE):
-            clause = in_clause(TABLE_KEY_COLUMNS[table], paths[start : start + MAX_PATHS_PER_CLAUSE])
-            self.run_write(table, lambda opened, clause=clause: opened.delete(clause))
+            clause = _in_clause(TABLE_KEY_COLUMNS[table], paths[start : start + MAX_PATHS_PER_CLAUSE])
+            self.run_write(methodcaller("delete", clause), table)
 
     def delete_matching(self, clause: str, table: str = PICTURES_TABLE) -> int:
         """Delete the rows of a table that match an SQL condition.
@@ -597,7 +617,7 @@ class PictureTable:
             The number of deleted rows.
         """
         if number := self.count(clause, table):
-            self.run_write(table, lambda opened: opened.delete(clause))
+            self.run_write(methodcaller("delete", clause), table)
         return number
 
     def set_metadata(self, values: dict[str, str]) -> None:
@@ -610,6 +630,31 @@ class PictureTable:
         if changed := {key: value for key, value in values.items() if stored.get(key) != value}:
             columns = {"key": list(changed), "value": list(changed.values())}
             self.upsert(pa.table(columns, schema=TABLE_SCHEMAS[METADATA_TABLE]), METADATA_TABLE)
+
+    def set_skipped_files(self, skipped_files: Mapping[FileState, SkippedFile]) -> None:
+        """Add skipped files to the table `left_out`. Existing rows with the same paths are replaced.
+
+        Args:
+            skipped_files: Dictionary `{state of the file: the skipped file}`, in the form that `skipped_files` returns.
+        """
+        rows = [asdict(file) | {"reason": skipped.reason} for file, skipped in skipped_files.items()]
+        self.upsert(pa.Table.from_pylist(rows, TABLE_SCHEMAS[SKIPPED_FILES_TABLE]), SKIPPED_FILES_TABLE)
+
+    def delete_skipped_files(self, paths: Sequence[str]) -> None:
+        """Delete the rows with the given paths from the table `left_out`."""
+        self.delete_paths(paths, SKIPPED_FILES_TABLE)
+
+    def set_folders(self, values: Mapping[str, str]) -> None:
+        """Add folders to the list of indexed folders, or change their values.
+
+        Args:
+            values: Dictionary `{path of the folder: new value}`, in the form that `folders` returns.
+        """
+        self.set_metadata({FOLDER_KEY_PREFIX + folder: value for folder, value in values.items()})
+
+    def delete_folders(self, folders: Iterable[str]) -> None:
+        """Remove folders from the list of indexed folders. The rows of their pictures stay."""
+        self.delete_paths([FOLDER_KEY_PREFIX + folder for folder in folders], METADATA_TABLE)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -678,15 +723,14 @@ class PictureTable:
             start = time.monotonic()
             quantization = IvfRq(distance_type="cosine", num_bits=BITS_PER_DIMENSION)
             for indexed_column, config in (("path", BTree()), (column, quantization)):
-                create = methodcaller("create_index", indexed_column, config=config)
-                self.run_write(PICTURES_TABLE, create)
+                self.run_write(methodcaller("create_index", indexed_column, config=config))
             self.set_metadata({TRAINED_ROWS_KEY: str(row_count)})
             log_message_from_code("approximate", row_count, time.monotonic() - start)
         unindexed = max((index.num_unindexed_rows for index in self.indices().values()), default=0)
-        small = self.run_read(PICTURES_TABLE, lambda table: table.stats()["fragment_stats"]["num_small_fragments"])
+        small = self.run_read(lambda table: table.stats()["fragment_stats"]["num_small_fragments"])
         if small >= MAX_SMALL_FRAGMENTS or unindexed > MAX_UNINDEXED_ROWS:
             max_age = REMOTE_VERSION_LIFETIME if self.is_remote else timedelta(0)
-            self.run_write(PICTURES_TABLE, partial(_compact, age=max_age))
+            self.run_write(partial(_compact, age=max_age))
 
     def _must_train_index(self, width: int, row_count: int) -> bool:
         """Return whether `optimize` would train the approximate vector index.
@@ -724,7 +768,7 @@ class PictureTable:
         """
         for name in TABLE_KEY_COLUMNS:
             if self.open_table(name) is not None:
-                self.run_write(name, partial(_compact, age=timedelta(0)))
+                self.run_write(partial(_compact, age=timedelta(0)), name)
 
     def repair(self) -> None:
         """Restore the newest readable version of each damaged table, and log what is lost.
@@ -773,7 +817,7 @@ class PictureTable:
         # Perhaps only an index is damaged, and the rows are intact. All indexes are dropped; `optimize` creates them
         # again.
         for index in table.list_indices():
-            self.run_write(name, methodcaller("drop_index", index.name))
+            self.run_write(methodcaller("drop_index", index.name), name)
         for version in sorted((entry["version"] for entry in table.list_versions()), reverse=True):
             with suppress(*LANCEDB_ERRORS):
                 table.checkout(version)
@@ -802,9 +846,8 @@ class PictureTable:
         """
         names = [name for name in table.schema.names if name != THUMBNAIL_COLUMN]
         try:
-            for _ in _build_row_scan_query(
-                table, names if table.count_rows() <= MAX_EXACT_ROWS else ["size"]
-            ).to_batches():
+            columns = names if table.count_rows() <= MAX_EXACT_ROWS else ["size"]
+            for _ in _build_row_scan_query(table, columns).to_batches():
                 pass
             for (column,) in (index.columns for index in table.list_indices()):
                 if column == "path":
@@ -835,7 +878,7 @@ class PictureTable:
             log_message_from_code("set_aside", folder, row_count, new_folder, level=logging.WARNING)
 
 
-def vector_column_to_array(column: pa.ChunkedArray) -> np.ndarray:
+def _vector_column_to_array(column: pa.ChunkedArray) -> np.ndarray:
     """Convert a vector column to a NumPy array.
 
     Args:
@@ -861,7 +904,7 @@ def extract_unit_vectors_of_model_or_zeros(model: "SearchModel", rows: pa.Table)
     vectors, name = np.zeros((len(rows), model.width), np.float32), vector_column(model.width)
     if name in rows.column_names:
         has_vector = pc.and_(rows[name].is_valid(), pc.equal(rows["model"], model.image_digest))
-        vectors[has_vector.to_numpy()] = l2_normalize(vector_column_to_array(rows[name].filter(has_vector)))
+        vectors[has_vector.to_numpy()] = l2_normalize(_vector_column_to_array(rows[name].filter(has_vector)))
     return vectors
 
 
@@ -909,7 +952,7 @@ def quote_sql(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def in_clause(column: str, values: Iterable[str]) -> str:
+def _in_clause(column: str, values: Iterable[str]) -> str:
     """Return the SQL condition that a column has one of several values.
 
     Args:

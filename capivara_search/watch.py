@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -31,7 +32,7 @@ POLL_INTERVAL_MS = 2000
 # Types of file systems for which Linux does not report changes that other machines make. A dot is added to a type of
 # /proc/self/mountinfo, then the type must start with one of these texts. So "nfs." matches only the type nfs, whereas
 # "fuse." also matches subtypes such as fuse.sshfs.
-NETWORK_FILE_SYSTEMS = (*("nfs.", "nfs4.", "cifs.", "smb", "9p.", "afs.", "ceph.", "virtiofs.", "vboxsf.", "fuse."),)
+NETWORK_FILE_SYSTEMS = ("nfs.", "nfs4.", "cifs.", "smb", "9p.", "afs.", "ceph.", "virtiofs.", "vboxsf.", "fuse.")
 MOUNTINFO_FILE = Path("/proc/self/mountinfo")  # exists on Linux only
 # The follower is a child process of the web page's server. It runs `capivara watch`, which updates the index.
 RESTART_DELAY_S = 30  # seconds before a follower that has ended is started again
@@ -84,16 +85,13 @@ def watch_folders_and_iter_index_updates(
         rules = load_ignore_rules(index._table)
         return {folder: real for folder, real in named_paths.items() if not rules.find_forgotten_parent(str(folder))}
 
-    def available_folders(folders: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:
-        """Return the folders that can be read now, as a dictionary `{path: (device number, inode number)}`."""
-        return _find_available_folders_with_inodes(folders, allow_empty=bool(named_folders))
-
     def add(paths: Iterable[Path], only_paths: Collection[str] | None) -> IndexReport:
         """Update the index from the folders `paths`. If `only_paths` is given, update only these paths inside them."""
         report = index.add(*paths, only_paths=only_paths, on_progress=on_progress, real_paths=folders)
         index.model.prepare_images()  # load the model now, so that the first change does not have to wait for it
         return report
 
+    available_folders = partial(_find_available_folders_with_inodes, allow_empty=bool(named_folders))
     stop, is_first = stop or threading.Event(), True
     named_paths = {folder: os.path.realpath(folder) for folder in named_folders}
     folders = known_folders()
@@ -121,11 +119,11 @@ def watch_folders_and_iter_index_updates(
                 # The set of folders has changed, for example because a disk was mounted. Leave the loop to watch the
                 # new set.
                 break
-            # All folders are updated once. This happens after `watch` has started, so that no change is missed.
-            is_full_update = only_paths is None
-            if not is_full_update:
+            # All folders are updated once (`only_paths` is None). This happens after `watch` has started, so that no
+            # change is missed.
+            if only_paths is not None:
                 only_paths = _pop_settled_paths_and_update_states(waiting)
-            if is_full_update or only_paths:
+            if only_paths is None or only_paths:
                 try:
                     yield add(followed, only_paths)
                 except ValueError as error:

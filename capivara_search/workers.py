@@ -8,7 +8,6 @@ deleted files and optimizes the tables. If a task is killed, the rows that it ha
 same command again to do the rest.
 """
 
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,14 +18,8 @@ from typing import ClassVar
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import cache_home, require_packages
 from capivara_common.tasks import ExecutorArguments, Phase
+from capivara_search import indexing
 from capivara_search.index import PictureIndex
-from capivara_search.indexing import (
-    IndexPlan,
-    IndexWriter,
-    finish_indexing,
-    plan_index_update,
-    plan_update_and_prepare_index,
-)
 from capivara_search.models import SearchModel
 from capivara_search.results import IndexReport
 from capivara_search.table import PictureTable
@@ -65,13 +58,11 @@ class WorkerArguments(ExecutorArguments):
         return self.logging_dir or cache_home() / "index_logs" / name
 
 
-def add_folders_with_workers(arguments: WorkerArguments, real_paths: Mapping[Path, str] | None = None) -> bool:
+def add_folders_with_workers(arguments: WorkerArguments) -> bool:
     """Update an index from folders as `PictureIndex.add` does, but with several tasks that run in parallel.
 
     Args:
         arguments: Command-line arguments. This function sets the attributes `real_paths` and `model`.
-        real_paths: Real paths of the folders in `arguments.folders`, as `PictureIndex.folders_to_add` returns them:
-            `{absolute path: real path}`. None: the real paths are resolved now.
 
     Returns:
         True if all tasks have ended and the index is up to date. False if the tasks were submitted to Slurm as jobs and
@@ -87,16 +78,16 @@ def add_folders_with_workers(arguments: WorkerArguments, real_paths: Mapping[Pat
     from capivara_common.executors import PhaseStep, run_phases
 
     index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
-    arguments.real_paths = real_paths or {Path(folder): os.path.realpath(folder) for folder in arguments.folders}
+    index.repair()
+    exclude, include = arguments.exclude, arguments.include
+    arguments.real_paths = index.folders_to_add(arguments.folders, exclude, include)
     with index._table.locked():
-        plan_update_and_prepare_index(
-            index._table, index.model, arguments.real_paths, arguments.exclude, arguments.include
-        )
+        indexing.plan_update_and_prepare_index(index._table, index.model, arguments.real_paths, exclude, include)
         arguments.model = index.model.source  # recorded in the arguments, so that all tasks use the same model
         return run_phases(PhaseStep.from_phases(arguments, PHASES, "index"), arguments)
 
 
-def _open_index_and_plan(arguments: WorkerArguments) -> tuple[PictureTable, SearchModel, IndexPlan]:
+def _open_index_and_plan(arguments: WorkerArguments) -> tuple[PictureTable, SearchModel, indexing.IndexPlan]:
     """Open an index and plan the work of the update that is not done yet.
 
     Args:
@@ -106,7 +97,7 @@ def _open_index_and_plan(arguments: WorkerArguments) -> tuple[PictureTable, Sear
         The table of the index, the model, and the plan.
     """
     index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
-    plan = plan_index_update(index._table, index.model.image_digest, arguments.real_paths)
+    plan = indexing.plan_index_update(index._table, index.model.image_digest, arguments.real_paths)
     return index._table, index.model, plan
 
 
@@ -125,7 +116,7 @@ def _embed_and_store_share_of_pictures(arguments: WorkerArguments, rank: int, wo
     # The checksum of a file's path decides which task embeds the file. So each file belongs to exactly one task, even
     # if the tasks find different lists of files because files were added or embedded in the meantime.
     plan.files = [file for file in plan.files if zlib.crc32(file.path.encode()) % world_size == rank]
-    report = IndexWriter(table, model, plan, arguments.batch_size).run()
+    report = indexing.IndexWriter(table, model, plan, arguments.batch_size).run()
     return f"{report.embedded} pictures embedded"
 
 
@@ -144,7 +135,7 @@ def _prune_and_optimize_index(arguments: WorkerArguments, rank: int, world_size:
         A sentence for the log: the number of removed rows.
     """
     report = IndexReport()
-    finish_indexing(*_open_index_and_plan(arguments), report)
+    indexing.finish_indexing(*_open_index_and_plan(arguments), report)
     return f"{report.removed} rows removed"
 
 
@@ -162,12 +153,8 @@ def main(argv: list[str] | None = None) -> None:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(WorkerArguments, __doc__, argv)
-    index = PictureIndex.open(args.where, args.model, args.device)
-    index.repair()
-    folders = index.folders_to_add(args.folders, args.exclude, args.include)
-    args.folders = [*map(str, folders)]
-    if add_folders_with_workers(args, folders):
-        print(f"The index has {len(index)} pictures.")
+    if add_folders_with_workers(args):
+        print(f"The index has {len(PictureIndex.open(args.where))} pictures.")
     else:
         print(f"The jobs were submitted to Slurm. Their logs are in {args.log_folder}.")
 

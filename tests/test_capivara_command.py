@@ -460,9 +460,7 @@ def test_open_starts_the_viewer_for_pictures_only(capivara, own_index, folder, t
     monkeypatch.setenv("PATH", f"{viewer.parent}:{os.environ['PATH']}")
     other, table = tmp_path / "poly.command", PictureTable(own_index)
     PIL.Image.new("RGB", (8, 8)).save(other, "GIF")  # an index of other people may name any file
-    table.run_write(
-        "pictures", lambda opened: opened.update(values={"path": str(other)}, where="path LIKE '%vermelho%'")
-    )
+    table.run_write(lambda opened: opened.update(values={"path": str(other)}, where="path LIKE '%vermelho%'"))
     blue = folder / "2024" / "azul.jpg"
     content = blue.read_bytes()
     try:
@@ -488,7 +486,7 @@ def test_output_has_no_control_characters_and_no_formulas(capivara, own_index, f
     head, first = list(csv.reader(out.splitlines()))[:2]
     assert code == 0 and head == ["path", "label", "'=1+1", "'@b"] and first[1] in ("'=1+1", "'@b", "")
     values, table = {"path": "=HYPERLINK(1)", "latitude": -23.5}, PictureTable(own_index)
-    table.run_write("pictures", lambda opened: opened.update(values=values, where="path LIKE '%azul%'"))
+    table.run_write(lambda opened: opened.update(values=values, where="path LIKE '%azul%'"))
     export_all_rows(table, tmp_path / "all.csv")
     rows = csv.DictReader((tmp_path / "all.csv").open(encoding="utf-8"))
     assert {row["path"]: row["latitude"] for row in rows}["'=HYPERLINK(1)"] == "-23.5"

@@ -36,7 +36,6 @@ from capivara_search.page.guard import (
 )
 from capivara_search.page.server import create_page_server
 from capivara_search.picture_reading import convert_image_to_rgb_on_white
-from capivara_search.table import FOLDER_KEY_PREFIX
 
 DECODE_TIMEOUT_S = 2
 LONG_BYTES = 30_000_000  # of a download that does not fit into the buffers of its sockets
@@ -144,7 +143,7 @@ def test_originals_are_sent_only_from_folders_that_were_added_on_this_machine(
 ):
     """An index from other people may name all pictures of this machine, and "/" as its folder."""
     index = made_index(tmp_path / "i.lance", folder, saved_tiny_folder)
-    index._table.set_metadata({FOLDER_KEY_PREFIX + "/": ""})
+    index._table.set_folders({"/": ""})
     row = str(folder / "azul" / "azul inteiro.png")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # as on another machine
     with served(index) as client:

@@ -659,9 +659,7 @@ def test_a_move_requests_no_folder_outside_of_the_new_one(index, folder, tmp_pat
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another machine"))
     new = shutil.copytree(folder, tmp_path / "novo")
     (new / "link").symlink_to("/etc")
-    index._table.set_metadata(
-        {indexing.FOLDER_KEY_PREFIX + f"{folder}/../..": "", indexing.FOLDER_KEY_PREFIX + f"{folder}/link": ""}
-    )
+    index._table.set_folders({f"{folder}/../..": "", f"{folder}/link": ""})
     index.move(folder, new)
     assert index.requested_folders() == {str(new): str(new)}
 
@@ -741,7 +739,7 @@ def test_a_known_folder_that_becomes_a_link_during_the_run_is_not_read(
 
 def test_the_folders_of_an_index_from_elsewhere_are_not_read(tmp_path, models, folder, index, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another machine"))
-    index._table.set_metadata({indexing.FOLDER_KEY_PREFIX + "/": ""})
+    index._table.set_folders({"/": ""})
     make_pictures(tmp_path / "own", 3, seed=5)
     assert index.requested_folders() == {}
     with expect_error("no_known_folder"):

@@ -19,10 +19,9 @@ from huggingface_hub import SpaceCard, SpaceCardData
 from capivara_common.files import atomic_folder, write_text
 from capivara_common.privacy import find_secret, get_publishable_model_or_dataset_name
 from capivara_search.index import PictureIndex
-from capivara_search.indexing import FOLDER_KEY_PREFIX
 from capivara_search.models import resolve_search_model
 from capivara_search.page.server import DEFAULT_PORT, Credit
-from capivara_search.table import PictureTable
+from capivara_search.table import FOLDER_KEY_PREFIX, PictureTable
 from hub_upload.upload_checks import TOKENIZER_FILES, check_file_for_secrets, check_model_files, check_paths
 from modeling_capivara.loading import read_card_metadata
 
