@@ -200,10 +200,10 @@ def read_build_plan(
     # or selects would change what an evaluation measures.
     translations = [(title, section) for title, section in chain if title.endswith(("translate", "embed"))]
     translations = translations or [(f"0-{READ_STAGE}", {})]
-    steps = {train: _build_stage_arguments(content, chain, train, executor_flags or {}, config)}
-    steps |= {
-        split: _build_stage_arguments(content, translations, split, executor_flags or {}, config)
-        for split in evaluation
+    chains = {train: chain} | dict.fromkeys(evaluation, translations)
+    steps = {
+        split: _build_stage_arguments(content, chain, split, executor_flags or {}, config)
+        for split, chain in chains.items()
     }
     if evaluation and any(isinstance(step, EmbedArguments) and step.views > 1 for step in steps[train]):
         raise ValueError(
@@ -262,9 +262,8 @@ def _build_stage_arguments(
             values[key] = value.replace("{split}", split) if isinstance(value, str) else value
         values = {"import_file" if key == "import" else key: value for key, value in values.items()}
         if "import_file" in values:
-            values["import_file"] = str(
-                _resolve_translation_table_path(Path(str(values["import_file"])), output, output / title)
-            )
+            table = Path(str(values["import_file"]))
+            values["import_file"] = _resolve_translation_table_path(table, output, output / title)
         kind, where = STAGES.get(name, StageArguments), f"{config}, section {name}"
         flags = config_to_flags(values, kind, where)
         try:
@@ -294,10 +293,8 @@ def _resolve_translation_table_path(name: Path, output: Path, stage: Path) -> Pa
         if stage.is_dir():
             return name
         logger.warning(
-            "The translation table %s lies in the current folder and is not used. If it belongs to this build, move it "
-            "to %s and state its languages in its first line (docs/how-to/your_language.md).",
-            name,
-            path,
+            f"The translation table {name} lies in the current folder and is not used. If it belongs to this build, "
+            f"move it to {path} and state its languages in its first line (docs/how-to/your_language.md)."
         )
     return path
 
@@ -348,11 +345,10 @@ def _check_keys(content: dict[str, Any], known: Sequence[str], where: str) -> No
         known: Names of the known keys.
         where: Description of the dict for the message, for example the path of the config.
     """
+    advice = f"Known keys: {', '.join(known)}."
     for key in content:
         if key not in known:
-            raise ValueError(
-                unknown_name_message(str(key), f"key in {where}", list(known), f"Known keys: {', '.join(known)}.")
-            )
+            raise ValueError(unknown_name_message(str(key), f"key in {where}", list(known), advice))
 
 
 def build_dataset(args: BuildArguments) -> Path | None:
@@ -458,13 +454,8 @@ def _apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
         if step.pending_manual_step():
             return
         if corrections := step.corrections():
-            changed, later = len(corrections.rows), steps[number + 1 :] if corrections.rows else []
-            logger.info(
-                "The table %s was corrected; %s rows of %s are now written again.",
-                step.import_file,
-                f"{changed:,}",
-                step.title,
-            )
+            changed, later = f"{len(corrections.rows):,} rows", steps[number + 1 :] if corrections.rows else []
+            logger.info(f"The table {step.import_file} was corrected; {changed} of {step.title} are now written again.")
             if (dataset / BUILD_FILE).is_file():
                 shutil.rmtree(dataset)
             for step_after in reversed(later):
@@ -486,9 +477,7 @@ def _log_counts(plan: BuildPlan) -> None:
     """
     for step in (step for step in plan.all_steps() if _get_stage_status(step) == "done"):
         report, rows = check_stage_and_count_rows(step.output), read_stage_record(step.output)["source"]["rows"]
-        reasons = ", ".join(f"{number:,} {reason}" for reason, number in report.skipped.items())
-        ending = f" ({reasons})" if reasons else ""
-        logger.info("%s: %s rows in, %s out%s", step.title, f"{rows:,}", f"{report.rows:,}", ending)
+        logger.info(f"{step.title}: {rows:,} rows in, {report.rows:,} out{report.skip_reasons}")
         filters, dropped, total, unit = "", 0, 0, ""
         if isinstance(step, SelectArguments):
             cutoffs = {"min_pair_similarity": step.min_pair_similarity, "min_similarity": step.strategy_cutoff}
@@ -499,16 +488,10 @@ def _log_counts(plan: BuildPlan) -> None:
             filters, dropped, total, unit = "drop_flagged", quality["flagged"], quality["captions"], "translations"
         if dropped > total / 2:
             logger.warning(
-                "WARNING: %s: %s dropped %s of %s %s, more than half. If it dropped good captions, change the setting, "
-                "remove %s, the folders of the stages after it and %s, and run the same command again. A base model "
-                "that was not trained on the language gives low similarities to good captions as well.",
-                step.title,
-                filters,
-                f"{dropped:,}",
-                f"{total:,}",
-                unit,
-                step.output.parent,
-                plan.dataset,
+                f"WARNING: {step.title}: {filters} dropped {dropped:,} of {total:,} {unit}, more than half. If it "
+                f"dropped good captions, change the setting, remove {step.output.parent}, the folders of the stages "
+                f"after it and {plan.dataset}, and run the same command again. A base model that was not trained on "
+                "the language gives low similarities to good captions as well."
             )
 
 
@@ -736,17 +719,12 @@ def _render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str
         plot_file: Name of the histogram of similarities in the folder of the dataset; None if there is no histogram.
     """
     card, language, splits = metadata["card"], metadata["language"], metadata["splits"].values()
-    stages = {step["name"] for split in splits for step in split["steps"]}
+    steps = [step for split in splits for step in split["steps"]]
     filled = [name for split in splits for name, n in split["captions"].items() if n]
     last_steps = [split["steps"][-1] for split in splits]
     files = [{"split": name, "path": f"data/{name}-*"} for name in metadata["splits"]]
     languages = sorted({name.split("captions-", 1)[1] for name in filled}, key=lambda code: (code != language, code))
-    translations = {
-        code: translator
-        for split in splits
-        for step in split["steps"]
-        for code, translator in step["translations"].items()
-    }
+    translations = {code: translator for step in steps for code, translator in step["translations"].items()}
     translators = sorted(set(translations.values()))
     tags = ["translated", *(f"{translator}-translated" for translator in translators)] if translators else []
     data = DatasetCardData(
@@ -761,8 +739,7 @@ def _render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str
     # Stage name -> prompts of its language model, as YAML text. All splits use the same prompts.
     prompts = {
         step["name"]: yaml.dump(content, Dumper=_TextDumper, allow_unicode=True, sort_keys=False)
-        for split in splits
-        for step in split["steps"]
+        for step in steps
         if (content := (step["settings"].get("translator") or step["settings"]).get("prompts"))
     }
     text = DatasetCard.from_template(
@@ -773,7 +750,7 @@ def _render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str
         description=card.get("description") or "Images with captions, to train image-text models on.",
         caption_columns=list(dict.fromkeys(filled)),
         embeds=next((step["settings"] for step in last_steps if step["name"] == "embed"), None),
-        stages=stages,
+        stages={step["name"] for step in steps},
         translators=translators,
         plot_file=plot_file,
         prompts=prompts,

@@ -394,10 +394,13 @@ class StageReport:
     skipped: dict[str, int]
 
     def __str__(self) -> str:
+        return f"{self.rows:,} rows written, {sum(self.skipped.values()):,} skipped{self.skip_reasons}"
+
+    @property
+    def skip_reasons(self) -> str:
+        """The reasons with their numbers of rows, for example " (3 no caption)"; "" if no row was skipped."""
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.skipped.items())
-        return f"{self.rows:,} rows written, {sum(self.skipped.values()):,} skipped" + (
-            f" ({reasons})" if reasons else ""
-        )
+        return f" ({reasons})" if reasons else ""
 
 
 class RowStage:
@@ -461,12 +464,13 @@ class RowStage:
         recorded = read_stage_record(self.args.output)
         current = self.record | {"settings": recorded["settings"] | self.args.known_settings()}
         # Compare the flags of the two commands as sets, because earlier versions recorded them in another order.
-        recorded, current = (
-            {**record, "command": set(record["command"].split(" --"))} for record in (recorded, current)
-        )
-        return all(recorded[key] == current[key] for key in current) and all(
-            self.path(part).is_file() for part in self.parts
-        )
+        for record in (recorded, current):
+            record["command"] = set(record["command"].split(" --"))
+        return all(recorded[key] == current[key] for key in current) and not self.missing_parts()
+
+    def missing_parts(self) -> list[range]:
+        """Return the row ranges of the parts of this task whose parquet file does not exist yet."""
+        return [part for part in self.parts if not self.path(part).is_file()]
 
     def run(
         self,
@@ -510,7 +514,7 @@ class RowStage:
             "versions": package_versions(),
         }
         write_or_check_stage_record(self.args.output, self.record | added)
-        missing = [part for part in self.parts if not self.path(part).is_file()]
+        missing = self.missing_parts()
         total, left = sum(map(len, self.parts)), sum(map(len, missing))
         title = self.args.stage_name.capitalize()
         with tqdm(total=total, initial=total - left, desc=title, unit="row", disable=self.rank > 0) as self.bar:
@@ -571,7 +575,8 @@ class RowStage:
             part: Row range of the part.
             skipped: List to which the function appends a record for each row that can't be used.
         """
-        rows = itertools.islice(self.source.rows(part.start), len(part))
+        source = self.source
+        rows = itertools.islice(source.rows(part.start), len(part))
         numbered = zip(part, rows, strict=True)  # `strict=True` raises an error if the source has lost rows
         while batch := list(itertools.islice(numbered, self.args.batch_rows)):
             # Leave the `with` block, which ends the threads that decode images, before the model computes. Otherwise,
@@ -583,9 +588,7 @@ class RowStage:
             for (number, _), row in zip(batch, results, strict=True):
                 result = row if isinstance(row, BadRow) else next(processed)
                 if isinstance(result, BadRow):
-                    skipped.append(
-                        SkippedRow(self.source.name, self.source.split, number, result.reason, result.detail)
-                    )
+                    skipped.append(SkippedRow(source.name, source.split, number, result.reason, result.detail))
                 else:
                     yield row | result
             self.bar.update(len(batch))
@@ -821,10 +824,8 @@ def identity_digest(record: dict[str, Any]) -> str:
 
 def _get_fixed_stage_record_values(record: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a stage record (content of `stage.json`) that must be equal for all files of a folder."""
-    identity = {key: record.get(key) for key in IDENTITY_KEYS}
-    return identity | {
-        "source": {key: value for key, value in record["source"].items() if key not in IGNORED_SOURCE_KEYS}
-    }
+    source = {key: value for key, value in record["source"].items() if key not in IGNORED_SOURCE_KEYS}
+    return {key: record.get(key) for key in IDENTITY_KEYS} | {"source": source}
 
 
 def flatten_dict(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -851,9 +852,8 @@ def check_stage_and_count_rows(output: Path | str) -> StageReport:
     """
     output, record = Path(output), read_stage_record(output)
     check_stage_is_finished(output)
-    return _count_written_and_skipped_rows(
-        output, record, split_rows(record["source"]["rows"], record["rows_per_part"])
-    )
+    parts = split_rows(record["source"]["rows"], record["rows_per_part"])
+    return _count_written_and_skipped_rows(output, record, parts)
 
 
 def _count_written_and_skipped_rows(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
@@ -926,21 +926,18 @@ def run_stage_command(
     args = parse_arguments(arguments_type, description, argv)
     if args.dry_run:
         stage = RowStage(args)
-        missing = sum(len(part) for part in stage.parts if not stage.path(part).is_file())
+        missing = sum(map(len, stage.missing_parts()))
         args.check_backend()
         if isinstance(args, EncoderStageArguments):
             args.check_model()
         print("\n".join([f"{args.output}: {missing:,} rows are missing", *args.describe_work(stage)]))
         return None
     if args.pending_manual_step():
-        logger.info(
-            "Manual step: %s Fill its last column, then run the same command again.", args.request_manual_step()
-        )
+        logger.info(f"Manual step: {args.request_manual_step()} Fill its last column, then run the same command again.")
         return None
     if corrections := args.corrections():
-        logger.info(
-            "The table %s was corrected; %s rows are now written again.", args.import_file, f"{len(corrections.rows):,}"
-        )
+        count = len(corrections.rows)
+        logger.info(f"The table {args.import_file} was corrected; {count:,} rows are now written again.")
         corrections.apply()
     if not run_phases(PhaseStep.from_phases(args, args.phases, args.stage_name), args):
         return None
