@@ -25,23 +25,9 @@ from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE
 from captions.captioners.base import Captioner
 from captions.captioners.blip2 import DEFAULT_MODEL
-from captions.chat.answers import (
-    USAGE_FIELDS,
-    Answer,
-    build_response_format_for_json_answer,
-    clean_answer,
-    detect_refusal_or_truncation,
-    extract_value_from_json_answer,
-)
+from captions.chat.answers import USAGE_FIELDS, Answer, clean_answer, detect_refusal_or_truncation
 from captions.chat.client import ChatClient, Choice
-from captions.chat.flags import (
-    CHAT,
-    ChatFlags,
-    check_chat_flags,
-    get_settings_that_change_answers,
-    is_server_beside_tasks,
-    logger,
-)
+from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, check_server, get_settings_that_change_answers
 from captions.chat.prompts import CaptionPrompts
 from captions.journal import Journal, read_journal
 from captions.quality import QUALITY_FILE, find_caption_quality_flags
@@ -136,10 +122,7 @@ class ChatCaptioner(Captioner):
         The check is skipped if each cluster node has its own server, which this machine can't reach. Raises ValueError
         or OSError if the server can't be used.
         """
-        if is_server_beside_tasks(args):
-            logger.info("Not checked now: %s. Each cluster node has its own server.", ", ".join(args.base_url))
-        else:
-            cls(args, None)
+        check_server(args, lambda: cls(args, None))
 
     @classmethod
     def describe_work(cls, args: Any, stage: RowStage) -> list[str]:
@@ -153,7 +136,7 @@ class ChatCaptioner(Captioner):
             A list with one line of text: the numbers of images and requests, and the estimated number of tokens.
         """
         prompts = CaptionPrompts(args.prompts, args.caption_language)
-        images = sum(len(part) for part in stage.parts if not stage.path(part).is_file())
+        images = sum(map(len, stage.missing_parts()))
         requests = images * len(prompts.prompts)
         letters = sum(len(str(prompts.messages(number, ""))) for number in range(len(prompts.prompts)))
         read = requests * args.image_side**2 // PIXELS_PER_TOKEN + images * letters // LETTERS_PER_TOKEN
@@ -225,15 +208,18 @@ class ChatCaptioner(Captioner):
         url, number = item
         key = f"{hashlib.blake2b(url.encode(), digest_size=16).hexdigest()}-{number}"
         if key not in self._stored:
-            messages, schema = self._prompts.messages(number, url), build_response_format_for_json_answer(SCHEMA_KEY)
-            answers = await self._client.ask(messages, self._judge, self._args.n, schema)
+            answers = await self._client.ask(self._prompts.messages(number, url), self._judge, SCHEMA_KEY, self._args.n)
             self._journal.append({"request": key, "answers": [asdict(answer) for answer in answers]})
             self._stored[key] = answers
         return self._stored[key]
 
-    def _judge(self, choice: Choice) -> tuple[str, str | None]:
-        """Return the tuple (cleaned caption, first fault) for an answer; the fault is None if none was found."""
-        value = extract_value_from_json_answer(choice.text, SCHEMA_KEY) if self._args.response_schema else None
+    def _judge(self, choice: Choice, value: object) -> tuple[str, str | None]:
+        """Return the tuple (cleaned caption, first fault) for an answer; the fault is None if none was found.
+
+        Args:
+            choice: The answer of the model.
+            value: Caption in a JSON answer. If it is no text, the whole answer is the caption.
+        """
         text = clean_answer(value if isinstance(value, str) else choice.text)
         faults = [detect_refusal_or_truncation(text, choice.finish_reason, choice.refusal)]
         faults += find_caption_quality_flags(text, self._args.caption_language)
