@@ -11,7 +11,7 @@ class Captioner(Protocol):
 
     A backend is a subclass in a module of its own. The methods are called in this order: `check_flags`, `check` and
     `load`, then `start_part` and `caption_rows` for each part. A part is one parquet file of the output. A subclass
-    must implement `columns`, `load` and `caption_rows`. All other methods have a default implementation.
+    must implement `columns` and `caption_rows`. All other methods have a default implementation.
 
     Attributes:
         flags: Dataclass with the flags of the backend, which become flags of `captions.generate`.
@@ -67,6 +67,8 @@ class Captioner(Protocol):
     def load(cls, args: Any, stage: RowStage) -> Self:
         """Load the captioner, for example its model, or connect to its server.
 
+        The default implementation calls the class with the flags.
+
         Args:
             args: Flags of `captions.generate` (`GenerateArguments`).
             stage: Access to the rows to caption.
@@ -77,7 +79,7 @@ class Captioner(Protocol):
         Raises:
             ValueError, OSError, ImportError: If the captioner can't be used.
         """
-        ...
+        return cls(args)
 
     @classmethod
     def report(cls, args: Any) -> None:
