@@ -25,7 +25,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,6 @@ STAGES = {
     "select": SelectArguments,
     "embed": EmbedArguments,
 }
-# Name of the stage that only copies rows. It runs for an evaluation split that needs no translation or embeddings.
-READ_STAGE = "read"
 # Keys that a config may have besides its stages, keys of its section `card` (about the dataset card), and keys of each
 # entry of `sources` there. docs/how-to/your_language.md describes them.
 REQUIRED_KEYS = ("dataset", "output", "language")
@@ -88,7 +86,6 @@ CONFIG_KEYS = (*REQUIRED_KEYS, "source_language", "split", "evaluation_splits", 
 CARD_KEYS = ("pretty_name", "description", "license", "license_name", "license_link", "sources", "attribution")
 SOURCE_KEYS = ("name", "url", "license")
 
-DATASET_FOLDER = "dataset"
 # Approximate size of each file of the dataset. The Hugging Face Hub recommends files of some hundred megabytes.
 TARGET_FILE_BYTES = 300_000_000
 SKIPPED_FILE = "skipped.jsonl"  # list of rows that could not be embedded, in a dataset without images
@@ -199,7 +196,8 @@ def read_build_plan(
     # Evaluation splits are translated and embedded, but skip all other stages, because captions that a model generates
     # or selects would change what an evaluation measures.
     translations = [(title, section) for title, section in chain if title.endswith(("translate", "embed"))]
-    translations = translations or [(f"0-{READ_STAGE}", {})]
+    # For an evaluation split that needs no translation or embeddings, the stage `read` only copies the rows.
+    translations = translations or [("0-read", {})]
     chains = {train: chain} | dict.fromkeys(evaluation, translations)
     steps = {
         split: _build_stage_arguments(content, chain, split, executor_flags or {}, config)
@@ -210,7 +208,7 @@ def read_build_plan(
             f"{config}: embed.views must be 1 with evaluation_splits, because evaluation uses no augmented images."
         )
     output = Path(content["output"])
-    return BuildPlan(steps, output, content["language"], card, output / DATASET_FOLDER)
+    return BuildPlan(steps, output, content["language"], card, output / "dataset")
 
 
 def _refuse_keys_of_services(section: Any, config: Path) -> None:
@@ -246,16 +244,15 @@ def _build_stage_arguments(
     dataset, output = content["dataset"], Path(content["output"])
     for title, section in chain:
         name, folder = title.partition("-")[2], output / title / split
+        kind, where = STAGES.get(name, StageArguments), f"{config}, section {name}"
+        flag_names = {field.name for field in fields(kind)}
         logs = Path(executor_flags.get("logging_dir", output / "logs")) / title / split
-        values = {**executor_flags, "dataset": dataset, "output": str(folder), "split": split, "logging_dir": str(logs)}
+        values = {**executor_flags, "dataset": dataset, "output": folder, "split": split, "logging_dir": logs}
         # Only the first stage reads the original column names. Its output has the new names, which later stages read.
-        if not steps:
-            values |= {key: content[key] for key in ("image_column", "rename") if key in content}
-        if name in ("translate", "score", "select"):
-            values["language"] = content["language"]
-        if name == "translate":
-            values["memory"] = str(output / title / "memory")
-            values |= {key: content[key] for key in ("source_language",) if key in content}
+        shared = ["language", "source_language", *([] if steps else ["image_column", "rename"])]
+        values |= {key: content[key] for key in shared if key in content and key in flag_names}
+        if "memory" in flag_names:
+            values["memory"] = output / title / "memory"
         # `{split}` in a value stands for the name of the split. With it, one config can name a file for each split, for
         # example the translation table `tables/{split}.tsv`.
         for key, value in section.items():
@@ -264,13 +261,12 @@ def _build_stage_arguments(
         if "import_file" in values:
             table = Path(str(values["import_file"]))
             values["import_file"] = _resolve_translation_table_path(table, output, output / title)
-        kind, where = STAGES.get(name, StageArguments), f"{config}, section {name}"
         flags = config_to_flags(values, kind, where)
         try:
             steps.append(parse_arguments(kind, None, flags))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        dataset = str(folder)
+        dataset = folder
     return steps
 
 
@@ -416,9 +412,8 @@ def build_dataset(args: BuildArguments) -> Path | None:
         # A person must translate these tables. The tables of all splits are written now, so that the person can
         # translate them together.
         requests = [step.request_manual_step() for step in waiting]
-        raise ManualStepRequired(
-            "\n".join([*requests, "Fill the last column of each table, then run the same command again."])
-        )
+        requests.append("Fill the last column of each table, then run the same command again.")
+        raise ManualStepRequired("\n".join(requests))
     return plan.dataset
 
 

@@ -48,7 +48,7 @@ def map_caption_columns_to_translated_columns(present: Collection[str], where: s
     return columns
 
 
-def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range]) -> Iterator[str]:
+def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range] | None = None) -> Iterator[str]:
     """Iterate over the captions that must be translated. Each distinct caption occurs only once, in row order.
 
     Blank captions are omitted. Only the caption columns are requested from the dataset, so that most dataset formats
@@ -57,7 +57,7 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range]) -> 
     Args:
         args: Flags of `captions.translate`.
         source: The dataset split.
-        parts: Ranges of the row numbers whose captions are read.
+        parts: Ranges of the row numbers whose captions are read. Default: all rows.
 
     Raises:
         ValueError: If the dataset already has a column of translations.
@@ -66,7 +66,7 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range]) -> 
     columns = [names[column] for column in map_caption_columns_to_translated_columns(names, source.display_name, args)]
     # Digests of the sentences that were already returned. The sentences themselves would need several times the memory.
     seen: set[bytes] = set()
-    for part in parts:
+    for part in [range(len(source))] if parts is None else parts:
         rows = itertools.islice(source.rows(part.start, column_names=columns), len(part))
         for row, column in ((row, column) for row in rows for column in columns):
             texts: list[str] = []

@@ -609,9 +609,8 @@ class RowStage:
                 row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
                 if self.args.decodes_images:
                     row[DECODED_KEY] = decode_image(row[column], ImageAccess(max_pixels=self.args.max_pixels))
-            return row | {
-                name: convert_to_caption_list(row[name], name) for name in row if CAPTION_COLUMN_RE.fullmatch(name)
-            }
+            caption_columns = filter(CAPTION_COLUMN_RE.fullmatch, row)
+            return row | {name: convert_to_caption_list(row[name], name) for name in caption_columns}
         except BadRow as bad:
             return bad
 

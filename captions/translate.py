@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from capivara_common.cli import check_at_least, flag, run_main_and_report_user_errors
@@ -33,7 +32,7 @@ from capivara_common.files import write_json
 from caption_data.rows import CAPTIONS_FEATURE
 from captions.chat.answers import Answer
 from captions.languages import parse_language
-from captions.quality import QUALITY_FILE, QUALITY_FLAGS, summarize_quality_file
+from captions.quality import QUALITY_FILE, QUALITY_FLAGS, count_and_iter_row_qualities, summarize_quality_file
 from captions.sentences import (
     CAPTION_KINDS,
     QUALITY_FEATURES,
@@ -133,11 +132,8 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
                 similarities in the target language.
         """
         added = super().check_columns(columns, where)
-        return [
-            *added,
-            *map_caption_columns_to_translated_columns(columns, where, self).values(),
-            f"quality-{self.language}",
-        ]
+        translated = map_caption_columns_to_translated_columns(columns, where, self).values()
+        return [*added, *translated, f"quality-{self.language}"]
 
     def settings(self, translator: dict[str, Any]) -> dict[str, Any]:
         """Return everything that determines the translations, as a dict `{"name": value}` for the file `stage.json`.
@@ -181,8 +177,8 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         translator = TRANSLATORS[self.backend]
         if not translator.counts_tokens:
             return []
-        sentences = set(iter_distinct_captions(self, stage.source, [range(len(stage.source))]))
-        return [f"{len(sentences):,} distinct captions", *translator.describe_work(self, sorted(sentences))]
+        sentences = sorted(iter_distinct_captions(self, stage.source))
+        return [f"{len(sentences):,} distinct captions", *translator.describe_work(self, sentences)]
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
         """Load the translator, for example a model or a table of translations that people have filled.
@@ -222,20 +218,15 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
             rank: Number of the task; not used, because a single task writes the file.
             world_size: Number of tasks; not used.
         """
-        column = f"quality-{self.language}"
         flag_reports = {name: {"captions": 0, "examples": []} for name in QUALITY_FLAGS}
         report = {"language": self.language, "rows": 0, "captions": 0, "flagged": 0, "flags": flag_reports}
-        for path in sorted(self.output.glob("*.parquet")):
-            for quality in pq.read_table(path, columns=[column])[column].to_pylist():
-                report["rows"] += 1
-                report["captions"] += quality["captions"]
-                report["flagged"] += len(quality["flagged"])
-                for caption in quality["flagged"]:
-                    example = {name: caption[name][:MAX_EXAMPLE_CHARACTERS] for name in ("source", "translation")}
-                    for flag_report in (flag_reports[name] for name in caption["flags"]):
-                        flag_report["captions"] += 1
-                        if len(flag_report["examples"]) < EXAMPLES_PER_FLAG:
-                            flag_report["examples"].append(example)
+        for quality in count_and_iter_row_qualities(report, self.output, f"quality-{self.language}"):
+            for caption in quality["flagged"]:
+                example = {name: caption[name][:MAX_EXAMPLE_CHARACTERS] for name in ("source", "translation")}
+                for flag_report in (flag_reports[name] for name in caption["flags"]):
+                    flag_report["captions"] += 1
+                    if len(flag_report["examples"]) < EXAMPLES_PER_FLAG:
+                        flag_report["examples"].append(example)
         if TRANSLATORS[self.backend].counts_tokens:
             fingerprint = read_stage_record(self.output)["settings"]["translator"]
             report |= {"translator": fingerprint, "usage": _open_memory(self, fingerprint).count_usage()}

@@ -2,7 +2,6 @@
 
 import hashlib
 import uuid
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -87,15 +86,9 @@ class TranslationMemory:
             OSError: If the disk is full.
         """
         self._write_fingerprint()
-        if self._answers:
-            schema = ANSWER_SCHEMA
-            rows = [
-                _build_answer_row(text, self._answers.get(text, Answer(answer)))
-                for text, answer in translations.items()
-            ]
-        else:
-            schema = PAIR_SCHEMA
-            rows = [{"source": text, "translation": translation} for text, translation in translations.items()]
+        schema = ANSWER_SCHEMA if self._answers else PAIR_SCHEMA
+        answers = {text: self._answers.get(text, Answer(translation)) for text, translation in translations.items()}
+        rows = [_build_answer_row(text, answer) for text, answer in answers.items()]
         name = hashlib.blake2b("\0".join(translations).encode(), digest_size=16).hexdigest()
         with atomic_parquet(self.folder / f"{name}.parquet", schema) as parquet:
             parquet.write_table(pa.Table.from_pylist(rows, schema=schema))
@@ -110,12 +103,12 @@ class TranslationMemory:
             twice), "prompt_tokens" (number of tokens that the model has read) and "completion_tokens" (number of tokens
             that it has written).
         """
-        usage = Counter(answers=0, retried=0, prompt_tokens=0, completion_tokens=0)
+        usage = dict.fromkeys(("answers", *USAGE_FIELDS), 0)
         for record in self._records():
             usage["answers"] += 1
             for name in USAGE_FIELDS:
                 usage[name] += int(record.get(name) or 0)
-        return dict(usage)
+        return usage
 
     def _write_fingerprint(self) -> None:
         """Write the fingerprint to the file `translator.json`. Its digest is the name of the folder."""

@@ -106,9 +106,8 @@ def read_translation_table(path: Path, sentences: list[str]) -> dict[str, str]:
     check_rows_match_sentences(path, sentences)
     if missing := describe_untranslated_rows(path):
         raise ValueError(f"{path}: {missing} Fill the last column of these lines.")
-    return {
-        source: row["translation"] for source, row in zip(sentences, read_table_header_and_rows(path)[1], strict=True)
-    }
+    _, rows = read_table_header_and_rows(path)
+    return {source: row["translation"] for source, row in zip(sentences, rows, strict=True)}
 
 
 def check_rows_match_sentences(path: Path, sentences: list[str]) -> None:
@@ -179,9 +178,8 @@ def read_table_header_and_rows(path: Path) -> tuple[dict[str, str], list[dict[st
         table = pd.read_csv(path, sep="\t", dtype=str, quoting=csv.QUOTE_NONE, na_filter=False, encoding="utf-8-sig")
         stated = {name.strip(): text.strip() for name, _, text in (str(column).partition(":") for column in table)}
         table.columns = list(stated) if len(stated) == len(table.columns) else table.columns
-        rows = [
-            {name: unescape_cell(cell) for name, cell in row.items()} for row in table.fillna("").to_dict("records")
-        ]
+        records = table.fillna("").to_dict("records")
+        rows = [{name: unescape_cell(cell) for name, cell in record.items()} for record in records]
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import PIL.Image
-import pyarrow.parquet as pq
 from datasets import List, Value
 
 from capivara_common.cli import check_at_least, flag
@@ -30,7 +29,7 @@ from captions.chat.client import ChatClient, Choice
 from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, check_server, get_settings_that_change_answers
 from captions.chat.prompts import CaptionPrompts
 from captions.journal import Journal, read_journal
-from captions.quality import QUALITY_FILE, find_caption_quality_flags
+from captions.quality import QUALITY_FILE, count_and_iter_row_qualities, find_caption_quality_flags
 from captions.stages import DECODED_KEY, RowStage, read_stage_record
 
 JPEG_QUALITY = 90
@@ -237,9 +236,8 @@ class ChatCaptioner(Captioner):
         faulty = [(position, answer) for position, answer in pairs if answer.fault is not None]
         others = (text for name, texts in row.items() if CAPTION_COLUMN_RE.fullmatch(name) for text in texts)
         if not captions and not any(map(str.strip, others)):
-            return BadRow(
-                faulty[0][1].fault, f"all {len(faulty)} answers were unusable; the first answer: {faulty[0][1].text}"
-            )
+            _, first = faulty[0]
+            return BadRow(first.fault, f"all {len(faulty)} answers were unusable; the first answer: {first.text}")
         flagged = [
             {"position": position, "flags": [answer.fault], "answer": answer.text[:MAX_LISTED_CHARACTERS]}
             for position, answer in faulty
@@ -260,13 +258,9 @@ class ChatCaptioner(Captioner):
         """
         (_, column), counts, usage = cls.columns(args), Counter(), Counter(dict.fromkeys(USAGE_FIELDS, 0))
         report = {"language": args.caption_language, "rows": 0, "captions": 0, "flagged": 0}
-        for path in sorted(args.output.glob("*.parquet")):
-            for quality in pq.read_table(path, columns=[column])[column].to_pylist():
-                report["rows"] += 1
-                report["captions"] += quality["captions"]
-                report["flagged"] += len(quality["flagged"])
-                counts.update(name for answer in quality["flagged"] for name in answer["flags"])
-                usage.update({name: quality[name] for name in USAGE_FIELDS})
+        for quality in count_and_iter_row_qualities(report, args.output, column):
+            counts.update(name for answer in quality["flagged"] for name in answer["flags"])
+            usage.update({name: quality[name] for name in USAGE_FIELDS})
         flags = {name: {"captions": count} for name, count in counts.most_common()}
         report |= {"flags": flags, "captioner": read_stage_record(args.output)["settings"], "usage": dict(usage)}
         write_json(args.output / QUALITY_FILE, report)
