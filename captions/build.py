@@ -88,7 +88,6 @@ SOURCE_KEYS = ("name", "url", "license")
 
 # Approximate size of each file of the dataset. The Hugging Face Hub recommends files of some hundred megabytes.
 TARGET_FILE_BYTES = 300_000_000
-SKIPPED_FILE = "skipped.jsonl"  # list of rows that could not be embedded, in a dataset without images
 BUILD_FILE = "build.json"  # JSON file in the dataset with all values of the dataset card
 SIMILARITY_PLOT_FILE = "similarities.png"  # histogram of similarities, from the report of `captions.select`
 CARD_TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
@@ -579,19 +578,17 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
     metadata = {"card": plan.card, "language": plan.language, "splits": {}}
     with atomic_folder(output) as folder:
         for split, split_files in files.items():
-            count = len(split_files)
-            names = [folder / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
-            progress = tqdm(zip(names, split_files, strict=True), desc="Dataset", unit="file", total=count)
-            counts = sum(
-                (_merge_parquet_parts_and_count_captions(path, parts, schema) for path, parts in progress), Counter()
-            )
+            counts = Counter()
+            for number, parts in enumerate(tqdm(split_files, desc="Dataset", unit="file")):
+                path = folder / "data" / f"{split}-{number:05d}-of-{len(split_files):05d}.parquet"
+                counts += _merge_parquet_parts_and_count_captions(path, parts, schema)
             steps = [_summarize_stage_for_card(step) for step in plan.steps[split]]
             metadata["splits"][split] = {"rows": counts.pop("rows"), "captions": dict(counts), "steps": steps}
         plots = (step.output / "report" / SIMILARITY_PLOT_FILE for step in plan.all_steps())
         plot = next(filter(Path.is_file, plots), None)
         if plot is not None:
             shutil.copyfile(plot, folder / SIMILARITY_PLOT_FILE)
-        write_skipped_rows(folder / SKIPPED_FILE, _list_unembedded_rows(plan))
+        write_skipped_rows(folder / "skipped.jsonl", _list_unembedded_rows(plan))
         write_json(folder / BUILD_FILE, metadata | {"stages_digest": digests})
         write_text(folder / "README.md", _render_dataset_card(metadata, plot and SIMILARITY_PLOT_FILE))
 

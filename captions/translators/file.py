@@ -25,14 +25,7 @@ from captions.stages import (
     read_skipped_row_numbers_and_reasons,
     read_stage_record,
 )
-from captions.translation_tables import (
-    TABLE_COLUMNS,
-    check_rows_match_sentences,
-    describe_untranslated_rows,
-    read_table_header_and_rows,
-    read_translation_table,
-    write_blank_translation_table,
-)
+from captions.translation_tables import TABLE_COLUMNS, TranslationTable, write_blank_translation_table
 from captions.translators.base import Translator
 
 logger = logging.getLogger("capivara")
@@ -79,11 +72,10 @@ class FileFlags:
             return ""
         if not self.import_file.is_file():
             return "the table does not exist yet"
-        self.check_table()
-        return describe_untranslated_rows(self.import_file)
+        return self.read_table().describe_untranslated_rows()
 
-    def check_table(self) -> None:
-        """Check that the translation table is for the source and target languages of the flags.
+    def read_table(self) -> TranslationTable:
+        """Read the translation table, and check that it is for the source and target languages of the flags.
 
         The first line of the table states its languages. Earlier versions of the program wrote tables without
         languages. Such a table is accepted if another stage next to the output folder was made from a table for the
@@ -92,7 +84,8 @@ class FileFlags:
         Raises:
             ValueError: If the table states other languages, or does not state the language of the translations.
         """
-        stated, _ = read_table_header_and_rows(self.import_file)
+        table = TranslationTable(self.import_file)
+        stated = table.header
         hint = "Correct the language, or choose a path without a file, where a new table is then written."
         for column, language in (("source", self.source_language), ("translation", self.language)):
             if stated.get(column) and stated[column] != language:
@@ -108,6 +101,7 @@ class FileFlags:
                 f"{self.import_file} does not state the language of its translations. Its first line must name the "
                 f"column translation:{self.language}. {hint}"
             )
+        return table
 
     def request_manual_step(self) -> str:
         """Write the translation table if it does not exist, and return a message that asks people to fill it.
@@ -126,7 +120,7 @@ class FileFlags:
             logger.info(f"Wrote {self.import_file} with {counts}. Do not add, remove or reorder rows.")
             translators = {"human": "by people (to change this, set translated_by: machine)", "machine": "by machine"}
             logger.info(f"The cards will state that it was translated {translators[self.translated_by]}.")
-        elif read_table_header_and_rows(self.import_file)[0]["id"] != stage.record["source"]["fingerprint"]:
+        elif TranslationTable(self.import_file).header["id"] != stage.record["source"]["fingerprint"]:
             # Raise an error if the table belongs to another dataset, before somebody fills it for nothing.
             self.check_source_rows(stage)
         return f"{self.import_file} (stage {self.title}) is incomplete: {self.pending_manual_step()}"
@@ -140,13 +134,11 @@ class FileFlags:
         Raises:
             ValueError: If the table has other sentences or another order, or states other languages.
         """
-        self.check_table()
-        sentences = list(iter_distinct_captions(self, stage.source))
+        table, sentences = self.read_table(), list(iter_distinct_captions(self, stage.source))
         try:
-            check_rows_match_sentences(self.import_file, sentences)
+            table.check_sentences(sentences)
         except ValueError as error:
-            source_digest = stage.record["source"]["fingerprint"]
-            table_digest = read_table_header_and_rows(self.import_file)[0]["id"]
+            source_digest, table_digest = stage.record["source"]["fingerprint"], table.header["id"]
             if not table_digest or table_digest == source_digest:
                 raise
             raise ValueError(
@@ -183,7 +175,7 @@ class FileFlags:
         if describe_stage_record_differences(record, stage.record | current):
             # Not only the table has changed. `write_or_check_stage_record` will raise an error with the differences.
             return None
-        translations = read_translation_table(self.import_file, self.check_source_rows(stage))
+        translations = self.read_table().translations(self.check_source_rows(stage))
         columns = map_caption_columns_to_translated_columns(stage.features, stage.source.display_name, self)
         names = [*columns, *columns.values(), f"quality-{self.language}"]
         rows, parts, written = [], [], 0
@@ -230,7 +222,7 @@ class FileTranslator(Translator):
             ValueError: If the table has other sentences than the rows, or a sentence has no translation.
         """
         identity = args.known_settings()["translator"]
-        return cls(read_translation_table(args.import_file, args.check_source_rows(stage)), identity)
+        return cls(args.read_table().translations(args.check_source_rows(stage)), identity)
 
     def translate(self, sentences: list[str]) -> list[str]:
         """Look up the translations of sentences, and return one translation per sentence, in order."""
