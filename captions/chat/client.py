@@ -64,6 +64,11 @@ class Choice:
     refusal: str | None = None
 
 
+# Function that checks an answer. Its second argument is the value in a JSON answer, or None if the answer is not JSON.
+# It returns a tuple (cleaned text, fault), where the fault is the name of the problem, or None if the answer is good.
+Judge = Callable[[Choice, object], tuple[str, str | None]]
+
+
 @dataclass(frozen=True)
 class Reply:
     """Everything that a server returns for one request: the answers of the model and the numbers of tokens.
@@ -197,12 +202,7 @@ class ChatClient:
         return results
 
     async def ask(
-        self,
-        messages: Sequence[Message],
-        judge: Callable[[Choice, object], tuple[str, str | None]],
-        json_key: str,
-        n: int = 1,
-        text_count: int | None = None,
+        self, messages: Sequence[Message], judge: Judge, json_key: str, n: int = 1, text_count: int | None = None
     ) -> list[Answer]:
         """Request `n` answers in a conversation, and request each bad answer a second time.
 
@@ -211,9 +211,7 @@ class ChatClient:
 
         Args:
             messages: The conversation.
-            judge: Function that checks an answer. Its second argument is the value in a JSON answer, or None if there
-                is none. It returns a tuple (cleaned text, fault), where the fault is the name of the problem, or None
-                if the answer is good.
+            judge: Function that checks an answer.
             json_key: Key of the value in the JSON answers that are requested if the flag `response_schema` is set.
             n: Number of answers.
             text_count: Number of texts, if this value is a list. None if the value is a single text.
@@ -271,11 +269,10 @@ class ChatClient:
         parameters = {name: value for name, value in (sampling | options).items() if value is not None}
         parameters |= {"messages": messages, "extra_body": parse_extra_body(self._args.extra_body)}
         first = next(self._numbers) if number is None else number
-        retries: Retries | None = None
+        retries = Retries("", max_tries=max_tries)
         while True:
-            place = (first + (retries.failed if retries and number is None else 0)) % len(self._clients)
+            place = (first + (retries.failed if number is None else 0)) % len(self._clients)
             client, url = self._clients[place], self._args.base_url[place]
-            retries = retries or Retries(url, max_tries=max_tries)
             retries.service = url
             await asyncio.sleep(max(0.0, self._paused_until - time.monotonic()))
             try:

@@ -101,7 +101,7 @@ class Seq2SeqTranslator(Translator):
             # The tokenizer is not on this machine yet, or can't be loaded, so no check is possible now. Later, `load`
             # will download the model, or raise the error.
             return
-        _get_model_language_codes(tokenizer, args.language, args.source_language, name)
+        _get_model_language_codes(tokenizer, args, name)
 
     def __init__(self, args: Any):
         name = args.model or PAPER_MODEL
@@ -114,8 +114,7 @@ class Seq2SeqTranslator(Translator):
         # Language tokens inside a sentence are removed, because they could change the target language.
         self._forbidden_ids = set(source_tokens.values())
         self._language_ids = {*source_tokens.values(), *target_tokens.values()}
-        languages = args.language, args.source_language
-        self.code, source_code = _get_model_language_codes(tokenizer, *languages, self.name)
+        self.code, source_code = _get_model_language_codes(tokenizer, args, self.name)
         self._prefix_ids = [source_tokens[self.code]] if source_tokens else []  # put before each source sentence
         if target_tokens:
             tokenizer.src_lang = source_code
@@ -199,15 +198,12 @@ def _find_language_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[s
     return source_tokens, {} if source_tokens else getattr(tokenizer, "lang_code_to_id", target_tokens)
 
 
-def _get_model_language_codes(
-    tokenizer: PreTrainedTokenizerBase, language: str, source_language: str, name: str
-) -> tuple[str, str | None]:
-    """Return the codes that a translation model uses for two languages.
+def _get_model_language_codes(tokenizer: PreTrainedTokenizerBase, args: Any, name: str) -> tuple[str, str | None]:
+    """Return the codes that a translation model uses for the target and the source language.
 
     Args:
         tokenizer: Tokenizer of the model.
-        language: Code of the target language.
-        source_language: Code of the source language.
+        args: Flags of `captions.translate`, of which `language` and `source_language` are used.
         name: Name of the model, for errors.
 
     Returns:
@@ -219,8 +215,9 @@ def _get_model_language_codes(
     source_tokens, target_tokens = _find_language_token_ids(tokenizer)
     only_language = filter(None, [getattr(tokenizer, "target_lang", None)])
     # A Marian model for a single target language has no language tokens. Its tokenizer may name the language instead.
-    target = find_translator_language_code(language, source_tokens or target_tokens or only_language, name)
-    return target, find_translator_language_code(source_language, target_tokens, name) if target_tokens else None
+    target = find_translator_language_code(args.language, source_tokens or target_tokens or only_language, name)
+    source = find_translator_language_code(args.source_language, target_tokens, name) if target_tokens else None
+    return target, source
 
 
 def _load_model(name: str, revision: str | None, precision: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
