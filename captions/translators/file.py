@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from capivara_common.cli import flag
 from caption_data.sources import STAGE_FILE
+from captions.chat.answers import Answer
 from captions.sentences import (
     build_translation_and_quality_columns,
     iter_distinct_captions,
@@ -176,15 +177,14 @@ class FileFlags:
             # Not only the table has changed. `write_or_check_stage_record` will raise an error with the differences.
             return None
         translations = self.read_table().translations(self.check_source_rows(stage))
+        answers = {sentence: Answer(translation) for sentence, translation in translations.items()}
         columns = map_caption_columns_to_translated_columns(stage.features, stage.source.display_name, self)
         names = [*columns, *columns.values(), f"quality-{self.language}"]
         rows, parts, written = [], [], 0
         for part in stage.parts:
             path = stage.path(part)
             old_rows = pq.read_table(path, columns=names).to_pylist() if path.is_file() else []
-            new_rows = [
-                row | build_translation_and_quality_columns(self, row, columns, translations) for row in old_rows
-            ]
+            new_rows = [row | build_translation_and_quality_columns(self, row, columns, answers) for row in old_rows]
             changed = [number for number, row in enumerate(new_rows) if row != old_rows[number]]
             rows += [written + number for number in changed]
             parts += [path] if changed else []
