@@ -138,23 +138,28 @@ class ChatTranslator(Translator):
         return [answer.text for answers in self._client.map(self._translate_group, groups) for answer in answers]
 
     async def _translate_group(self, sentences: Sequence[str]) -> list[Answer]:
-        """Translate a group of sentences, in one request if possible, and pass each answer to `on_answer`."""
-        answers, cost = None, Answer("")
+        """Translate a group of sentences, in one request if possible, and pass each answer to `on_answer`.
+
+        Sentences whose line is bad or missing are translated one by one.
+        """
+        lines, cost = [""] * len(sentences), Answer("")
         if len(sentences) > 1 and max(map(len, sentences)) <= MAX_PIECE_CHARACTERS:
-            answers, cost = await self._translate_lines(sentences)
-        if answers is None:
-            answers = [await self._translate_sentence(sentence) for sentence in sentences]
-            answers[0] = answers[0].with_cost_of(cost)
+            lines, cost = await self._request_lines(sentences)
+        answers = []
+        for sentence, line in zip(sentences, lines, strict=True):
+            text, fault = self._judge_text(sentence, line)
+            answers.append(Answer(text) if fault is None else await self._translate_sentence(sentence))
+        answers[0] = answers[0].with_cost_of(cost)
         for place, sentence in enumerate(sentences):
             if self.on_answer is not None:
                 self.on_answer(sentence, answers[place])
         return answers
 
-    async def _translate_lines(self, sentences: Sequence[str]) -> tuple[list[Answer] | None, Answer]:
-        """Translate sentences as numbered lines of one request. If a line is bad, its sentence is translated again.
+    async def _request_lines(self, sentences: Sequence[str]) -> tuple[list[str], Answer]:
+        """Request the translations of sentences as numbered lines of one answer.
 
         Returns:
-            A tuple (answers, cost). `answers` has one answer per sentence; it is None if the model wrote another number
+            A tuple (lines, cost). `lines` has one text per sentence. All texts are "" if the model wrote another number
             of lines. `cost` is an answer without text that holds the tokens of the request.
         """
         lines: list[str] = []
@@ -166,14 +171,7 @@ class ChatTranslator(Translator):
 
         messages = self._prompts.line_messages(list(sentences))
         (cost,) = await self._client.ask(messages, judge, LINES, text_count=len(sentences))
-        if not lines:
-            return None, cost
-        answers = []
-        for sentence, line in zip(sentences, lines, strict=True):
-            text, fault = self._judge_text(sentence, line)
-            answers.append(Answer(text) if fault is None else await self._translate_sentence(sentence))
-        answers[0] = answers[0].with_cost_of(cost)
-        return answers, cost
+        return lines or [""] * len(sentences), cost
 
     async def _translate_sentence(self, sentence: str) -> Answer:
         """Translate one sentence. A sentence longer than `MAX_PIECE_CHARACTERS` is translated in pieces."""
