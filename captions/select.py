@@ -31,13 +31,7 @@ from capivara_common.cli import flag, run_main_and_report_user_errors
 from capivara_common.files import write_json
 from capivara_common.image_files import BadRow, decode_image
 from capivara_common.privacy import get_publishable_model_or_dataset_name
-from caption_data.rows import (
-    CAPTIONS_FEATURE,
-    NOT_CHOSEN,
-    SIMILARITY_STRATEGIES,
-    CaptionChoice,
-    convert_to_caption_list,
-)
+from caption_data.rows import CAPTIONS_FEATURE, NOT_CHOSEN, CaptionChoice, convert_to_caption_list
 from caption_data.sources import Split
 from captions.stages import (
     RowStage,
@@ -101,8 +95,9 @@ class SelectArguments(CaptionChoice, StageArguments):
         similarities. (The pair filter skips images whose first caption has a low similarity.) Otherwise, the list
         contains the columns of captions and of generated captions.
         """
-        scored = self.caption_strategy in SIMILARITY_STRATEGIES or self.min_pair_similarity is not None
-        return self.columns()[2:] if scored else self.columns()[:2]
+        *captions, similarities = self.columns()
+        reads_similarities = similarities in self.strategy_columns(self.language)
+        return [similarities] if reads_similarities or self.min_pair_similarity is not None else captions
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
         """Return what the method `RowStage.run` needs to select the captions of all rows.

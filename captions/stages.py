@@ -39,14 +39,7 @@ from capivara_common.cli import check_at_least, flag, parse_arguments
 from capivara_common.environment import package_versions, require_packages
 from capivara_common.executors import PhaseStep, run_phases
 from capivara_common.files import atomic_file, json_digest, read_json, write_json
-from capivara_common.image_files import (
-    DECODER_THREADS,
-    BadRow,
-    ImageAccess,
-    ImageFileArguments,
-    decode_image,
-    read_image_bytes,
-)
+from capivara_common.image_files import DECODER_THREADS, BadRow, ImageFileArguments, decode_image, read_image_bytes
 from capivara_common.tasks import ExecutorArguments, Phase, split_rows
 from caption_data.embedded import read_row_embedding
 from caption_data.parquet_split import compute_split_content_digest, open_in_place
@@ -608,7 +601,7 @@ class RowStage:
                 data = read_image_bytes(row.get(column), self.source.image_access)
                 row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
                 if self.args.decodes_images:
-                    row[DECODED_KEY] = decode_image(row[column], ImageAccess(max_pixels=self.args.max_pixels))
+                    row[DECODED_KEY] = decode_image(row[column], self.source.image_access)
             caption_columns = filter(CAPTION_COLUMN_RE.fullmatch, row)
             return row | {name: convert_to_caption_list(row[name], name) for name in caption_columns}
         except BadRow as bad:

@@ -85,12 +85,8 @@ class Answer:
         Args:
             other: The answer that is not kept.
         """
-        return replace(
-            self,
-            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
-            completion_tokens=self.completion_tokens + other.completion_tokens,
-            retried=self.retried or other.retried,
-        )
+        tokens = {name: getattr(self, name) + getattr(other, name) for name in ("prompt_tokens", "completion_tokens")}
+        return replace(self, retried=self.retried or other.retried, **tokens)
 
 
 def clean_answer(text: str, source: str = "") -> str:
