@@ -278,8 +278,7 @@ def convert_image_to_jpeg_data_url(image: PIL.Image.Image, side: int) -> str:
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
     if image.mode == "RGBA":
-        white = PIL.Image.new("RGBA", image.size, "white")
-        image = PIL.Image.alpha_composite(white, image).convert("RGB")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -325,9 +325,8 @@ class ChatClient:
             # Status 429 usually means too many requests, for which waiting helps. OpenAI also sends it if the quota of
             # the account is used up, for which waiting does not help.
             is_temporary = status in RETRYABLE_STATUS_CODES and error.code != "insufficient_quota"
-            wait = parse_retry_after(error.response.headers.get("retry-after"))
             reason = f"HTTP status {status}: {reason}" + ("" if is_temporary else f" {advice}")
-            return Failure(reason, is_temporary, wait)
+            return Failure(reason, is_temporary, parse_retry_after(error.response.headers.get("retry-after")))
         if isinstance(error, TimeoutError | openai.APITimeoutError):
             reason = f"no complete answer within {self._args.timeout:g} s (--timeout)"
         elif not isinstance(error, openai.APIConnectionError | OSError):
