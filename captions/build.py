@@ -517,15 +517,14 @@ def _describe_server_requests(steps: list[StageArguments]) -> list[str]:
     """
     lines, first = [], steps[0]
     for number, step in enumerate(steps):
-        if _get_stage_status(step) == "done":
+        if _get_stage_status(step) == "done" or not isinstance(step, GenerateArguments | TranslateArguments):
             continue
         is_ready = number == 0 or _get_stage_status(steps[number - 1]) == "done"
         source = {name: getattr(first, name) for name in ("dataset", "rename", "image_column")}
         args = step if is_ready else replace(step, **source)
-        if isinstance(args, GenerateArguments | TranslateArguments):
-            # Give no estimate if the source dataset lacks captions that an earlier stage will generate.
-            with suppress(ValueError):
-                lines += [f"{step.title}: {line}" for line in args.describe_work(RowStage(args))]
+        # Give no estimate if the source dataset lacks captions that an earlier stage will generate.
+        with suppress(ValueError):
+            lines += [f"{step.title}: {line}" for line in args.describe_work(RowStage(args))]
     return lines
 
 

@@ -61,7 +61,6 @@ class Captioner(Protocol):
         Args:
             args: Flags of `captions.generate`.
         """
-        ...
 
     @classmethod
     def load(cls, args: Any, stage: RowStage) -> Self:
@@ -110,4 +109,3 @@ class Captioner(Protocol):
             One element per row: a dict `{"column name": value}` with the new columns, or a `BadRow` with the reason why
             the row must be skipped.
         """
-        ...

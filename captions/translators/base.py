@@ -83,7 +83,6 @@ class Translator(Protocol):
         Args:
             sentences: Sentences to translate. None of them may be blank.
         """
-        ...
 
     @classmethod
     def describe_work(cls, args: Any, sentences: list[str]) -> list[str]:
