@@ -549,9 +549,8 @@ class RowStage:
                     for row in row_group:
                         row[IMAGE_COLUMN] = row.get(self.args.image_column)
                     parquet.write_table(pa.Table.from_pylist(row_group, schema=schema))
-                if skipped:
-                    write_skipped_rows(_skipped_path(path), skipped)
-                else:
+                write_skipped_rows(_skipped_path(path), skipped)
+                if not skipped:
                     # An earlier run that was killed may have left a list of skipped rows, which is now wrong.
                     _skipped_path(path).unlink(missing_ok=True)
         except FileNotFoundError:
