@@ -25,7 +25,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,6 @@ STAGES = {
     "select": SelectArguments,
     "embed": EmbedArguments,
 }
-# Name of the stage that only copies rows. It runs for an evaluation split that needs no translation or embeddings.
-READ_STAGE = "read"
 # Keys that a config may have besides its stages, keys of its section `card` (about the dataset card), and keys of each
 # entry of `sources` there. docs/how-to/your_language.md describes them.
 REQUIRED_KEYS = ("dataset", "output", "language")
@@ -88,10 +86,8 @@ CONFIG_KEYS = (*REQUIRED_KEYS, "source_language", "split", "evaluation_splits", 
 CARD_KEYS = ("pretty_name", "description", "license", "license_name", "license_link", "sources", "attribution")
 SOURCE_KEYS = ("name", "url", "license")
 
-DATASET_FOLDER = "dataset"
 # Approximate size of each file of the dataset. The Hugging Face Hub recommends files of some hundred megabytes.
 TARGET_FILE_BYTES = 300_000_000
-SKIPPED_FILE = "skipped.jsonl"  # list of rows that could not be embedded, in a dataset without images
 BUILD_FILE = "build.json"  # JSON file in the dataset with all values of the dataset card
 SIMILARITY_PLOT_FILE = "similarities.png"  # histogram of similarities, from the report of `captions.select`
 CARD_TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
@@ -199,18 +195,19 @@ def read_build_plan(
     # Evaluation splits are translated and embedded, but skip all other stages, because captions that a model generates
     # or selects would change what an evaluation measures.
     translations = [(title, section) for title, section in chain if title.endswith(("translate", "embed"))]
-    translations = translations or [(f"0-{READ_STAGE}", {})]
-    steps = {train: _build_stage_arguments(content, chain, train, executor_flags or {}, config)}
-    steps |= {
-        split: _build_stage_arguments(content, translations, split, executor_flags or {}, config)
-        for split in evaluation
+    # For an evaluation split that needs no translation or embeddings, the stage `read` only copies the rows.
+    translations = translations or [("0-read", {})]
+    chains = {train: chain} | dict.fromkeys(evaluation, translations)
+    steps = {
+        split: _build_stage_arguments(content, chain, split, executor_flags or {}, config)
+        for split, chain in chains.items()
     }
     if evaluation and any(isinstance(step, EmbedArguments) and step.views > 1 for step in steps[train]):
         raise ValueError(
             f"{config}: embed.views must be 1 with evaluation_splits, because evaluation uses no augmented images."
         )
     output = Path(content["output"])
-    return BuildPlan(steps, output, content["language"], card, output / DATASET_FOLDER)
+    return BuildPlan(steps, output, content["language"], card, output / "dataset")
 
 
 def _refuse_keys_of_services(section: Any, config: Path) -> None:
@@ -246,32 +243,29 @@ def _build_stage_arguments(
     dataset, output = content["dataset"], Path(content["output"])
     for title, section in chain:
         name, folder = title.partition("-")[2], output / title / split
+        kind, where = STAGES.get(name, StageArguments), f"{config}, section {name}"
+        flag_names = {field.name for field in fields(kind)}
         logs = Path(executor_flags.get("logging_dir", output / "logs")) / title / split
-        values = {**executor_flags, "dataset": dataset, "output": str(folder), "split": split, "logging_dir": str(logs)}
+        values = {**executor_flags, "dataset": dataset, "output": folder, "split": split, "logging_dir": logs}
         # Only the first stage reads the original column names. Its output has the new names, which later stages read.
-        if not steps:
-            values |= {key: content[key] for key in ("image_column", "rename") if key in content}
-        if name in ("translate", "score", "select"):
-            values["language"] = content["language"]
-        if name == "translate":
-            values["memory"] = str(output / title / "memory")
-            values |= {key: content[key] for key in ("source_language",) if key in content}
+        shared = ["language", "source_language", *([] if steps else ["image_column", "rename"])]
+        values |= {key: content[key] for key in shared if key in content and key in flag_names}
+        if "memory" in flag_names:
+            values["memory"] = output / title / "memory"
         # `{split}` in a value stands for the name of the split. With it, one config can name a file for each split, for
         # example the translation table `tables/{split}.tsv`.
         for key, value in section.items():
             values[key] = value.replace("{split}", split) if isinstance(value, str) else value
         values = {"import_file" if key == "import" else key: value for key, value in values.items()}
         if "import_file" in values:
-            values["import_file"] = str(
-                _resolve_translation_table_path(Path(str(values["import_file"])), output, output / title)
-            )
-        kind, where = STAGES.get(name, StageArguments), f"{config}, section {name}"
+            table = Path(str(values["import_file"]))
+            values["import_file"] = _resolve_translation_table_path(table, output, output / title)
         flags = config_to_flags(values, kind, where)
         try:
             steps.append(parse_arguments(kind, None, flags))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        dataset = str(folder)
+        dataset = folder
     return steps
 
 
@@ -294,10 +288,8 @@ def _resolve_translation_table_path(name: Path, output: Path, stage: Path) -> Pa
         if stage.is_dir():
             return name
         logger.warning(
-            "The translation table %s lies in the current folder and is not used. If it belongs to this build, move it "
-            "to %s and state its languages in its first line (docs/how-to/your_language.md).",
-            name,
-            path,
+            f"The translation table {name} lies in the current folder and is not used. If it belongs to this build, "
+            f"move it to {path} and state its languages in its first line (docs/how-to/your_language.md)."
         )
     return path
 
@@ -348,11 +340,10 @@ def _check_keys(content: dict[str, Any], known: Sequence[str], where: str) -> No
         known: Names of the known keys.
         where: Description of the dict for the message, for example the path of the config.
     """
+    advice = f"Known keys: {', '.join(known)}."
     for key in content:
         if key not in known:
-            raise ValueError(
-                unknown_name_message(str(key), f"key in {where}", list(known), f"Known keys: {', '.join(known)}.")
-            )
+            raise ValueError(unknown_name_message(str(key), f"key in {where}", list(known), advice))
 
 
 def build_dataset(args: BuildArguments) -> Path | None:
@@ -420,9 +411,8 @@ def build_dataset(args: BuildArguments) -> Path | None:
         # A person must translate these tables. The tables of all splits are written now, so that the person can
         # translate them together.
         requests = [step.request_manual_step() for step in waiting]
-        raise ManualStepRequired(
-            "\n".join([*requests, "Fill the last column of each table, then run the same command again."])
-        )
+        requests.append("Fill the last column of each table, then run the same command again.")
+        raise ManualStepRequired("\n".join(requests))
     return plan.dataset
 
 
@@ -458,13 +448,8 @@ def _apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
         if step.pending_manual_step():
             return
         if corrections := step.corrections():
-            changed, later = len(corrections.rows), steps[number + 1 :] if corrections.rows else []
-            logger.info(
-                "The table %s was corrected; %s rows of %s are now written again.",
-                step.import_file,
-                f"{changed:,}",
-                step.title,
-            )
+            changed, later = f"{len(corrections.rows):,} rows", steps[number + 1 :] if corrections.rows else []
+            logger.info(f"The table {step.import_file} was corrected; {changed} of {step.title} are now written again.")
             if (dataset / BUILD_FILE).is_file():
                 shutil.rmtree(dataset)
             for step_after in reversed(later):
@@ -486,9 +471,7 @@ def _log_counts(plan: BuildPlan) -> None:
     """
     for step in (step for step in plan.all_steps() if _get_stage_status(step) == "done"):
         report, rows = check_stage_and_count_rows(step.output), read_stage_record(step.output)["source"]["rows"]
-        reasons = ", ".join(f"{number:,} {reason}" for reason, number in report.skipped.items())
-        ending = f" ({reasons})" if reasons else ""
-        logger.info("%s: %s rows in, %s out%s", step.title, f"{rows:,}", f"{report.rows:,}", ending)
+        logger.info(f"{step.title}: {rows:,} rows in, {report.rows:,} out{report.skip_reasons}")
         filters, dropped, total, unit = "", 0, 0, ""
         if isinstance(step, SelectArguments):
             cutoffs = {"min_pair_similarity": step.min_pair_similarity, "min_similarity": step.strategy_cutoff}
@@ -499,16 +482,10 @@ def _log_counts(plan: BuildPlan) -> None:
             filters, dropped, total, unit = "drop_flagged", quality["flagged"], quality["captions"], "translations"
         if dropped > total / 2:
             logger.warning(
-                "WARNING: %s: %s dropped %s of %s %s, more than half. If it dropped good captions, change the setting, "
-                "remove %s, the folders of the stages after it and %s, and run the same command again. A base model "
-                "that was not trained on the language gives low similarities to good captions as well.",
-                step.title,
-                filters,
-                f"{dropped:,}",
-                f"{total:,}",
-                unit,
-                step.output.parent,
-                plan.dataset,
+                f"WARNING: {step.title}: {filters} dropped {dropped:,} of {total:,} {unit}, more than half. If it "
+                f"dropped good captions, change the setting, remove {step.output.parent}, the folders of the stages "
+                f"after it and {plan.dataset}, and run the same command again. A base model that was not trained on "
+                "the language gives low similarities to good captions as well."
             )
 
 
@@ -540,15 +517,14 @@ def _describe_server_requests(steps: list[StageArguments]) -> list[str]:
     """
     lines, first = [], steps[0]
     for number, step in enumerate(steps):
-        if _get_stage_status(step) == "done":
+        if _get_stage_status(step) == "done" or not isinstance(step, GenerateArguments | TranslateArguments):
             continue
         is_ready = number == 0 or _get_stage_status(steps[number - 1]) == "done"
         source = {name: getattr(first, name) for name in ("dataset", "rename", "image_column")}
         args = step if is_ready else replace(step, **source)
-        if isinstance(args, GenerateArguments | TranslateArguments):
-            # Give no estimate if the source dataset lacks captions that an earlier stage will generate.
-            with suppress(ValueError):
-                lines += [f"{step.title}: {line}" for line in args.describe_work(RowStage(args))]
+        # Give no estimate if the source dataset lacks captions that an earlier stage will generate.
+        with suppress(ValueError):
+            lines += [f"{step.title}: {line}" for line in args.describe_work(RowStage(args))]
     return lines
 
 
@@ -601,19 +577,17 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
     metadata = {"card": plan.card, "language": plan.language, "splits": {}}
     with atomic_folder(output) as folder:
         for split, split_files in files.items():
-            count = len(split_files)
-            names = [folder / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
-            progress = tqdm(zip(names, split_files, strict=True), desc="Dataset", unit="file", total=count)
-            counts = sum(
-                (_merge_parquet_parts_and_count_captions(path, parts, schema) for path, parts in progress), Counter()
-            )
+            counts = Counter()
+            for number, parts in enumerate(tqdm(split_files, desc="Dataset", unit="file")):
+                path = folder / "data" / f"{split}-{number:05d}-of-{len(split_files):05d}.parquet"
+                counts += _merge_parquet_parts_and_count_captions(path, parts, schema)
             steps = [_summarize_stage_for_card(step) for step in plan.steps[split]]
             metadata["splits"][split] = {"rows": counts.pop("rows"), "captions": dict(counts), "steps": steps}
         plots = (step.output / "report" / SIMILARITY_PLOT_FILE for step in plan.all_steps())
         plot = next(filter(Path.is_file, plots), None)
         if plot is not None:
             shutil.copyfile(plot, folder / SIMILARITY_PLOT_FILE)
-        write_skipped_rows(folder / SKIPPED_FILE, _list_unembedded_rows(plan))
+        write_skipped_rows(folder / "skipped.jsonl", _list_unembedded_rows(plan))
         write_json(folder / BUILD_FILE, metadata | {"stages_digest": digests})
         write_text(folder / "README.md", _render_dataset_card(metadata, plot and SIMILARITY_PLOT_FILE))
 
@@ -736,17 +710,12 @@ def _render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str
         plot_file: Name of the histogram of similarities in the folder of the dataset; None if there is no histogram.
     """
     card, language, splits = metadata["card"], metadata["language"], metadata["splits"].values()
-    stages = {step["name"] for split in splits for step in split["steps"]}
+    steps = [step for split in splits for step in split["steps"]]
     filled = [name for split in splits for name, n in split["captions"].items() if n]
     last_steps = [split["steps"][-1] for split in splits]
     files = [{"split": name, "path": f"data/{name}-*"} for name in metadata["splits"]]
     languages = sorted({name.split("captions-", 1)[1] for name in filled}, key=lambda code: (code != language, code))
-    translations = {
-        code: translator
-        for split in splits
-        for step in split["steps"]
-        for code, translator in step["translations"].items()
-    }
+    translations = {code: translator for step in steps for code, translator in step["translations"].items()}
     translators = sorted(set(translations.values()))
     tags = ["translated", *(f"{translator}-translated" for translator in translators)] if translators else []
     data = DatasetCardData(
@@ -761,8 +730,7 @@ def _render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str
     # Stage name -> prompts of its language model, as YAML text. All splits use the same prompts.
     prompts = {
         step["name"]: yaml.dump(content, Dumper=_TextDumper, allow_unicode=True, sort_keys=False)
-        for split in splits
-        for step in split["steps"]
+        for step in steps
         if (content := (step["settings"].get("translator") or step["settings"]).get("prompts"))
     }
     text = DatasetCard.from_template(
@@ -773,7 +741,7 @@ def _render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str
         description=card.get("description") or "Images with captions, to train image-text models on.",
         caption_columns=list(dict.fromkeys(filled)),
         embeds=next((step["settings"] for step in last_steps if step["name"] == "embed"), None),
-        stages=stages,
+        stages={step["name"] for step in steps},
         translators=translators,
         plot_file=plot_file,
         prompts=prompts,

@@ -16,6 +16,7 @@ import random
 import re
 import time
 import urllib.parse
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
@@ -93,14 +94,11 @@ def parse_retry_after(value: str | None) -> float | None:
     Returns:
         The time to wait in seconds. None if the header is missing or invalid.
     """
-    try:
+    with suppress(ValueError):
         return float(value or "")
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError, TypeError):
         return max(0.0, parsedate_to_datetime(value or "").timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None
+    return None
 
 
 def hide_key(text: str, key: str) -> str:

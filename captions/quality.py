@@ -5,9 +5,12 @@ Endless repetitions are detected only by the length of the translation.
 """
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import regex
 
 from capivara_common.files import read_json
@@ -104,6 +107,23 @@ def find_caption_quality_flags(caption: str, language: str) -> list[str]:
         "markup": bool(MARKUP_RE.search(caption)),
     }
     return [name for name, is_flagged in checks.items() if is_flagged]
+
+
+def count_and_iter_row_qualities(report: dict[str, Any], output: Path, column: str) -> Iterator[dict[str, Any]]:
+    """Iterate over the values of the quality column of all rows that a stage has written, and count them.
+
+    Args:
+        report: Content of `quality.json`. Its numbers "rows", "captions" and "flagged" are increased.
+        output: Output folder of the stage.
+        column: Name of the column. Its values have the keys "captions" (number of texts) and "flagged" (list of texts
+            that look wrong).
+    """
+    for path in sorted(output.glob("*.parquet")):
+        for quality in pq.read_table(path, columns=[column])[column].to_pylist():
+            report["rows"] += 1
+            report["captions"] += quality["captions"]
+            report["flagged"] += len(quality["flagged"])
+            yield quality
 
 
 def summarize_quality_file(path: Path, noun: str) -> str:

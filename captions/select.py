@@ -17,7 +17,7 @@ similarity is closest to the cutoff. The file `selection.json` has all numbers o
 
 import itertools
 import math
-from array import array
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -31,13 +31,7 @@ from capivara_common.cli import flag, run_main_and_report_user_errors
 from capivara_common.files import write_json
 from capivara_common.image_files import BadRow, decode_image
 from capivara_common.privacy import get_publishable_model_or_dataset_name
-from caption_data.rows import (
-    CAPTIONS_FEATURE,
-    NOT_CHOSEN,
-    SIMILARITY_STRATEGIES,
-    CaptionChoice,
-    convert_to_caption_list,
-)
+from caption_data.rows import CAPTIONS_FEATURE, NOT_CHOSEN, CaptionChoice, convert_to_caption_list
 from caption_data.sources import Split
 from captions.stages import (
     RowStage,
@@ -59,6 +53,8 @@ MAX_SHOWN_CHARACTERS = 300  # longer captions are shortened on the HTML page
 DROPPED_COLOR = "#b9bec6"  # color of dropped captions in the histogram
 HISTOGRAM_BINS = 60
 EXAMPLE_IMAGE_SIDE = 240  # longest side of the example images, in pixels
+# Columns of the table of captions and their NumPy types. `_build_caption_similarity_frame` describes them.
+CAPTION_TYPES = [("row", "int64"), ("place", "int32"), ("first", bool), ("kept", bool), ("similarity", "float64")]
 
 
 @dataclass
@@ -99,8 +95,9 @@ class SelectArguments(CaptionChoice, StageArguments):
         similarities. (The pair filter skips images whose first caption has a low similarity.) Otherwise, the list
         contains the columns of captions and of generated captions.
         """
-        scored = self.caption_strategy in SIMILARITY_STRATEGIES or self.min_pair_similarity is not None
-        return self.columns()[2:] if scored else self.columns()[:2]
+        *captions, similarities = self.columns()
+        reads_similarities = similarities in self.strategy_columns(self.language)
+        return [similarities] if reads_similarities or self.min_pair_similarity is not None else captions
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
         """Return what the method `RowStage.run` needs to select the captions of all rows.
@@ -211,9 +208,8 @@ def _write_selection_report(args: SelectArguments) -> None:
     by_first = args.min_pair_similarity is not None and args.strategy_cutoff is None
     shown, unit = (first, "images, by their first caption") if by_first else (scored, "captions")
     settings = ("split", "language", "caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
-    unusable = {
-        reason: n for reason, n in check_stage_and_count_rows(args.output).skipped.items() if reason != NOT_CHOSEN
-    }
+    unusable = check_stage_and_count_rows(args.output).skipped
+    unusable.pop(NOT_CHOSEN, None)
     sides = {"dropped": shown[~shown["kept"]]["similarity"], "kept": shown[shown["kept"]]["similarity"]}
     metadata = {
         "dataset": get_publishable_model_or_dataset_name(args.dataset),
@@ -262,23 +258,21 @@ def _build_caption_similarity_frame(args: SelectArguments, source: Split) -> pd.
     """
     present = [old for old in source.columns if args.column_renames().get(old, old) in args.columns()]
     parts = args.output.glob(f"{args.split}-*.parquet")
-    unusable = {
-        row for part in parts for row, reason in read_skipped_row_numbers_and_reasons(part) if reason != NOT_CHOSEN
-    }
-    # Use arrays of C numbers, because lists of Python numbers would need several times the memory for millions of rows.
-    table = {"row": array("q"), "place": array("i"), "first": array("b"), "kept": array("b"), "similarity": array("d")}
-    for number, row in enumerate(source.rows(column_names=present)):
-        if number not in unusable:
-            row = _rename_columns_and_normalize_captions(args, row)
-            similarities, chosen = _get_similarities_and_chosen_captions(args, row)
-            for place, (text, similarity) in enumerate(similarities.items()):
-                is_first = place == 0 and bool(row.get(args.columns()[0]))
-                is_scored = similarity is not None and text.strip()
-                values = (number, place, is_first, text in chosen, similarity if is_scored else math.nan)
-                for column, value in zip(table.values(), values, strict=True):
-                    column.append(value)
-    captions = pd.DataFrame({name: np.asarray(column) for name, column in table.items()})
-    return captions.astype({"first": bool, "kept": bool})
+    skipped = itertools.chain.from_iterable(map(read_skipped_row_numbers_and_reasons, parts))
+    unusable = {row for row, reason in skipped if reason != NOT_CHOSEN}
+
+    def iter_captions() -> Iterator[tuple[Any, ...]]:
+        for number, row in enumerate(source.rows(column_names=present)):
+            if number not in unusable:
+                row = _rename_columns_and_normalize_captions(args, row)
+                similarities, chosen = _get_similarities_and_chosen_captions(args, row)
+                for place, (text, similarity) in enumerate(similarities.items()):
+                    is_first = place == 0 and bool(row.get(args.columns()[0]))
+                    is_scored = similarity is not None and text.strip()
+                    yield number, place, is_first, text in chosen, similarity if is_scored else math.nan
+
+    # Build a NumPy array, because lists of Python numbers would need several times the memory for millions of rows.
+    return pd.DataFrame(np.fromiter(iter_captions(), CAPTION_TYPES))
 
 
 def _rename_columns_and_normalize_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any]:
@@ -311,10 +305,8 @@ def _select_examples_and_write_images(
     for kept in (False, True):
         side = captions[captions["kept"] == kept].sort_values("similarity", ascending=kept, kind="stable")
         for example in side.head(EXAMPLES_PER_SIDE).itertuples():
-            row = source.row(example.row)
-            similarities, _ = _get_similarities_and_chosen_captions(
-                args, _rename_columns_and_normalize_captions(args, row)
-            )
+            row = _rename_columns_and_normalize_captions(args, source.row(example.row))
+            similarities, _ = _get_similarities_and_chosen_captions(args, row)
             text = list(similarities)[example.place]
             examples.append({"row": example.row, "caption": text, "similarity": example.similarity, "kept": kept})
             if source.is_embedded:

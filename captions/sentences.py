@@ -11,6 +11,7 @@ from datasets import List, Value
 from capivara_common.image_files import BadRow
 from caption_data.rows import convert_to_caption_list
 from caption_data.sources import Split
+from captions.chat.answers import Answer
 from captions.quality import find_translation_quality_flags
 
 CAPTION_KINDS = ("captions", "generated-captions")  # names of caption columns, without the language code at the end
@@ -48,7 +49,7 @@ def map_caption_columns_to_translated_columns(present: Collection[str], where: s
     return columns
 
 
-def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range]) -> Iterator[str]:
+def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range] | None = None) -> Iterator[str]:
     """Iterate over the captions that must be translated. Each distinct caption occurs only once, in row order.
 
     Blank captions are omitted. Only the caption columns are requested from the dataset, so that most dataset formats
@@ -57,7 +58,7 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range]) -> 
     Args:
         args: Flags of `captions.translate`.
         source: The dataset split.
-        parts: Ranges of the row numbers whose captions are read.
+        parts: Ranges of the row numbers whose captions are read. Default: all rows.
 
     Raises:
         ValueError: If the dataset already has a column of translations.
@@ -66,7 +67,7 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range]) -> 
     columns = [names[column] for column in map_caption_columns_to_translated_columns(names, source.display_name, args)]
     # Digests of the sentences that were already returned. The sentences themselves would need several times the memory.
     seen: set[bytes] = set()
-    for part in parts:
+    for part in [range(len(source))] if parts is None else parts:
         rows = itertools.islice(source.rows(part.start, column_names=columns), len(part))
         for row, column in ((row, column) for row in rows for column in columns):
             texts: list[str] = []
@@ -81,11 +82,7 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range]) -> 
 
 
 def build_translation_and_quality_columns(
-    args: Any,
-    row: dict[str, Any],
-    columns: dict[str, str],
-    translations: dict[str, str],
-    faults: dict[str, str] | None = None,
+    args: Any, row: dict[str, Any], columns: dict[str, str], answers: dict[str, Answer]
 ) -> dict[str, Any]:
     """Build the new columns of a row: its translated captions, and a list of those that look wrong.
 
@@ -93,9 +90,8 @@ def build_translation_and_quality_columns(
         args: Flags of `captions.translate`.
         row: A row with captions.
         columns: Dict `{caption column: column of its translations}`.
-        translations: Dict `{sentence: translation}`.
-        faults: Dict `{sentence: fault}` for the sentences without a usable translation. A fault is the name of a
-            problem, such as "refused". None if there are no such sentences.
+        answers: Dict `{sentence: answer}`. An answer holds the translation and, if it is not usable, its fault: the
+            name of a problem, such as "refused".
 
     Returns:
         A dict `{column name: value}` with the columns of translations and the column `quality-<language>`. The value of
@@ -106,8 +102,8 @@ def build_translation_and_quality_columns(
     for column, target in columns.items():
         new_columns[target] = []
         for position, source in enumerate(row.get(column) or []):
-            translation = translations[source] if source.strip() else ""
-            fault = (faults or {}).get(source)
+            answer = answers[source] if source.strip() else Answer("")
+            translation, fault = answer.text, answer.fault
             flags = [fault] if fault else find_translation_quality_flags(source, translation, args.language)
             caption_count += 1
             if flags:

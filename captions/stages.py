@@ -39,14 +39,7 @@ from capivara_common.cli import check_at_least, flag, parse_arguments
 from capivara_common.environment import package_versions, require_packages
 from capivara_common.executors import PhaseStep, run_phases
 from capivara_common.files import atomic_file, json_digest, read_json, write_json
-from capivara_common.image_files import (
-    DECODER_THREADS,
-    BadRow,
-    ImageAccess,
-    ImageFileArguments,
-    decode_image,
-    read_image_bytes,
-)
+from capivara_common.image_files import DECODER_THREADS, BadRow, ImageFileArguments, decode_image, read_image_bytes
 from capivara_common.tasks import ExecutorArguments, Phase, split_rows
 from caption_data.embedded import read_row_embedding
 from caption_data.parquet_split import compute_split_content_digest, open_in_place
@@ -394,10 +387,13 @@ class StageReport:
     skipped: dict[str, int]
 
     def __str__(self) -> str:
+        return f"{self.rows:,} rows written, {sum(self.skipped.values()):,} skipped{self.skip_reasons}"
+
+    @property
+    def skip_reasons(self) -> str:
+        """The reasons with their numbers of rows, for example " (3 no caption)"; "" if no row was skipped."""
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.skipped.items())
-        return f"{self.rows:,} rows written, {sum(self.skipped.values()):,} skipped" + (
-            f" ({reasons})" if reasons else ""
-        )
+        return f" ({reasons})" if reasons else ""
 
 
 class RowStage:
@@ -461,12 +457,13 @@ class RowStage:
         recorded = read_stage_record(self.args.output)
         current = self.record | {"settings": recorded["settings"] | self.args.known_settings()}
         # Compare the flags of the two commands as sets, because earlier versions recorded them in another order.
-        recorded, current = (
-            {**record, "command": set(record["command"].split(" --"))} for record in (recorded, current)
-        )
-        return all(recorded[key] == current[key] for key in current) and all(
-            self.path(part).is_file() for part in self.parts
-        )
+        for record in (recorded, current):
+            record["command"] = set(record["command"].split(" --"))
+        return all(recorded[key] == current[key] for key in current) and not self.missing_parts()
+
+    def missing_parts(self) -> list[range]:
+        """Return the row ranges of the parts of this task whose parquet file does not exist yet."""
+        return [part for part in self.parts if not self.path(part).is_file()]
 
     def run(
         self,
@@ -510,7 +507,7 @@ class RowStage:
             "versions": package_versions(),
         }
         write_or_check_stage_record(self.args.output, self.record | added)
-        missing = [part for part in self.parts if not self.path(part).is_file()]
+        missing = self.missing_parts()
         total, left = sum(map(len, self.parts)), sum(map(len, missing))
         title = self.args.stage_name.capitalize()
         with tqdm(total=total, initial=total - left, desc=title, unit="row", disable=self.rank > 0) as self.bar:
@@ -552,9 +549,8 @@ class RowStage:
                     for row in row_group:
                         row[IMAGE_COLUMN] = row.get(self.args.image_column)
                     parquet.write_table(pa.Table.from_pylist(row_group, schema=schema))
-                if skipped:
-                    write_skipped_rows(_skipped_path(path), skipped)
-                else:
+                write_skipped_rows(_skipped_path(path), skipped)
+                if not skipped:
                     # An earlier run that was killed may have left a list of skipped rows, which is now wrong.
                     _skipped_path(path).unlink(missing_ok=True)
         except FileNotFoundError:
@@ -571,7 +567,8 @@ class RowStage:
             part: Row range of the part.
             skipped: List to which the function appends a record for each row that can't be used.
         """
-        rows = itertools.islice(self.source.rows(part.start), len(part))
+        source = self.source
+        rows = itertools.islice(source.rows(part.start), len(part))
         numbered = zip(part, rows, strict=True)  # `strict=True` raises an error if the source has lost rows
         while batch := list(itertools.islice(numbered, self.args.batch_rows)):
             # Leave the `with` block, which ends the threads that decode images, before the model computes. Otherwise,
@@ -583,9 +580,7 @@ class RowStage:
             for (number, _), row in zip(batch, results, strict=True):
                 result = row if isinstance(row, BadRow) else next(processed)
                 if isinstance(result, BadRow):
-                    skipped.append(
-                        SkippedRow(self.source.name, self.source.split, number, result.reason, result.detail)
-                    )
+                    skipped.append(SkippedRow(source.name, source.split, number, result.reason, result.detail))
                 else:
                     yield row | result
             self.bar.update(len(batch))
@@ -605,10 +600,9 @@ class RowStage:
                 data = read_image_bytes(row.get(column), self.source.image_access)
                 row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
                 if self.args.decodes_images:
-                    row[DECODED_KEY] = decode_image(row[column], ImageAccess(max_pixels=self.args.max_pixels))
-            return row | {
-                name: convert_to_caption_list(row[name], name) for name in row if CAPTION_COLUMN_RE.fullmatch(name)
-            }
+                    row[DECODED_KEY] = decode_image(row[column], self.source.image_access)
+            caption_columns = filter(CAPTION_COLUMN_RE.fullmatch, row)
+            return row | {name: convert_to_caption_list(row[name], name) for name in caption_columns}
         except BadRow as bad:
             return bad
 
@@ -821,10 +815,8 @@ def identity_digest(record: dict[str, Any]) -> str:
 
 def _get_fixed_stage_record_values(record: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a stage record (content of `stage.json`) that must be equal for all files of a folder."""
-    identity = {key: record.get(key) for key in IDENTITY_KEYS}
-    return identity | {
-        "source": {key: value for key, value in record["source"].items() if key not in IGNORED_SOURCE_KEYS}
-    }
+    source = {key: value for key, value in record["source"].items() if key not in IGNORED_SOURCE_KEYS}
+    return {key: record.get(key) for key in IDENTITY_KEYS} | {"source": source}
 
 
 def flatten_dict(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -851,9 +843,8 @@ def check_stage_and_count_rows(output: Path | str) -> StageReport:
     """
     output, record = Path(output), read_stage_record(output)
     check_stage_is_finished(output)
-    return _count_written_and_skipped_rows(
-        output, record, split_rows(record["source"]["rows"], record["rows_per_part"])
-    )
+    parts = split_rows(record["source"]["rows"], record["rows_per_part"])
+    return _count_written_and_skipped_rows(output, record, parts)
 
 
 def _count_written_and_skipped_rows(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
@@ -926,21 +917,18 @@ def run_stage_command(
     args = parse_arguments(arguments_type, description, argv)
     if args.dry_run:
         stage = RowStage(args)
-        missing = sum(len(part) for part in stage.parts if not stage.path(part).is_file())
+        missing = sum(map(len, stage.missing_parts()))
         args.check_backend()
         if isinstance(args, EncoderStageArguments):
             args.check_model()
         print("\n".join([f"{args.output}: {missing:,} rows are missing", *args.describe_work(stage)]))
         return None
     if args.pending_manual_step():
-        logger.info(
-            "Manual step: %s Fill its last column, then run the same command again.", args.request_manual_step()
-        )
+        logger.info(f"Manual step: {args.request_manual_step()} Fill its last column, then run the same command again.")
         return None
     if corrections := args.corrections():
-        logger.info(
-            "The table %s was corrected; %s rows are now written again.", args.import_file, f"{len(corrections.rows):,}"
-        )
+        count = len(corrections.rows)
+        logger.info(f"The table {args.import_file} was corrected; {count:,} rows are now written again.")
         corrections.apply()
     if not run_phases(PhaseStep.from_phases(args, args.phases, args.stage_name), args):
         return None

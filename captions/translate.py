@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from capivara_common.cli import check_at_least, flag, run_main_and_report_user_errors
@@ -33,7 +32,7 @@ from capivara_common.files import write_json
 from caption_data.rows import CAPTIONS_FEATURE
 from captions.chat.answers import Answer
 from captions.languages import parse_language
-from captions.quality import QUALITY_FILE, QUALITY_FLAGS, summarize_quality_file
+from captions.quality import QUALITY_FILE, QUALITY_FLAGS, count_and_iter_row_qualities, summarize_quality_file
 from captions.sentences import (
     CAPTION_KINDS,
     QUALITY_FEATURES,
@@ -133,11 +132,8 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
                 similarities in the target language.
         """
         added = super().check_columns(columns, where)
-        return [
-            *added,
-            *map_caption_columns_to_translated_columns(columns, where, self).values(),
-            f"quality-{self.language}",
-        ]
+        translated = map_caption_columns_to_translated_columns(columns, where, self).values()
+        return [*added, *translated, f"quality-{self.language}"]
 
     def settings(self, translator: dict[str, Any]) -> dict[str, Any]:
         """Return everything that determines the translations, as a dict `{"name": value}` for the file `stage.json`.
@@ -181,8 +177,8 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         translator = TRANSLATORS[self.backend]
         if not translator.counts_tokens:
             return []
-        sentences = set(iter_distinct_captions(self, stage.source, [range(len(stage.source))]))
-        return [f"{len(sentences):,} distinct captions", *translator.describe_work(self, sorted(sentences))]
+        sentences = sorted(iter_distinct_captions(self, stage.source))
+        return [f"{len(sentences):,} distinct captions", *translator.describe_work(self, sentences)]
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
         """Load the translator, for example a model or a table of translations that people have filled.
@@ -201,16 +197,15 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         """
         columns = map_caption_columns_to_translated_columns(stage.features, stage.source.display_name, self)
         translator = TRANSLATORS[self.backend].load(self, stage)
-        translations: dict[str, str] = {}  # sentence -> translation, only for the rows that are processed next
-        faults: dict[str, str] = {}  # sentence -> why the answer of the translator is not usable
+        answers: dict[str, Answer] = {}  # sentence -> its translation, only for the rows that are processed next
 
         def prepare(parts: list[range]) -> None:
             sentences = set(iter_distinct_captions(self, stage.source, parts))
-            translations.clear()
-            translations.update(_translate_with_memory(self, translator, sentences, faults, shows_bar=stage.rank == 0))
+            answers.clear()
+            answers.update(_translate_with_memory(self, translator, sentences, shows_bar=stage.rank == 0))
 
         def process(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            return [build_translation_and_quality_columns(self, row, columns, translations, faults) for row in rows]
+            return [build_translation_and_quality_columns(self, row, columns, answers) for row in rows]
 
         new_columns = dict.fromkeys(columns.values(), CAPTIONS_FEATURE) | {f"quality-{self.language}": QUALITY_FEATURES}
         return new_columns, self.settings(translator.fingerprint), process, prepare
@@ -222,20 +217,15 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
             rank: Number of the task; not used, because a single task writes the file.
             world_size: Number of tasks; not used.
         """
-        column = f"quality-{self.language}"
         flag_reports = {name: {"captions": 0, "examples": []} for name in QUALITY_FLAGS}
         report = {"language": self.language, "rows": 0, "captions": 0, "flagged": 0, "flags": flag_reports}
-        for path in sorted(self.output.glob("*.parquet")):
-            for quality in pq.read_table(path, columns=[column])[column].to_pylist():
-                report["rows"] += 1
-                report["captions"] += quality["captions"]
-                report["flagged"] += len(quality["flagged"])
-                for caption in quality["flagged"]:
-                    example = {name: caption[name][:MAX_EXAMPLE_CHARACTERS] for name in ("source", "translation")}
-                    for flag_report in (flag_reports[name] for name in caption["flags"]):
-                        flag_report["captions"] += 1
-                        if len(flag_report["examples"]) < EXAMPLES_PER_FLAG:
-                            flag_report["examples"].append(example)
+        for quality in count_and_iter_row_qualities(report, self.output, f"quality-{self.language}"):
+            for caption in quality["flagged"]:
+                example = {name: caption[name][:MAX_EXAMPLE_CHARACTERS] for name in ("source", "translation")}
+                for flag_report in (flag_reports[name] for name in caption["flags"]):
+                    flag_report["captions"] += 1
+                    if len(flag_report["examples"]) < EXAMPLES_PER_FLAG:
+                        flag_report["examples"].append(example)
         if TRANSLATORS[self.backend].counts_tokens:
             fingerprint = read_stage_record(self.output)["settings"]["translator"]
             report |= {"translator": fingerprint, "usage": _open_memory(self, fingerprint).count_usage()}
@@ -253,8 +243,8 @@ def _open_memory(args: TranslateArguments, fingerprint: dict[str, Any]) -> Trans
 
 
 def _translate_with_memory(
-    args: TranslateArguments, translator: Translator, sentences: set[str], faults: dict[str, str], shows_bar: bool
-) -> dict[str, str]:
+    args: TranslateArguments, translator: Translator, sentences: set[str], shows_bar: bool
+) -> dict[str, Answer]:
     """Return the translations of sentences: stored translations if there are any, otherwise new translations.
 
     New translations are stored in the translation memory after each batch, so that they are not lost if a later batch
@@ -264,20 +254,19 @@ def _translate_with_memory(
         args: Command-line arguments.
         translator: The translator.
         sentences: Sentences to translate; none may be blank.
-        faults: Dict `{sentence: fault}`. The function adds an entry for each unusable answer.
         shows_bar: Show a progress bar.
 
     Returns:
-        A dict `{sentence: translation}`.
+        A dict `{sentence: answer}`. An answer holds the translation, and its fault if it is not usable.
     """
     # The longest sentences come first, because they need the most memory: if it is insufficient, the error then appears
     # at the start instead of after hours.
     missing = sorted(sentences, key=lambda text: (-len(text), text))
     if translator.needs_table:
-        return dict(zip(missing, translator.translate(missing), strict=True))
+        return dict(zip(missing, map(Answer, translator.translate(missing)), strict=True))
     memory = _open_memory(args, translator.fingerprint)
-    translations = memory.find(sentences)
-    missing = [sentence for sentence in missing if sentence not in translations]
+    answers = memory.find(sentences)
+    missing = [sentence for sentence in missing if sentence not in answers]
     max_sentences, max_characters = translator.batch_limits(args)
     title = f"Translating with {translator.name}"
     with tqdm(total=len(missing), desc=title, unit="sentence", leave=False, disable=not shows_bar) as bar:
@@ -289,13 +278,10 @@ def _translate_with_memory(
 
         translator.on_answer, done = save, 0
         for batch in iter_length_limited_batches(missing, max_characters, max_sentences):
-            new_translations = dict(zip(batch, translator.translate(batch), strict=True))
-            memory.add(new_translations)
-            translations |= new_translations
+            answers |= memory.add(dict(zip(batch, translator.translate(batch), strict=True)))
             done += len(batch)
             bar.update(done - bar.n)
-    faults.update(memory.faults)
-    return translations
+    return answers
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import uuid
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -34,31 +33,24 @@ class TranslationMemory:
         folder: Folder with the stores of all translators. Each translator has a subfolder.
         fingerprint: Everything that affects a translation (translator, languages, options), except the sentence itself,
             as a dict of JSON values. The digest of this dict is the name of the translator's subfolder.
-
-    Attributes:
-        faults: Dict `{sentence: fault}` for the unusable answers that `find` has found or `append` has stored. A fault
-            is the name of a problem, such as "refused".
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):
         self.folder, self.fingerprint = folder / json_digest(fingerprint, sort_keys=True), fingerprint
-        self.faults: dict[str, str] = {}
         # Sentence -> answer, for answers that are stored only in the journal, and not in a parquet file yet.
         self._answers: dict[str, Answer] = {}
         self._journal = Journal(self.folder / f"{uuid.uuid4().hex}.jsonl")
 
-    def find(self, sentences: Iterable[str]) -> dict[str, str]:
-        """Look up sentences, and return their stored translations as a dict `{sentence: translation}`.
+    def find(self, sentences: Iterable[str]) -> dict[str, Answer]:
+        """Look up sentences, and return their stored answers as a dict `{sentence: answer}`, without token counts.
 
-        Sentences without a stored translation are not in the dict. Each call reads all files of the store, so a single
+        Sentences without a stored answer are not in the dict. Each call reads all files of the store, so a single
         call with many sentences is faster than many calls.
         """
         wanted, known = set(sentences), {}
         for record in self._records() if wanted else ():
             if record["source"] in wanted:
-                known[record["source"]] = record["translation"]
-                if record.get("fault"):
-                    self.faults[record["source"]] = record["fault"]
+                known[record["source"]] = Answer(record["translation"], record.get("fault"))
         return known
 
     def append(self, sentence: str, answer: Answer) -> None:
@@ -74,33 +66,29 @@ class TranslationMemory:
         self._write_fingerprint()
         self._answers[sentence] = answer
         self._journal.append(_build_answer_row(sentence, answer))
-        if answer.fault:
-            self.faults[sentence] = answer.fault
 
-    def add(self, translations: dict[str, str]) -> None:
+    def add(self, translations: dict[str, str]) -> dict[str, Answer]:
         """Store a batch of translations in a new parquet file, which is written completely or not at all.
 
         Args:
             translations: Dict `{sentence: translation}`.
 
+        Returns:
+            A dict `{sentence: answer}`, with the answers that `append` has stored for these sentences, if any.
+
         Raises:
             OSError: If the disk is full.
         """
         self._write_fingerprint()
-        if self._answers:
-            schema = ANSWER_SCHEMA
-            rows = [
-                _build_answer_row(text, self._answers.get(text, Answer(answer)))
-                for text, answer in translations.items()
-            ]
-        else:
-            schema = PAIR_SCHEMA
-            rows = [{"source": text, "translation": translation} for text, translation in translations.items()]
+        schema = ANSWER_SCHEMA if self._answers else PAIR_SCHEMA
+        answers = {text: self._answers.get(text, Answer(translation)) for text, translation in translations.items()}
+        rows = [_build_answer_row(text, answer) for text, answer in answers.items()]
         name = hashlib.blake2b("\0".join(translations).encode(), digest_size=16).hexdigest()
         with atomic_parquet(self.folder / f"{name}.parquet", schema) as parquet:
             parquet.write_table(pa.Table.from_pylist(rows, schema=schema))
         self._answers.clear()
         self._journal.remove()
+        return answers
 
     def count_usage(self) -> dict[str, int]:
         """Sum up what all stored translations have cost, over all runs that used the store.
@@ -110,12 +98,12 @@ class TranslationMemory:
             twice), "prompt_tokens" (number of tokens that the model has read) and "completion_tokens" (number of tokens
             that it has written).
         """
-        usage = Counter(answers=0, retried=0, prompt_tokens=0, completion_tokens=0)
+        usage = dict.fromkeys(("answers", *USAGE_FIELDS), 0)
         for record in self._records():
             usage["answers"] += 1
             for name in USAGE_FIELDS:
                 usage[name] += int(record.get(name) or 0)
-        return dict(usage)
+        return usage
 
     def _write_fingerprint(self) -> None:
         """Write the fingerprint to the file `translator.json`. Its digest is the name of the folder."""

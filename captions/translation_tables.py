@@ -1,8 +1,7 @@
 """Write and read translation tables: TSV files of sentences that people, or another program, translate.
 
 `write_blank_translation_table` writes the sentences, with an empty last column for the translations. After people have
-filled this column, `read_translation_table` reads the table, and checks that each translation still belongs to its
-sentence.
+filled this column, `TranslationTable` reads the table, and checks that each translation still belongs to its sentence.
 """
 
 import csv
@@ -76,7 +75,7 @@ def write_blank_translation_table(path: Path, sentences: list[str], header: Sequ
     """Write a table of sentences with an empty last column, in which people will write the translations.
 
     The file is UTF-8 text. It has one sentence per line, and columns separated by tabs, without quoting. The first
-    column has an id with a part of the sentence's digest. With this id, `read_translation_table` detects if a
+    column has an id with a part of the sentence's digest. With this id, `TranslationTable` detects if a
     translation stands next to another sentence.
 
     Args:
@@ -88,50 +87,93 @@ def write_blank_translation_table(path: Path, sentences: list[str], header: Sequ
     write_text(path, "\n".join(["\t".join(header), *lines]) + "\n")
 
 
-def read_translation_table(path: Path, sentences: list[str]) -> dict[str, str]:
-    """Read the translations from a table in which people have filled the last column.
+class TranslationTable:
+    """A table of sentences in which people fill the last column with translations. The whole file is read at once.
 
     The file must be UTF-8, with or without a byte-order mark, and can have any line endings.
 
     Args:
         path: TSV file.
-        sentences: The sentences that were written to the table, in the same order.
 
-    Returns:
-        A dict `{sentence: translation}`.
-
-    Raises:
-        ValueError: If the rows do not match the sentences, or a sentence has no translation.
-    """
-    check_rows_match_sentences(path, sentences)
-    if missing := describe_untranslated_rows(path):
-        raise ValueError(f"{path}: {missing} Fill the last column of these lines.")
-    return {
-        source: row["translation"] for source, row in zip(sentences, read_table_header_and_rows(path)[1], strict=True)
-    }
-
-
-def check_rows_match_sentences(path: Path, sentences: list[str]) -> None:
-    """Check that a translation table has exactly the given sentences, in the same order.
-
-    The ids of the rows, which contain a digest of the sentence, are always compared. The sentences themselves are
-    compared only if the table has the column `source`.
-
-    Args:
-        path: TSV file of the table.
-        sentences: Sentences that the table must have.
+    Attributes:
+        path: TSV file.
+        header: Dict `{column name: value}` from the first line: the columns "id" and "translation:pt", for example,
+            become `{"id": "", "translation": "pt"}`.
+        rows: List with a dict `{column name: text}` for each row.
 
     Raises:
-        ValueError: If a row is missing, added or changed. The message names the first such line.
+        ValueError: If the file is not a translation table.
     """
-    _, rows = read_table_header_and_rows(path)
-    for number, (row, text) in enumerate(itertools.zip_longest(rows, sentences), 1):
-        expected = {"id": _sentence_id(number, text), "source": text} if text is not None else {}
-        if row is None or not expected or any(row.get(name, value) != value for name, value in expected.items()):
-            raise ValueError(
-                f"{path}, line {number + 1}: expected {_describe_cells(expected)}, got {_describe_cells(row)}. "
-                f"{UNCHANGED_ROWS_HINT}"
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            table = pd.read_csv(
+                path, sep="\t", dtype=str, quoting=csv.QUOTE_NONE, na_filter=False, encoding="utf-8-sig"
             )
+            stated = {name.strip(): text.strip() for name, _, text in (str(column).partition(":") for column in table)}
+            table.columns = list(stated) if len(stated) == len(table.columns) else table.columns
+            records = table.fillna("").to_dict("records")
+            self.rows = [{name: unescape_cell(cell) for name, cell in record.items()} for record in records]
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{path} can't be read: {reason}. It must be UTF-8, with columns separated by tabs."
+            ) from error
+        if not {"id", "translation"} <= set(table):
+            raise ValueError(
+                f"The first line of {path} must name the columns id, translation and optionally source, separated by "
+                f"tabs, got {' '.join(map(str, table))[:80]!r}."
+            )
+        self.header = stated
+
+    def describe_untranslated_rows(self) -> str:
+        """Describe how many rows have no translation yet, and name the first of these rows.
+
+        Returns "" if all rows have a translation.
+        """
+        names = [
+            f"line {line} ({row['id'][:MAX_QUOTED_CHARACTERS]})"
+            for line, row in enumerate(self.rows, 2)
+            if not row["translation"].strip(BLANK_CHARACTERS)
+        ]
+        more = f", and {len(names) - MAX_NAMED_ROWS} more" if len(names) > MAX_NAMED_ROWS else ""
+        shown = ", ".join(names[:MAX_NAMED_ROWS]) + more
+        return f"{len(names)} of {len(self.rows)} sentences have no translation yet: {shown}." if names else ""
+
+    def check_sentences(self, sentences: list[str]) -> None:
+        """Check that the table has exactly the given sentences, in the same order.
+
+        The ids of the rows, which contain a digest of the sentence, are always compared. The sentences themselves are
+        compared only if the table has the column `source`.
+
+        Args:
+            sentences: Sentences that the table must have.
+
+        Raises:
+            ValueError: If a row is missing, added or changed. The message names the first such line.
+        """
+        for number, (row, text) in enumerate(itertools.zip_longest(self.rows, sentences), 1):
+            expected = {"id": _sentence_id(number, text), "source": text} if text is not None else {}
+            if row is None or not expected or any(row.get(name, value) != value for name, value in expected.items()):
+                raise ValueError(
+                    f"{self.path}, line {number + 1}: expected {_describe_cells(expected)}, got {_describe_cells(row)}."
+                    f" {UNCHANGED_ROWS_HINT}"
+                )
+
+    def translations(self, sentences: list[str]) -> dict[str, str]:
+        """Return the translations as a dict `{sentence: translation}`.
+
+        Args:
+            sentences: The sentences that were written to the table, in the same order.
+
+        Raises:
+            ValueError: If the rows do not match the sentences, or a sentence has no translation.
+        """
+        self.check_sentences(sentences)
+        if missing := self.describe_untranslated_rows():
+            raise ValueError(f"{self.path}: {missing} Fill the last column of these lines.")
+        return {source: row["translation"] for source, row in zip(sentences, self.rows, strict=True)}
 
 
 def _describe_cells(row: dict[str, str] | None) -> str:
@@ -140,56 +182,3 @@ def _describe_cells(row: dict[str, str] | None) -> str:
     Returns "no row" if `row` is None or empty.
     """
     return f"{row['id']} ({row.get('source', '')[:MAX_QUOTED_CHARACTERS]!r})" if row else "no row"
-
-
-def describe_untranslated_rows(path: Path) -> str:
-    """Describe how many rows of a translation table have no translation yet, and name the first of these rows.
-
-    Returns "" if all rows have a translation. Raises ValueError if the file is not a translation table.
-
-    Args:
-        path: TSV file of the table.
-    """
-    _, rows = read_table_header_and_rows(path)
-    names = [
-        f"line {line} ({row['id'][:MAX_QUOTED_CHARACTERS]})"
-        for line, row in enumerate(rows, 2)
-        if not row["translation"].strip(BLANK_CHARACTERS)
-    ]
-    more = f", and {len(names) - MAX_NAMED_ROWS} more" if len(names) > MAX_NAMED_ROWS else ""
-    shown = ", ".join(names[:MAX_NAMED_ROWS]) + more
-    return f"{len(names)} of {len(rows)} sentences have no translation yet: {shown}." if names else ""
-
-
-def read_table_header_and_rows(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Read a translation table, a TSV file of sentences and their translations.
-
-    Args:
-        path: TSV file.
-
-    Returns:
-        A tuple (header, rows). `header` is a dict `{column name: value}` from the first line: the columns "id" and
-        "translation:pt", for example, become `{"id": "", "translation": "pt"}`. `rows` is a list with a dict `{column
-        name: text}` for each row.
-
-    Raises:
-        ValueError: If the file is not a translation table.
-    """
-    try:
-        table = pd.read_csv(path, sep="\t", dtype=str, quoting=csv.QUOTE_NONE, na_filter=False, encoding="utf-8-sig")
-        stated = {name.strip(): text.strip() for name, _, text in (str(column).partition(":") for column in table)}
-        table.columns = list(stated) if len(stated) == len(table.columns) else table.columns
-        rows = [
-            {name: unescape_cell(cell) for name, cell in row.items()} for row in table.fillna("").to_dict("records")
-        ]
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path} can't be read: {reason}. It must be UTF-8, with columns separated by tabs."
-        ) from error
-    if not {"id", "translation"} <= set(table):
-        raise ValueError(
-            f"The first line of {path} must name the columns id, translation and optionally source, separated by tabs, "
-            f"got {' '.join(map(str, table))[:80]!r}."
-        )
-    return stated, rows

@@ -23,8 +23,8 @@ from captions.captioners.blip2 import (
     NOT_FINITE_REASON,
     OUTPUT_COLUMN,
     PREFIXES_FILE,
+    Blip2Captioner,
     PrefixCaptioner,
-    caption_rows,
     load_captioner,
     read_caption_prefixes,
 )
@@ -271,11 +271,10 @@ def test_the_command_refuses_invalid_flags(images_folder, blip2_folder, tmp_path
 
 @pytest.mark.slow
 def test_an_out_of_memory_error_names_the_flags_to_lower(blip2_folder, monkeypatch):
-    captioner = load_captioner(arguments(blip2_folder))
-
     def no_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(captioner, "generate_captions", no_memory)
+    monkeypatch.setattr(PrefixCaptioner, "generate_captions", no_memory)
+    captioner = Blip2Captioner(arguments(blip2_folder))
     with pytest.raises(ValueError, match=r"\b1 images.*\b160 captions.*--micro_batch_size"):
-        caption_rows(captioner, TEN, [{DECODED_KEY: pictures(1)[0]}])
+        captioner.caption_rows([{DECODED_KEY: pictures(1)[0]}])

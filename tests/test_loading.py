@@ -13,7 +13,8 @@ PROGRAM = textwrap.dedent(
     import json, time
     from captions.captioners.blip2 import load_captioner
     from captions.generate import GenerateArguments
-    from captions.translators.seq2seq import Seq2SeqTranslator as load_translator
+    from captions.translate import TranslateArguments
+    from captions.translators.seq2seq import Seq2SeqTranslator
     from modeling_capivara.two_towers import load_embedder
     from modeling_capivara.loading import load_model, load_processor
 
@@ -24,7 +25,7 @@ PROGRAM = textwrap.dedent(
         "open_clip": lambda: load_embedder("open_clip:hf-hub:no/such", "cpu", baseline=True),
         "open_clip tag": lambda: load_embedder("open_clip:ViT-B-32:laion2b_s34b_b79k", "cpu", baseline=True),
         "captioner": lambda: load_captioner(GenerateArguments("d", "o", model="no/such")),
-        "translator": lambda: load_translator("no/such", "pt"),
+        "translator": lambda: Seq2SeqTranslator(TranslateArguments("d", "o", language="pt", model="no/such")),
     }
     errors = {}
     for name, load in loaders.items():

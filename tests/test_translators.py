@@ -5,7 +5,7 @@ import re
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer
 
 from capivara_common.cli import flag
 from captions import http_service
-from captions.stages import RowStage
+from captions.translate import TranslateArguments
 from captions.translators import google as google_module
 from captions.translators import seq2seq
 from captions.translators.base import Translator, split_text
@@ -46,9 +46,13 @@ def nllb(tmp_path_factory):
 # Models
 
 
+def local_translator(model: Path | str, language: str, **flags) -> Seq2SeqTranslator:
+    return Seq2SeqTranslator(TranslateArguments("data", Path("out"), language=language, model=str(model), **flags))
+
+
 def test_marian_translates_as_the_model_itself_does(marian):
     """Batches with padding give the same translations as `generate` with one sentence at a time."""
-    translator = Seq2SeqTranslator(str(marian), "pt", **SHORT)
+    translator = local_translator(marian, "pt", **SHORT)
     sentences = ["a cat on a mat.", "two men ride horses on the beach.", "dog"]
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(marian).eval(), AutoTokenizer.from_pretrained(marian)
     expected = []
@@ -57,12 +61,12 @@ def test_marian_translates_as_the_model_itself_does(marian):
         expected.append(tokenizer.decode(ids[0], skip_special_tokens=True))
     assert translator.translate(sentences) == expected
     assert len(set(expected)) == 3 and all(expected), "the translations differ and are not empty"
-    spanish = Seq2SeqTranslator(str(marian), "es", **SHORT).translate(sentences)
+    spanish = local_translator(marian, "es", **SHORT).translate(sentences)
     assert spanish != expected, "the prefix reaches the model"
 
 
 def test_language_tokens_are_removed_from_translations(marian, monkeypatch):
-    translator = Seq2SeqTranslator(str(marian), "pt", **SHORT)
+    translator = local_translator(marian, "pt", **SHORT)
     tokens = translator.tokenizer(">>por<< a cat", return_tensors="pt")["input_ids"]
     assert translator.tokenizer.decode(tokens[0], skip_special_tokens=True).startswith(">>por<<")
     monkeypatch.setattr(translator.model, "generate", lambda **_: tokens)
@@ -71,7 +75,7 @@ def test_language_tokens_are_removed_from_translations(marian, monkeypatch):
 
 def test_special_tokens_in_captions_are_plain_text(marian, nllb):
     for folder, language in ((marian, "pt"), (nllb, "pt")):
-        translator = Seq2SeqTranslator(str(folder), language, **SHORT)
+        translator = local_translator(folder, language, **SHORT)
         ids = translator.token_ids(">>spa<< a </s> <pad> spa_Latn cat")
         special = {translator.tokenizer.eos_token_id, translator.tokenizer.pad_token_id, *translator._language_ids}
         assert [i for i in ids if i in special] == [ids[0], ids[-1]], "only the language token and the end token"
@@ -81,7 +85,7 @@ def test_special_tokens_in_captions_are_plain_text(marian, nllb):
 @pytest.mark.parametrize("language", one_in(3, NLLB_CODES))
 def test_m2m100_and_nllb_begin_with_the_language_token(kind, language, request):
     folder, sentence = request.getfixturevalue(kind), "two men ride horses on the beach."
-    translator = Seq2SeqTranslator(str(folder), language, **SHORT)
+    translator = local_translator(folder, language, **SHORT)
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     assert translator.code == (language if kind == "m2m100" else NLLB_CODES[language])
     token = tokenizer.convert_tokens_to_ids(f"__{language}__" if kind == "m2m100" else translator.code)
@@ -96,9 +100,9 @@ def test_m2m100_and_nllb_begin_with_the_language_token(kind, language, request):
 
 def test_a_model_for_one_language(tmp_path):
     folder = marian_folder(tmp_path / "german", codes=(), target="deu")
-    assert Seq2SeqTranslator(str(folder), "de", **SHORT).translate(["a cat"])
+    assert local_translator(folder, "de", **SHORT).translate(["a cat"])
     with pytest.raises(ValueError, match=r"'pt'.*\b1\b.*deu"):
-        Seq2SeqTranslator(str(folder), "pt")
+        local_translator(folder, "pt")
 
 
 def test_long_texts_are_split_at_sentences_clauses_and_words():
@@ -116,15 +120,13 @@ def test_long_texts_are_split_at_sentences_clauses_and_words():
 
 @pytest.mark.slow
 def test_the_fingerprint_covers_everything_that_changes_translations(marian, m2m100, tmp_path):
-    base = Seq2SeqTranslator(str(marian), "pt", **SHORT).fingerprint
-    assert base == Seq2SeqTranslator(str(marian), "por", **SHORT, batch_size=3).fingerprint
+    base = local_translator(marian, "pt", **SHORT).fingerprint
+    assert base == local_translator(marian, "por", **SHORT, batch_size=3).fingerprint
     others = [
-        Seq2SeqTranslator(str(marian), "es", **SHORT),
-        Seq2SeqTranslator(str(marian), "pt", max_new_tokens=5),
-        Seq2SeqTranslator(str(marian), "pt", **SHORT, precision="bf16"),
-        Seq2SeqTranslator(
-            str(marian_folder(tmp_path / "model", codes=("por",))), "pt", **SHORT
-        ),  # same name, other files
+        local_translator(marian, "es", **SHORT),
+        local_translator(marian, "pt", max_new_tokens=5),
+        local_translator(marian, "pt", **SHORT, precision="bf16"),
+        local_translator(marian_folder(tmp_path / "model", codes=("por",)), "pt", **SHORT),  # same name, other files
     ]
     assert all(other.fingerprint != base for other in others)
     assert str(marian.parent) not in str(base), "the memory can be moved to another machine"
@@ -134,7 +136,7 @@ def test_an_out_of_memory_error_names_the_flag_to_lower(marian, monkeypatch):
     def full(**_):
         raise torch.OutOfMemoryError("too many")
 
-    translator = Seq2SeqTranslator(str(marian), "pt", **SHORT)
+    translator = local_translator(marian, "pt", **SHORT)
     monkeypatch.setattr(translator.model, "generate", full)
     with pytest.raises(ValueError, match=r"\b2 sentences.*--batch_size.*too many"):
         translator.translate(["a cat", "a dog"])
@@ -146,20 +148,19 @@ def test_a_tokenizer_without_its_package_names_the_extra(marian, monkeypatch):
 
     monkeypatch.setattr(seq2seq.AutoTokenizer, "from_pretrained", missing)
     with pytest.raises(ImportError, match=r"SentencePiece.*\[translate\]"):
-        Seq2SeqTranslator(str(marian), "pt")
+        local_translator(marian, "pt")
 
 
 def test_other_models_are_refused(tmp_path, tiny_folder):
     for name in (str(tmp_path / "nothing"), str(tiny_folder), "owner/no-such-model"):
         with pytest.raises(ValueError, match=re.escape(name)):
-            Seq2SeqTranslator(name, "pt")
+            local_translator(name, "pt")
 
 
 def test_the_translator_of_the_guide_works():
     page = (ROOT / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n((?:(?!```).)*class ShoutTranslator.*?)```", page, re.DOTALL)
-    names = {"dataclass": dataclass, "flag": flag, "Translator": Translator, "Any": Any, "Self": Self}
-    names["RowStage"] = RowStage
+    names = {"dataclass": dataclass, "flag": flag, "Translator": Translator, "Any": Any}
     exec(code, names)
     backend = names["ShoutTranslator"]
     args = names["ShoutFlags"](shout_marks=2)
@@ -186,7 +187,8 @@ def waits(monkeypatch) -> list[float]:
 
 
 def google(service, language="pt", endpoint=None):
-    return GoogleTranslator(language, "en", endpoint or service.url)
+    flags = {"backend": "google", "google_endpoint": endpoint or service.url}
+    return GoogleTranslator(TranslateArguments("data", Path("out"), language=language, **flags))
 
 
 @pytest.mark.slow

@@ -5,13 +5,7 @@ import re
 
 import pytest
 
-from captions.translation_tables import (
-    describe_untranslated_rows,
-    escape_cell,
-    read_translation_table,
-    unescape_cell,
-    write_blank_translation_table,
-)
+from captions.translation_tables import TranslationTable, escape_cell, unescape_cell, write_blank_translation_table
 
 NASTY = ["a cat\ton a mat", "she said \"hello\", and 'bye'", '"all of it is quoted"', "two\nlines", "  blanks around  "]
 NASTY += ["Windows\r\nline\rends", "back\\slash \\t \\n \\u0041 \\", "\ufeffa mark at the start", "=HYPERLINK(1)"]
@@ -44,7 +38,7 @@ def test_a_table_round_trips(tmp_path, order):
     else:
         cells = [line.split(b"\t") for line in data.split(b"\n") if line]
         path.write_bytes(b"\n".join(b"\t".join(line[i] for i in order) for line in cells))
-    assert read_translation_table(path, NASTY) == dict(zip(NASTY, translations, strict=True))
+    assert TranslationTable(path).translations(NASTY) == dict(zip(NASTY, translations, strict=True))
 
 
 SENTENCES = ["a cat", "a dog", "two men", "a red car", "the sea"]
@@ -76,29 +70,30 @@ def test_wrong_rows_are_named(tmp_path, change, message):
     fill(path, SENTENCES)
     path.write_text("\n".join(change(path.read_text(encoding="utf-8").splitlines())), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        read_translation_table(path, SENTENCES)
+        TranslationTable(path).translations(SENTENCES)
 
 
 def test_an_empty_cell_counts_as_untranslated(tmp_path):
     path = tmp_path / "sentences.tsv"
     write_blank_translation_table(path, SENTENCES)
-    assert re.match(r"5 of 5 .*: line 2 \(s1_", describe_untranslated_rows(path))
+    assert re.match(r"5 of 5 .*: line 2 \(s1_", TranslationTable(path).describe_untranslated_rows())
     fill(path, ["um gato", "", "  ", "um carro", "o mar"])
     with pytest.raises(ValueError, match=r"2 of 5 .*line 3 .*line 4 "):
-        read_translation_table(path, SENTENCES)
+        TranslationTable(path).translations(SENTENCES)
     write_blank_translation_table(path, SENTENCES)
     fill(path, ["um gato", "-", "dois homens", "um carro", "o mar"])
-    assert describe_untranslated_rows(path) == "" and read_translation_table(path, SENTENCES)["a dog"] == "-"
+    table = TranslationTable(path)
+    assert table.describe_untranslated_rows() == "" and table.translations(SENTENCES)["a dog"] == "-"
 
 
 def test_a_table_must_be_utf_8(tmp_path):
     path = tmp_path / "sentences.tsv"
     path.write_bytes("id\ttranslation\ns1_0\tção\n".encode("latin-1"))
     with pytest.raises(ValueError, match="UTF-8"):
-        read_translation_table(path, [])
+        TranslationTable(path).translations([])
     path.write_bytes("id\ttranslation\n".encode("utf-16"))
     with pytest.raises(ValueError, match="UTF-8"):
-        read_translation_table(path, [])
+        TranslationTable(path).translations([])
 
 
 def fill(path, translations: list[str]) -> None:

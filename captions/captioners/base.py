@@ -11,7 +11,7 @@ class Captioner(Protocol):
 
     A backend is a subclass in a module of its own. The methods are called in this order: `check_flags`, `check` and
     `load`, then `start_part` and `caption_rows` for each part. A part is one parquet file of the output. A subclass
-    must implement `columns`, `load` and `caption_rows`. All other methods have a default implementation.
+    must implement `columns` and `caption_rows`. All other methods have a default implementation.
 
     Attributes:
         flags: Dataclass with the flags of the backend, which become flags of `captions.generate`.
@@ -61,11 +61,12 @@ class Captioner(Protocol):
         Args:
             args: Flags of `captions.generate`.
         """
-        ...
 
     @classmethod
     def load(cls, args: Any, stage: RowStage) -> Self:
         """Load the captioner, for example its model, or connect to its server.
+
+        The default implementation calls the class with the flags.
 
         Args:
             args: Flags of `captions.generate` (`GenerateArguments`).
@@ -77,7 +78,7 @@ class Captioner(Protocol):
         Raises:
             ValueError, OSError, ImportError: If the captioner can't be used.
         """
-        ...
+        return cls(args)
 
     @classmethod
     def report(cls, args: Any) -> None:
@@ -108,4 +109,3 @@ class Captioner(Protocol):
             One element per row: a dict `{"column name": value}` with the new columns, or a `BadRow` with the reason why
             the row must be skipped.
         """
-        ...

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import PIL.Image
 import torch
@@ -33,7 +33,7 @@ from capivara_common.hub_cache import check_hub_model_reachable
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS_FEATURE
 from captions.captioners.base import Captioner
-from captions.stages import DECODED_KEY, RowStage
+from captions.stages import DECODED_KEY
 from captions.translators.seq2seq import DTYPES
 from modeling_capivara.loading import load_transformers_config, weights_digest
 
@@ -106,10 +106,8 @@ class PrefixCaptioner:
             One element per image: a list with one caption per prefix. The element is instead a `BadRow`, which tells
             why the image must be skipped, if a score of the language model was NaN.
         """
-        return [
-            self._decode_texts(tokens, prefixes)
-            for tokens in self.generate_tokens(self.preprocess_images(images), prefixes)
-        ]
+        tokens = self.generate_tokens(self.preprocess_images(images), prefixes)
+        return [self._decode_texts(image_tokens, prefixes) for image_tokens in tokens]
 
     def preprocess_images(self, images: Sequence[PIL.Image.Image]) -> Tensor:
         """Convert RGB images to the pixel values that the model reads.
@@ -256,7 +254,7 @@ def load_captioner(args: Any) -> PrefixCaptioner:
     return PrefixCaptioner(model, processor, tokenizer, args.max_new_tokens, args.micro_batch_size)
 
 
-# The functions and the class below generate captions for the rows of a dataset.
+# The function and the class below generate captions for the rows of a dataset.
 
 
 def read_caption_prefixes(path: Path) -> list[str]:
@@ -271,36 +269,6 @@ def read_caption_prefixes(path: Path) -> list[str]:
         rule = 'must hold {"prefixes": [texts]} with at least one text, and without blank or repeated texts'
         raise ValueError(f"{path} {rule} (see captions/prefixes.json), got {values}.")
     return prefixes
-
-
-def caption_rows(
-    captioner: PrefixCaptioner, prefixes: list[str], rows: list[dict[str, Any]]
-) -> list[dict[str, Any] | BadRow]:
-    """Generate captions of the images in dataset rows.
-
-    Args:
-        captioner: The BLIP-2 model.
-        prefixes: Beginnings of the captions, for example "a photo of".
-        rows: Rows with a decoded image under the key `DECODED_KEY`.
-
-    Returns:
-        One element per row: a dict `{"generated-captions-en": captions}`, or a `BadRow` if the scores of the model were
-        NaN, so that the row must be skipped.
-
-    Raises:
-        ValueError: If the memory of the GPU or CPU is insufficient.
-    """
-    images = [row[DECODED_KEY] for row in rows]
-    # PIL can't convert the image mode La (grayscale with premultiplied alpha) to RGB directly, only by way of LA.
-    images = [image.convert("LA") if image.mode == "La" else image for image in images]
-    try:
-        captions = captioner.generate_captions([image.convert("RGB") for image in images], prefixes)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ValueError(
-            f"Out of memory with {len(rows)} images and {captioner.micro_batch_size} captions at the same time. Lower "
-            f"--micro_batch_size, then --batch_rows, or use --precision bf16 or fp16. ({error})"
-        ) from error
-    return [texts if isinstance(texts, BadRow) else {OUTPUT_COLUMN: texts} for texts in captions]
 
 
 class Blip2Captioner(Captioner):
@@ -345,19 +313,6 @@ class Blip2Captioner(Captioner):
         """
         return {OUTPUT_COLUMN: CAPTIONS_FEATURE}
 
-    @classmethod
-    def load(cls, args: Any, stage: RowStage) -> Self:
-        """Load the BLIP-2 model.
-
-        Args:
-            args: Flags of `captions.generate`.
-            stage: Access to the rows to caption; not used.
-
-        Returns:
-            The captioner, ready to caption rows.
-        """
-        return cls(args)
-
     def caption_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
         """Generate captions of the images in dataset rows.
 
@@ -367,5 +322,18 @@ class Blip2Captioner(Captioner):
         Returns:
             One element per row: a dict `{"generated-captions-en": captions}`, or a `BadRow` if the scores of the model
             were NaN, so that the row must be skipped.
+
+        Raises:
+            ValueError: If the memory of the GPU or CPU is insufficient.
         """
-        return caption_rows(self._model, self._prefixes, rows)
+        images = [row[DECODED_KEY] for row in rows]
+        # PIL can't convert the image mode La (grayscale with premultiplied alpha) to RGB directly, only by way of LA.
+        images = [image.convert("LA") if image.mode == "La" else image for image in images]
+        try:
+            captions = self._model.generate_captions([image.convert("RGB") for image in images], self._prefixes)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ValueError(
+                f"Out of memory with {len(rows)} images and {self._model.micro_batch_size} captions at the same time. "
+                f"Lower --micro_batch_size, then --batch_rows, or use --precision bf16 or fp16. ({error})"
+            ) from error
+        return [texts if isinstance(texts, BadRow) else {OUTPUT_COLUMN: texts} for texts in captions]

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import PIL.Image
-import pyarrow.parquet as pq
 from datasets import List, Value
 
 from capivara_common.cli import check_at_least, flag
@@ -25,26 +24,12 @@ from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE
 from captions.captioners.base import Captioner
 from captions.captioners.blip2 import DEFAULT_MODEL
-from captions.chat.answers import (
-    USAGE_FIELDS,
-    Answer,
-    build_response_format_for_json_answer,
-    clean_answer,
-    detect_refusal_or_truncation,
-    extract_value_from_json_answer,
-)
+from captions.chat.answers import USAGE_FIELDS, Answer, clean_answer, detect_refusal_or_truncation
 from captions.chat.client import ChatClient, Choice
-from captions.chat.flags import (
-    CHAT,
-    ChatFlags,
-    check_chat_flags,
-    get_settings_that_change_answers,
-    is_server_beside_tasks,
-    logger,
-)
+from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, check_server, get_settings_that_change_answers
 from captions.chat.prompts import CaptionPrompts
 from captions.journal import Journal, read_journal
-from captions.quality import QUALITY_FILE, find_caption_quality_flags
+from captions.quality import QUALITY_FILE, count_and_iter_row_qualities, find_caption_quality_flags
 from captions.stages import DECODED_KEY, RowStage, read_stage_record
 
 JPEG_QUALITY = 90
@@ -136,10 +121,7 @@ class ChatCaptioner(Captioner):
         The check is skipped if each cluster node has its own server, which this machine can't reach. Raises ValueError
         or OSError if the server can't be used.
         """
-        if is_server_beside_tasks(args):
-            logger.info("Not checked now: %s. Each cluster node has its own server.", ", ".join(args.base_url))
-        else:
-            cls(args, None)
+        check_server(args, lambda: cls(args, None))
 
     @classmethod
     def describe_work(cls, args: Any, stage: RowStage) -> list[str]:
@@ -153,7 +135,7 @@ class ChatCaptioner(Captioner):
             A list with one line of text: the numbers of images and requests, and the estimated number of tokens.
         """
         prompts = CaptionPrompts(args.prompts, args.caption_language)
-        images = sum(len(part) for part in stage.parts if not stage.path(part).is_file())
+        images = sum(map(len, stage.missing_parts()))
         requests = images * len(prompts.prompts)
         letters = sum(len(str(prompts.messages(number, ""))) for number in range(len(prompts.prompts)))
         read = requests * args.image_side**2 // PIXELS_PER_TOKEN + images * letters // LETTERS_PER_TOKEN
@@ -225,15 +207,18 @@ class ChatCaptioner(Captioner):
         url, number = item
         key = f"{hashlib.blake2b(url.encode(), digest_size=16).hexdigest()}-{number}"
         if key not in self._stored:
-            messages, schema = self._prompts.messages(number, url), build_response_format_for_json_answer(SCHEMA_KEY)
-            answers = await self._client.ask(messages, self._judge, self._args.n, schema)
+            answers = await self._client.ask(self._prompts.messages(number, url), self._judge, SCHEMA_KEY, self._args.n)
             self._journal.append({"request": key, "answers": [asdict(answer) for answer in answers]})
             self._stored[key] = answers
         return self._stored[key]
 
-    def _judge(self, choice: Choice) -> tuple[str, str | None]:
-        """Return the tuple (cleaned caption, first fault) for an answer; the fault is None if none was found."""
-        value = extract_value_from_json_answer(choice.text, SCHEMA_KEY) if self._args.response_schema else None
+    def _judge(self, choice: Choice, value: object) -> tuple[str, str | None]:
+        """Return the tuple (cleaned caption, first fault) for an answer; the fault is None if none was found.
+
+        Args:
+            choice: The answer of the model.
+            value: Caption in a JSON answer. If it is no text, the whole answer is the caption.
+        """
         text = clean_answer(value if isinstance(value, str) else choice.text)
         faults = [detect_refusal_or_truncation(text, choice.finish_reason, choice.refusal)]
         faults += find_caption_quality_flags(text, self._args.caption_language)
@@ -251,9 +236,8 @@ class ChatCaptioner(Captioner):
         faulty = [(position, answer) for position, answer in pairs if answer.fault is not None]
         others = (text for name, texts in row.items() if CAPTION_COLUMN_RE.fullmatch(name) for text in texts)
         if not captions and not any(map(str.strip, others)):
-            return BadRow(
-                faulty[0][1].fault, f"all {len(faulty)} answers were unusable; the first answer: {faulty[0][1].text}"
-            )
+            _, first = faulty[0]
+            return BadRow(first.fault, f"all {len(faulty)} answers were unusable; the first answer: {first.text}")
         flagged = [
             {"position": position, "flags": [answer.fault], "answer": answer.text[:MAX_LISTED_CHARACTERS]}
             for position, answer in faulty
@@ -274,13 +258,9 @@ class ChatCaptioner(Captioner):
         """
         (_, column), counts, usage = cls.columns(args), Counter(), Counter(dict.fromkeys(USAGE_FIELDS, 0))
         report = {"language": args.caption_language, "rows": 0, "captions": 0, "flagged": 0}
-        for path in sorted(args.output.glob("*.parquet")):
-            for quality in pq.read_table(path, columns=[column])[column].to_pylist():
-                report["rows"] += 1
-                report["captions"] += quality["captions"]
-                report["flagged"] += len(quality["flagged"])
-                counts.update(name for answer in quality["flagged"] for name in answer["flags"])
-                usage.update({name: quality[name] for name in USAGE_FIELDS})
+        for quality in count_and_iter_row_qualities(report, args.output, column):
+            counts.update(name for answer in quality["flagged"] for name in answer["flags"])
+            usage.update({name: quality[name] for name in USAGE_FIELDS})
         flags = {name: {"captions": count} for name, count in counts.most_common()}
         report |= {"flags": flags, "captioner": read_stage_record(args.output)["settings"], "usage": dict(usage)}
         write_json(args.output / QUALITY_FILE, report)
@@ -298,8 +278,7 @@ def convert_image_to_jpeg_data_url(image: PIL.Image.Image, side: int) -> str:
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
     if image.mode == "RGBA":
-        white = PIL.Image.new("RGBA", image.size, "white")
-        image = PIL.Image.alpha_composite(white, image).convert("RGB")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

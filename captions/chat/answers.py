@@ -85,12 +85,8 @@ class Answer:
         Args:
             other: The answer that is not kept.
         """
-        return replace(
-            self,
-            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
-            completion_tokens=self.completion_tokens + other.completion_tokens,
-            retried=self.retried or other.retried,
-        )
+        tokens = {name: getattr(self, name) + getattr(other, name) for name in ("prompt_tokens", "completion_tokens")}
+        return replace(self, retried=self.retried or other.retried, **tokens)
 
 
 def clean_answer(text: str, source: str = "") -> str:
@@ -170,9 +166,8 @@ def extract_numbered_lines(text: str, count: int) -> list[str] | None:
         The texts without their numbers, in the order of the numbers. None if a number from 1 to `count` is missing or
         repeated, or if there are other numbers.
     """
-    matches = [
-        match for line in _remove_reasoning_and_special_tokens(text).splitlines() if (match := LINE_RE.match(line))
-    ]
+    answer_lines = _remove_reasoning_and_special_tokens(text).splitlines()
+    matches = list(filter(None, map(LINE_RE.match, answer_lines)))
     lines = {int(match[1]): match[2] for match in matches}
     is_complete = len(matches) == count and lines.keys() == set(range(1, count + 1))
     return [lines[number] for number in range(1, count + 1)] if is_complete else None

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from captions.chat.answers import Answer
+from captions.chat.answers import Answer, build_response_format_for_json_answer, extract_value_from_json_answer
 from captions.chat.flags import parse_extra_body
 from captions.chat.prompts import Message
 from captions.http_service import RETRYABLE_STATUS_CODES, Failure, Retries, check_key, hide_key, parse_retry_after
@@ -64,6 +64,11 @@ class Choice:
     refusal: str | None = None
 
 
+# Function that checks an answer. Its second argument is the value in a JSON answer, or None if the answer is not JSON.
+# It returns a tuple (cleaned text, fault), where the fault is the name of the problem, or None if the answer is good.
+Judge = Callable[[Choice, object], tuple[str, str | None]]
+
+
 @dataclass(frozen=True)
 class Reply:
     """Everything that a server returns for one request: the answers of the model and the numbers of tokens.
@@ -108,18 +113,13 @@ class ChatClient:
         for name in ("httpx", "httpx2"):
             logging.getLogger(name).setLevel(logging.WARNING)
         self._args, self.model, self._runner = args, args.model, asyncio.Runner()
-        self._clients = [
-            openai.AsyncOpenAI(
-                base_url=url,
-                api_key=self._key or NO_KEY,
-                timeout=args.timeout,
-                max_retries=0,
-                http_client=openai.DefaultAsyncHttpxClient(
-                    follow_redirects=False, trust_env=url.startswith("https://"), timeout=args.timeout
-                ),
+        self._clients = []
+        for url in args.base_url:
+            http_client = openai.DefaultAsyncHttpxClient(
+                follow_redirects=False, trust_env=url.startswith("https://"), timeout=args.timeout
             )
-            for url in args.base_url
-        ]
+            options = {"api_key": self._key or NO_KEY, "timeout": args.timeout, "max_retries": 0}
+            self._clients.append(openai.AsyncOpenAI(base_url=url, http_client=http_client, **options))
         # Requests are numbered, and go to the servers in turn. Each task starts with another number, so that the tasks
         # do not all begin with the first server.
         self._numbers = itertools.count(rank)
@@ -164,7 +164,7 @@ class ChatClient:
             return
         if self._args.model not in names:
             listed = ", ".join(map(str, names[:10])) or "none"
-            logger.warning("WARNING: %s does not list the model %s, but: %s", client.base_url, self._args.model, listed)
+            logger.warning(f"WARNING: {client.base_url} does not list the model {self._args.model}, but: {listed}")
 
     def map(self, function: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list[R]:
         """Call an asynchronous function with each item, and return the results. Several calls run at the same time.
@@ -202,11 +202,7 @@ class ChatClient:
         return results
 
     async def ask(
-        self,
-        messages: Sequence[Message],
-        judge: Callable[[Choice], tuple[str, str | None]],
-        n: int = 1,
-        response_format: dict[str, object] | None = None,
+        self, messages: Sequence[Message], judge: Judge, json_key: str, n: int = 1, text_count: int | None = None
     ) -> list[Answer]:
         """Request `n` answers in a conversation, and request each bad answer a second time.
 
@@ -215,10 +211,10 @@ class ChatClient:
 
         Args:
             messages: The conversation.
-            judge: Function that checks an answer. It returns a tuple (cleaned text, fault), where the fault is the name
-                of the problem, or None if the answer is good.
+            judge: Function that checks an answer.
+            json_key: Key of the value in the JSON answers that are requested if the flag `response_schema` is set.
             n: Number of answers.
-            response_format: JSON schema of the answer. It is only sent if the flag `response_schema` is set.
+            text_count: Number of texts, if this value is a list. None if the value is a single text.
 
         Returns:
             `n` answers. If the second answer is bad as well, the first one is returned with its fault. The tokens of a
@@ -228,21 +224,25 @@ class ChatClient:
             ValueError: If the server refuses the request.
             ConnectionError: If the server has failed too often.
         """
-        options = {"response_format": response_format} if self._args.response_schema and response_format else {}
-        answers: list[Answer] = []
+        is_json, answers = self._args.response_schema, []
+        options = {"response_format": build_response_format_for_json_answer(json_key, text_count)} if is_json else {}
+
+        def check(choice: Choice) -> tuple[str, str | None]:
+            return judge(choice, extract_value_from_json_answer(choice.text, json_key) if is_json else None)
+
         while len(answers) < n:
             missing = n - len(answers)
             reply = await self._send(messages, **options, **({"n": missing} if missing > 1 else {}))
             tokens = reply.prompt_tokens, reply.completion_tokens
             for choice in reply.choices[:missing]:
-                answers.append(Answer(*judge(choice), *tokens))
+                answers.append(Answer(*check(choice), *tokens))
                 tokens = 0, 0
         for place, first in enumerate(answers):
             if first.fault is not None:
                 temperature = max(self._args.temperature, RETRY_TEMPERATURE)
                 reply = await self._send(messages, **options, temperature=temperature)
                 tokens = reply.prompt_tokens, reply.completion_tokens
-                second = Answer(*judge(reply.choices[0]), *tokens, retried=True)
+                second = Answer(*check(reply.choices[0]), *tokens, retried=True)
                 chosen, other = (second, first) if second.fault is None else (first, second)
                 answers[place] = chosen.with_cost_of(other)
         return answers
@@ -269,11 +269,10 @@ class ChatClient:
         parameters = {name: value for name, value in (sampling | options).items() if value is not None}
         parameters |= {"messages": messages, "extra_body": parse_extra_body(self._args.extra_body)}
         first = next(self._numbers) if number is None else number
-        retries: Retries | None = None
+        retries = Retries("", max_tries=max_tries)
         while True:
-            place = (first + (retries.failed if retries and number is None else 0)) % len(self._clients)
+            place = (first + (retries.failed if number is None else 0)) % len(self._clients)
             client, url = self._clients[place], self._args.base_url[place]
-            retries = retries or Retries(url, max_tries=max_tries)
             retries.service = url
             await asyncio.sleep(max(0.0, self._paused_until - time.monotonic()))
             try:
@@ -326,9 +325,8 @@ class ChatClient:
             # Status 429 usually means too many requests, for which waiting helps. OpenAI also sends it if the quota of
             # the account is used up, for which waiting does not help.
             is_temporary = status in RETRYABLE_STATUS_CODES and error.code != "insufficient_quota"
-            wait = parse_retry_after(error.response.headers.get("retry-after"))
             reason = f"HTTP status {status}: {reason}" + ("" if is_temporary else f" {advice}")
-            return Failure(reason, is_temporary, wait)
+            return Failure(reason, is_temporary, parse_retry_after(error.response.headers.get("retry-after")))
         if isinstance(error, TimeoutError | openai.APITimeoutError):
             reason = f"no complete answer within {self._args.timeout:g} s (--timeout)"
         elif not isinstance(error, openai.APIConnectionError | OSError):
@@ -359,21 +357,14 @@ def convert_completion_to_reply(completion: Any) -> Reply:
     Args:
         completion: Return value of the client's method `chat.completions.create`.
     """
-    choices = [
-        Choice(
-            _storable_text(choice.message.content or ""),
-            choice.finish_reason,
-            _storable_text(getattr(choice.message, "refusal", None) or "") or None,
-        )
-        for choice in completion.choices
-    ]
+    choices = []
+    for choice in completion.choices:
+        refusal = _storable_text(getattr(choice.message, "refusal", None) or "") or None
+        choices.append(Choice(_storable_text(choice.message.content or ""), choice.finish_reason, refusal))
     if not choices:
         raise TypeError("the response contained no choices")
-    usage = completion.usage
-    tokens = [
-        min(max(0, int(getattr(usage, name, None) or 0)), MAX_TOKENS) for name in ("prompt_tokens", "completion_tokens")
-    ]
-    return Reply(choices, str(completion.model), *tokens)
+    tokens = [getattr(completion.usage, name, None) or 0 for name in ("prompt_tokens", "completion_tokens")]
+    return Reply(choices, str(completion.model), *(min(max(0, int(count)), MAX_TOKENS) for count in tokens))
 
 
 def _storable_text(text: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,16 +122,21 @@ def parse_extra_body(text: str | None) -> dict[str, Any]:
     return content
 
 
-def is_server_beside_tasks(args: Any) -> bool:
-    """Return True if each cluster node runs its own server of the language model.
+def check_server(args: Any, connect: Callable[[], object]) -> None:
+    """Check that the servers can be used, unless each cluster node runs its own server of the language model.
 
-    This machine can't reach these servers, so they can't be checked before the work begins. The result is True if the
-    tasks run on a cluster and all addresses in `base_url` are loopback addresses, such as localhost.
+    This machine can't reach servers on the nodes, so they can't be checked before the work begins. There is such a
+    server on each node if the tasks run on a cluster and all addresses in `base_url` are loopback addresses, such as
+    localhost.
 
     Args:
         args: Command-line arguments: `executor` and `base_url`.
+        connect: Function that connects to the servers. It raises ValueError or OSError if a server can't be used.
     """
-    return args.executor != "local" and all(map(is_loopback, args.base_url))
+    if args.executor != "local" and all(map(is_loopback, args.base_url)):
+        logger.info(f"Not checked now: {', '.join(args.base_url)}. Each cluster node has its own server.")
+    else:
+        connect()
 
 
 def get_settings_that_change_answers(args: Any) -> dict[str, Any]:
@@ -142,9 +148,5 @@ def get_settings_that_change_answers(args: Any) -> dict[str, Any]:
     Args:
         args: Command-line arguments, with `ChatFlags`.
     """
-    settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    return settings | {
-        "max_tokens": args.max_tokens,
-        "response_schema": args.response_schema,
-        "extra_body": parse_extra_body(args.extra_body),
-    }
+    names = ("temperature", "top_p", "seed", "max_tokens", "response_schema")
+    return {name: getattr(args, name) for name in names} | {"extra_body": parse_extra_body(args.extra_body)}

@@ -45,11 +45,10 @@ class Prompts:
 
     def __init__(self, path: Path, keys: tuple[str, ...], languages: dict[str, str]):
         self.path, self.content = path, read_yaml_config(path)
+        advice = f"Keys: {', '.join(keys)}."
         for key in self.content:
             if key not in keys:
-                raise ValueError(
-                    unknown_name_message(str(key), f"key in {path}", list(keys), f"Keys: {', '.join(keys)}.")
-                )
+                raise ValueError(unknown_name_message(str(key), f"key in {path}", list(keys), advice))
         self._variables = {name: language_name(code) for name, code in languages.items()}
         self._variables |= {f"{name}_code": code for name, code in languages.items()}
         self.system = [{"role": "system", "content": self.render("system")}] if self.content.get("system") else []
@@ -102,12 +101,7 @@ class TranslationPrompts(Prompts):
         languages = {"language": language, "source_language": source_language}
         super().__init__(path or FOLDER / "translate.yaml", TRANSLATION_KEYS, languages)
         self.examples = self.content.get("examples") or []
-        pairs = [example if isinstance(example, dict) else {} for example in self.examples]
-        if (
-            not isinstance(self.examples, list)
-            or any(set(pair) != {"text", "answer"} for pair in pairs)
-            or not (all(isinstance(text, str) for pair in pairs for text in pair.values()))
-        ):
+        if not isinstance(self.examples, list) or not all(map(_is_example, self.examples)):
             raise ValueError(f"{self.path}: `examples` must be a list of entries with the texts `text` and `answer`.")
         for key in ("user", "lines") if needs_lines else ("user",):
             if PROBE not in self.render(key, text=PROBE):
@@ -150,6 +144,12 @@ class TranslationPrompts(Prompts):
             messages.append({"role": "user", "content": self.render(key, text=example)})
             messages.append({"role": "assistant", "content": answer})
         return [*messages, {"role": "user", "content": self.render(key, text=text)}]
+
+
+def _is_example(entry: Any) -> bool:
+    """Return True if an entry of `examples` is a dict with the two texts `text` and `answer`."""
+    has_keys = isinstance(entry, dict) and entry.keys() == {"text", "answer"}
+    return has_keys and all(isinstance(text, str) for text in entry.values())
 
 
 def number_lines(texts: list[str]) -> str:

@@ -21,8 +21,8 @@ class Translator(Protocol):
     """Interface of the backends of `captions.translate`, which translate captions.
 
     A backend is a subclass in a module of its own. The methods are called in this order: `check_flags`, `check`,
-    `load`, and then `translate` any number of times. A subclass must implement `load` and `translate`. All other
-    methods have a default implementation.
+    `load`, and then `translate` any number of times. A subclass must implement `translate`. All other methods have a
+    default implementation.
 
     Attributes:
         flags: Dataclass with the flags of the backend, which become flags of `captions.translate`.
@@ -63,6 +63,8 @@ class Translator(Protocol):
     def load(cls, args: Any, stage: RowStage) -> Self:
         """Load the translator, for example its model, or connect to its server.
 
+        The default implementation calls the class with the flags.
+
         Args:
             args: Flags of `captions.translate` (`TranslateArguments`).
             stage: Access to the rows whose captions are translated.
@@ -73,7 +75,7 @@ class Translator(Protocol):
         Raises:
             ValueError, OSError, ImportError: If the translator can't be used.
         """
-        ...
+        return cls(args)
 
     def translate(self, sentences: list[str]) -> list[str]:
         """Translate sentences, and return one translation per sentence, in order.
@@ -81,7 +83,6 @@ class Translator(Protocol):
         Args:
             sentences: Sentences to translate. None of them may be blank.
         """
-        ...
 
     @classmethod
     def describe_work(cls, args: Any, sentences: list[str]) -> list[str]:

@@ -10,23 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from capivara_common.cli import check_at_least, flag
-from captions.chat.answers import (
-    Answer,
-    build_response_format_for_json_answer,
-    clean_answer,
-    detect_refusal_or_truncation,
-    extract_numbered_lines,
-    extract_value_from_json_answer,
-)
+from captions.chat.answers import Answer, clean_answer, detect_refusal_or_truncation, extract_numbered_lines
 from captions.chat.client import ChatClient, Choice
-from captions.chat.flags import (
-    CHAT,
-    ChatFlags,
-    check_chat_flags,
-    get_settings_that_change_answers,
-    is_server_beside_tasks,
-    logger,
-)
+from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, check_server, get_settings_that_change_answers
 from captions.chat.prompts import TranslationPrompts
 from captions.quality import REFUSED, TRUNCATED, find_translation_quality_flags
 from captions.stages import RowStage
@@ -99,10 +85,7 @@ class ChatTranslator(Translator):
         The check is skipped if each cluster node has its own server, which this machine can't reach. Raises ValueError
         or OSError if the server can't be used.
         """
-        if is_server_beside_tasks(args):
-            logger.info("Not checked now: %s. Each cluster node has its own server.", ", ".join(args.base_url))
-        else:
-            cls(args, is_check=True)
+        check_server(args, lambda: cls(args, is_check=True))
 
     @classmethod
     def load(cls, args: Any, stage: RowStage) -> Self:
@@ -155,59 +138,50 @@ class ChatTranslator(Translator):
         return [answer.text for answers in self._client.map(self._translate_group, groups) for answer in answers]
 
     async def _translate_group(self, sentences: Sequence[str]) -> list[Answer]:
-        """Translate a group of sentences, in one request if possible, and pass each answer to `on_answer`."""
-        answers, cost = None, Answer("")
-        if len(sentences) > 1 and max(map(len, sentences)) <= MAX_PIECE_CHARACTERS:
-            answers, cost = await self._translate_lines(sentences)
-        if answers is None:
-            answers = [await self._translate_sentence(sentence) for sentence in sentences]
-            answers[0] = answers[0].with_cost_of(cost)
-        for place, sentence in enumerate(sentences):
-            if self.on_answer is not None:
-                self.on_answer(sentence, answers[place])
-        return answers
+        """Translate a group of sentences, in one request if possible, and pass each answer to `on_answer`.
 
-    async def _translate_lines(self, sentences: Sequence[str]) -> tuple[list[Answer] | None, Answer]:
-        """Translate sentences as numbered lines of one request. If a line is bad, its sentence is translated again.
-
-        Returns:
-            A tuple (answers, cost). `answers` has one answer per sentence; it is None if the model wrote another number
-            of lines. `cost` is an answer without text that holds the tokens of the request.
+        Sentences whose line is bad or missing are translated one by one.
         """
-        lines: list[str] = []
-
-        def judge(choice: Choice) -> tuple[str, str | None]:
-            value = extract_value_from_json_answer(choice.text, LINES) if self._args.response_schema else None
-            found = value if isinstance(value, list) else extract_numbered_lines(choice.text, len(sentences))
-            lines[:] = map(str, found) if found is not None and len(found) == len(sentences) else []
-            return "", None if lines else TRUNCATED
-
-        messages = self._prompts.line_messages(list(sentences))
-        (cost,) = await self._client.ask(
-            messages, judge, response_format=build_response_format_for_json_answer(LINES, len(sentences))
-        )
-        if not lines:
-            return None, cost
+        lines, cost = [""] * len(sentences), Answer("")
+        if len(sentences) > 1 and max(map(len, sentences)) <= MAX_PIECE_CHARACTERS:
+            lines, cost = await self._request_lines(sentences)
         answers = []
         for sentence, line in zip(sentences, lines, strict=True):
             text, fault = self._judge_text(sentence, line)
             answers.append(Answer(text) if fault is None else await self._translate_sentence(sentence))
         answers[0] = answers[0].with_cost_of(cost)
-        return answers, cost
+        for place, sentence in enumerate(sentences):
+            if self.on_answer is not None:
+                self.on_answer(sentence, answers[place])
+        return answers
+
+    async def _request_lines(self, sentences: Sequence[str]) -> tuple[list[str], Answer]:
+        """Request the translations of sentences as numbered lines of one answer.
+
+        Returns:
+            A tuple (lines, cost). `lines` has one text per sentence. All texts are "" if the model wrote another number
+            of lines. `cost` is an answer without text that holds the tokens of the request.
+        """
+        lines: list[str] = []
+
+        def judge(choice: Choice, value: object) -> tuple[str, str | None]:
+            found = value if isinstance(value, list) else extract_numbered_lines(choice.text, len(sentences))
+            lines[:] = map(str, found) if found is not None and len(found) == len(sentences) else []
+            return "", None if lines else TRUNCATED
+
+        messages = self._prompts.line_messages(list(sentences))
+        (cost,) = await self._client.ask(messages, judge, LINES, text_count=len(sentences))
+        return lines or [""] * len(sentences), cost
 
     async def _translate_sentence(self, sentence: str) -> Answer:
         """Translate one sentence. A sentence longer than `MAX_PIECE_CHARACTERS` is translated in pieces."""
         answer = Answer("")
         for piece in split_text(sentence, lambda text: len(text) <= MAX_PIECE_CHARACTERS):
 
-            def judge(choice: Choice, piece: str = piece) -> tuple[str, str | None]:
-                value = extract_value_from_json_answer(choice.text, SINGLE) if self._args.response_schema else None
+            def judge(choice: Choice, value: object, piece: str = piece) -> tuple[str, str | None]:
                 return self._judge_text(piece, value if isinstance(value, str) else choice.text, choice)
 
-            messages = self._prompts.messages(piece)
-            (part,) = await self._client.ask(
-                messages, judge, response_format=build_response_format_for_json_answer(SINGLE)
-            )
+            (part,) = await self._client.ask(self._prompts.messages(piece), judge, SINGLE)
             # Ignore faults that leave a usable text, such as a wrong script: `captions.translate` looks for them in the
             # texts of all translators.
             fault = part.fault if part.fault in UNUSABLE else None

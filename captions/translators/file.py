@@ -12,8 +12,8 @@ from typing import Any, Literal, Self
 import pyarrow.parquet as pq
 
 from capivara_common.cli import flag
-from capivara_common.tasks import split_rows
 from caption_data.sources import STAGE_FILE
+from captions.chat.answers import Answer
 from captions.sentences import (
     build_translation_and_quality_columns,
     iter_distinct_captions,
@@ -26,14 +26,7 @@ from captions.stages import (
     read_skipped_row_numbers_and_reasons,
     read_stage_record,
 )
-from captions.translation_tables import (
-    TABLE_COLUMNS,
-    check_rows_match_sentences,
-    describe_untranslated_rows,
-    read_table_header_and_rows,
-    read_translation_table,
-    write_blank_translation_table,
-)
+from captions.translation_tables import TABLE_COLUMNS, TranslationTable, write_blank_translation_table
 from captions.translators.base import Translator
 
 logger = logging.getLogger("capivara")
@@ -80,11 +73,10 @@ class FileFlags:
             return ""
         if not self.import_file.is_file():
             return "the table does not exist yet"
-        self.check_table()
-        return describe_untranslated_rows(self.import_file)
+        return self.read_table().describe_untranslated_rows()
 
-    def check_table(self) -> None:
-        """Check that the translation table is for the source and target languages of the flags.
+    def read_table(self) -> TranslationTable:
+        """Read the translation table, and check that it is for the source and target languages of the flags.
 
         The first line of the table states its languages. Earlier versions of the program wrote tables without
         languages. Such a table is accepted if another stage next to the output folder was made from a table for the
@@ -93,7 +85,8 @@ class FileFlags:
         Raises:
             ValueError: If the table states other languages, or does not state the language of the translations.
         """
-        stated, _ = read_table_header_and_rows(self.import_file)
+        table = TranslationTable(self.import_file)
+        stated = table.header
         hint = "Correct the language, or choose a path without a file, where a new table is then written."
         for column, language in (("source", self.source_language), ("translation", self.language)):
             if stated.get(column) and stated[column] != language:
@@ -101,15 +94,15 @@ class FileFlags:
                     f"The {column} column of {self.import_file} must be in the language {language!r}, but the first "
                     f"line of the file says {stated[column]!r}. {hint}"
                 )
-        records = (read_stage_record(path.parent)["settings"] for path in self.output.parent.glob(f"*/{STAGE_FILE}"))
+        paths = self.output.parent.glob(f"*/{STAGE_FILE}")
+        translators = (read_stage_record(path.parent)["settings"].get("translator") or {} for path in paths)
         expected = {"backend": "file", "target": self.language}.items()
-        if not stated["translation"] and not any(
-            expected <= (settings.get("translator") or {}).items() for settings in records
-        ):
+        if not stated["translation"] and not any(expected <= translator.items() for translator in translators):
             raise ValueError(
                 f"{self.import_file} does not state the language of its translations. Its first line must name the "
                 f"column translation:{self.language}. {hint}"
             )
+        return table
 
     def request_manual_step(self) -> str:
         """Write the translation table if it does not exist, and return a message that asks people to fill it.
@@ -118,36 +111,20 @@ class FileFlags:
         """
         stage = RowStage(self)
         if not self.import_file.is_file():
-            sentences = self.sentences(stage)
-            write_blank_translation_table(self.import_file, sentences, self.table_header(stage))
+            sentences = list(iter_distinct_captions(self, stage.source))
+            # In the first line, a value follows each column name, for example "translation:pt". With these values, the
+            # table is checked later.
+            values = (stage.record["source"]["fingerprint"], self.source_language, self.language)
+            header = [f"{column}:{value}" for column, value in zip(TABLE_COLUMNS, values, strict=True)]
+            write_blank_translation_table(self.import_file, sentences, header)
             counts = f"{len(sentences):,} sentences, {sum(map(len, sentences)):,} characters"
-            logger.info("Wrote %s with %s. Do not add, remove or reorder rows.", self.import_file, counts)
+            logger.info(f"Wrote {self.import_file} with {counts}. Do not add, remove or reorder rows.")
             translators = {"human": "by people (to change this, set translated_by: machine)", "machine": "by machine"}
-            logger.info("The cards will state that it was translated %s.", translators[self.translated_by])
-        elif read_table_header_and_rows(self.import_file)[0]["id"] != stage.record["source"]["fingerprint"]:
+            logger.info(f"The cards will state that it was translated {translators[self.translated_by]}.")
+        elif TranslationTable(self.import_file).header["id"] != stage.record["source"]["fingerprint"]:
             # Raise an error if the table belongs to another dataset, before somebody fills it for nothing.
             self.check_source_rows(stage)
         return f"{self.import_file} (stage {self.title}) is incomplete: {self.pending_manual_step()}"
-
-    def table_header(self, stage: RowStage) -> list[str]:
-        """Return the column names for the first line of the translation table, for example "translation:pt".
-
-        Each name is followed by a value, with which the table is checked later. After `id` comes the fingerprint of the
-        dataset, after `source` the source language, and after `translation` the target language.
-
-        Args:
-            stage: Access to the rows whose captions are translated.
-        """
-        stated = (stage.record["source"]["fingerprint"], self.source_language, self.language)
-        return [f"{column}:{text}" for column, text in zip(TABLE_COLUMNS, stated, strict=True)]
-
-    def sentences(self, stage: RowStage) -> list[str]:
-        """Return the sentences of the translation table: the distinct captions of all rows, in order.
-
-        Args:
-            stage: Access to the rows whose captions are translated.
-        """
-        return list(iter_distinct_captions(self, stage.source, [range(len(stage.source))]))
 
     def check_source_rows(self, stage: RowStage) -> list[str]:
         """Check that the translation table has the sentences of the dataset, and return these sentences in order.
@@ -158,12 +135,11 @@ class FileFlags:
         Raises:
             ValueError: If the table has other sentences or another order, or states other languages.
         """
-        self.check_table()
-        sentences, source_digest = self.sentences(stage), stage.record["source"]["fingerprint"]
+        table, sentences = self.read_table(), list(iter_distinct_captions(self, stage.source))
         try:
-            check_rows_match_sentences(self.import_file, sentences)
+            table.check_sentences(sentences)
         except ValueError as error:
-            table_digest = read_table_header_and_rows(self.import_file)[0]["id"]
+            source_digest, table_digest = stage.record["source"]["fingerprint"], table.header["id"]
             if not table_digest or table_digest == source_digest:
                 raise
             raise ValueError(
@@ -194,24 +170,21 @@ class FileFlags:
         if not self.is_corrected():
             return None
         recorded, table, stage = read_stage_record(self.output), self.known_settings(), RowStage(self)
-        current = {
-            "settings": self.settings(table["translator"]) | self.image_settings(),
-            "columns": recorded["columns"],
-        }
+        settings = self.settings(table["translator"]) | self.image_settings()
+        current = {"settings": settings, "columns": recorded["columns"]}
         record = recorded | {"settings": recorded["settings"] | table}
         if describe_stage_record_differences(record, stage.record | current):
             # Not only the table has changed. `write_or_check_stage_record` will raise an error with the differences.
             return None
-        translations = read_translation_table(self.import_file, self.check_source_rows(stage))
+        translations = self.read_table().translations(self.check_source_rows(stage))
+        answers = {sentence: Answer(translation) for sentence, translation in translations.items()}
         columns = map_caption_columns_to_translated_columns(stage.features, stage.source.display_name, self)
         names = [*columns, *columns.values(), f"quality-{self.language}"]
         rows, parts, written = [], [], 0
-        for part in split_rows(len(stage.source), self.rows_per_part):
+        for part in stage.parts:
             path = stage.path(part)
             old_rows = pq.read_table(path, columns=names).to_pylist() if path.is_file() else []
-            new_rows = [
-                row | build_translation_and_quality_columns(self, row, columns, translations) for row in old_rows
-            ]
+            new_rows = [row | build_translation_and_quality_columns(self, row, columns, answers) for row in old_rows]
             changed = [number for number, row in enumerate(new_rows) if row != old_rows[number]]
             rows += [written + number for number in changed]
             parts += [path] if changed else []
@@ -249,7 +222,7 @@ class FileTranslator(Translator):
             ValueError: If the table has other sentences than the rows, or a sentence has no translation.
         """
         identity = args.known_settings()["translator"]
-        return cls(read_translation_table(args.import_file, args.check_source_rows(stage)), identity)
+        return cls(args.read_table().translations(args.check_source_rows(stage)), identity)
 
     def translate(self, sentences: list[str]) -> list[str]:
         """Look up the translations of sentences, and return one translation per sentence, in order."""

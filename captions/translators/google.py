@@ -8,13 +8,12 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from capivara_common.cli import flag
 from capivara_common.environment import require_packages
 from captions.http_service import RETRYABLE_STATUS_CODES, Failure, Retries, check_key, check_service_url, hide_key
 from captions.languages import find_translator_language_code
-from captions.stages import RowStage
 from captions.translators.base import Translator, translate_in_pieces
 
 GOOGLE_MODULES = ("google.auth", "google.cloud.translate_v2")  # modules that the extra `google` installs
@@ -38,9 +37,7 @@ class GoogleTranslator(Translator):
     The API key is read from the environment variable GOOGLE_API_KEY.
 
     Args:
-        language: Code of the target language.
-        source_language: Code of the source language.
-        endpoint: URL of the service. Default: Google's URL.
+        args: Flags of `captions.translate`.
 
     Attributes:
         code: The code that Google uses for the target language.
@@ -63,26 +60,12 @@ class GoogleTranslator(Translator):
         """
         require_packages("--backend google", "google", *GOOGLE_MODULES)
 
-    @classmethod
-    def load(cls, args: Any, stage: RowStage) -> Self:
-        """Connect to Google's service, and check that it knows both languages.
-
-        Args:
-            args: Flags of `captions.translate`.
-            stage: Access to the rows whose captions are translated; not used.
-
-        Returns:
-            The translator, ready to translate.
-        """
-        return cls(args.language, args.source_language, args.google_endpoint)
-
-    def __init__(self, language: str, source_language: str, endpoint: str | None = None):
+    def __init__(self, args: Any):
         self._key = os.environ.get(API_KEY_VARIABLE, "").strip()
-        self._client = _make_client(endpoint or GOOGLE_ENDPOINT, self._key)
+        self._client = _make_client(args.google_endpoint or GOOGLE_ENDPOINT, self._key)
         codes = self._retry(lambda: [entry["language"] for entry in self._client.get_languages()])
-        self.code, self._source_code = (
-            find_translator_language_code(code, codes, self.name) for code in (language, source_language)
-        )
+        self.code = find_translator_language_code(args.language, codes, self.name)
+        self._source_code = find_translator_language_code(args.source_language, codes, self.name)
         self.fingerprint = {"backend": "google", "api": "v2", "source": self._source_code, "target": self.code}
 
     def translate(self, sentences: list[str]) -> list[str]:
@@ -119,9 +102,8 @@ class GoogleTranslator(Translator):
         Raises TypeError if the response does not contain one translation per text.
         """
         languages = {"target_language": self.code, "source_language": self._source_code}
-        translations = [
-            entry.get("translatedText") for entry in self._client.translate(texts, format_="text", **languages)
-        ]
+        entries = self._client.translate(texts, format_="text", **languages)
+        translations = [entry.get("translatedText") for entry in entries]
         if len(translations) != len(texts) or not all(isinstance(text, str) for text in translations):
             raise TypeError("the response contained no translation")
         return translations

@@ -15,7 +15,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +24,6 @@ from capivara_common.cli import flag
 from capivara_common.environment import get_install_command_of_extra, resolve_device
 from capivara_common.hub_cache import check_hub_model_reachable
 from captions.languages import find_translator_language_code
-from captions.stages import RowStage
 from captions.translators.base import Translator, translate_in_pieces
 from modeling_capivara.checks_capivara import wrap_tokenizer_errors
 from modeling_capivara.loading import load_transformers_config
@@ -58,15 +57,8 @@ class Seq2SeqTranslator(Translator):
     """Translator that runs a sequence-to-sequence model of transformers on this machine.
 
     Args:
-        name: Folder or Hub id of a Marian, NLLB, M2M100 or mBART-50 model.
-        language: Code of the target language.
-        source_language: Code of the source language.
-        revision: Branch, tag or commit on the Hub.
-        precision: Data type of weights and activations: float32, bf16 or fp16.
-        device: cpu or cuda. Default: cuda if a GPU is available.
-        batch_size: Number of texts to translate at the same time.
-        max_new_tokens: Largest number of tokens of a translation. Default: 512, or the limit of the model if that is
-            lower. All other options of `generate` come from the model's generation_config.
+        args: Flags of `captions.translate`. All options of `generate` for which there is no flag come from the model's
+            generation_config.
 
     Attributes:
         name: Type and name of the model, for messages.
@@ -102,64 +94,36 @@ class Seq2SeqTranslator(Translator):
         The check reads the tokenizer of the model. It is skipped if the tokenizer has not been downloaded to this
         machine yet. Raises ValueError if the model does not know a language.
         """
-        _check_languages_if_tokenizer_is_cached(
-            args.model or PAPER_MODEL, args.revision, args.language, args.source_language
-        )
+        name = args.model or PAPER_MODEL
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=args.revision, local_files_only=True)
+        except (OSError, ValueError, ImportError, KeyError, AttributeError):
+            # The tokenizer is not on this machine yet, or can't be loaded, so no check is possible now. Later, `load`
+            # will download the model, or raise the error.
+            return
+        _get_model_language_codes(tokenizer, args, name)
 
-    @classmethod
-    def load(cls, args: Any, stage: RowStage) -> Self:
-        """Load the translation model.
-
-        Args:
-            args: Flags of `captions.translate`.
-            stage: Access to the rows whose captions are translated; not used.
-
-        Returns:
-            The translator, ready to translate.
-        """
-        return cls(
-            args.model or PAPER_MODEL,
-            args.language,
-            args.source_language,
-            revision=args.revision,
-            precision=args.precision,
-            device=args.device,
-            batch_size=args.batch_size or 32,
-            max_new_tokens=args.max_new_tokens,
-        )
-
-    def __init__(
-        self,
-        name: str,
-        language: str,
-        source_language: str = "en",
-        revision: str | None = None,
-        precision: str = "float32",
-        device: str | None = None,
-        batch_size: int = 32,
-        max_new_tokens: int | None = None,
-    ):
-        self.tokenizer, model = _load_model(name, revision, precision)
-        self.model, tokenizer = model.eval().to(resolve_device(device)), self.tokenizer
-        self._batch_size = batch_size
+    def __init__(self, args: Any):
+        name = args.model or PAPER_MODEL
+        self.tokenizer, model = _load_model(name, args.revision, args.precision)
+        self.model, tokenizer = model.eval().to(resolve_device(args.device)), self.tokenizer
+        self._batch_size = args.batch_size or 32
         self.name = f"{model.config.model_type} {Path(name).name}"
-        self._prefix_ids: list[int] = []  # token ids that are put before each source sentence
         self._generate_options: dict[str, Any] = {}
         source_tokens, target_tokens = _find_language_token_ids(tokenizer)
         # Language tokens inside a sentence are removed, because they could change the target language.
-        self._forbidden_ids = {*source_tokens.values()}
+        self._forbidden_ids = set(source_tokens.values())
         self._language_ids = {*source_tokens.values(), *target_tokens.values()}
-        self.code, source_code = _get_model_language_codes(tokenizer, language, source_language, self.name)
-        if source_tokens:
-            self._prefix_ids = [source_tokens[self.code]]
-        elif target_tokens:
+        self.code, source_code = _get_model_language_codes(tokenizer, args, self.name)
+        self._prefix_ids = [source_tokens[self.code]] if source_tokens else []  # put before each source sentence
+        if target_tokens:
             tokenizer.src_lang = source_code
             self._generate_options["forced_bos_token_id"] = target_tokens[self.code]
         # The start token takes one of the model's positions, so at most `positions - 1` tokens can be generated. Models
         # sometimes repeat words endlessly, so by default a translation ends at twice the largest source length.
         positions = getattr(model.config, "max_position_embeddings", None) or 2 * MAX_SOURCE_TOKENS
         self._max_source_tokens = min(positions, tokenizer.model_max_length, MAX_SOURCE_TOKENS + len(self._prefix_ids))
-        self._generate_options["max_new_tokens"] = min(positions - 1, max_new_tokens or 2 * MAX_SOURCE_TOKENS)
+        self._generate_options["max_new_tokens"] = min(positions - 1, args.max_new_tokens or 2 * MAX_SOURCE_TOKENS)
         # If both `max_length` and `max_new_tokens` were set, each call of `generate` would log a warning.
         model.generation_config.max_length = None
         settings = model.generation_config.to_diff_dict() | self._generate_options
@@ -168,7 +132,7 @@ class Seq2SeqTranslator(Translator):
             "backend": "transformers",
             "model": Path(name).name if Path(name).is_dir() else name,
             "revision": _get_commit_or_folder_digest(name, model),
-            "source": getattr(tokenizer, "src_lang", None) or source_language,
+            "source": getattr(tokenizer, "src_lang", None) or args.source_language,
             "target": self.code,
             "source_prefix": None,  # unused; without this key, stored translations of earlier versions would be ignored
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -218,29 +182,6 @@ class Seq2SeqTranslator(Translator):
         return [text.strip() for text in self.tokenizer.batch_decode(text_ids, skip_special_tokens=True)]
 
 
-def _check_languages_if_tokenizer_is_cached(
-    model: str, revision: str | None, language: str, source_language: str
-) -> None:
-    """Check that a translation model knows both languages, if its tokenizer is on this machine. Nothing is downloaded.
-
-    Args:
-        model: Folder or Hub id of the model.
-        revision: Branch, tag or commit on the Hub.
-        language: Code of the target language.
-        source_language: Code of the source language.
-
-    Raises:
-        ValueError: If the model does not know a language.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError, AttributeError):
-        # The tokenizer is not on this machine yet, or can't be loaded, so no check is possible now. Later,
-        # `Seq2SeqTranslator` will download the model, or raise the error.
-        return
-    _get_model_language_codes(tokenizer, language, source_language, model)
-
-
 def _find_language_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], dict[str, int]]:
     """Return the ids of the language tokens of a translation tokenizer.
 
@@ -257,15 +198,12 @@ def _find_language_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[s
     return source_tokens, {} if source_tokens else getattr(tokenizer, "lang_code_to_id", target_tokens)
 
 
-def _get_model_language_codes(
-    tokenizer: PreTrainedTokenizerBase, language: str, source_language: str, name: str
-) -> tuple[str, str | None]:
-    """Return the codes that a translation model uses for two languages.
+def _get_model_language_codes(tokenizer: PreTrainedTokenizerBase, args: Any, name: str) -> tuple[str, str | None]:
+    """Return the codes that a translation model uses for the target and the source language.
 
     Args:
         tokenizer: Tokenizer of the model.
-        language: Code of the target language.
-        source_language: Code of the source language.
+        args: Flags of `captions.translate`, of which `language` and `source_language` are used.
         name: Name of the model, for errors.
 
     Returns:
@@ -277,8 +215,9 @@ def _get_model_language_codes(
     source_tokens, target_tokens = _find_language_token_ids(tokenizer)
     only_language = filter(None, [getattr(tokenizer, "target_lang", None)])
     # A Marian model for a single target language has no language tokens. Its tokenizer may name the language instead.
-    target = find_translator_language_code(language, source_tokens or target_tokens or only_language, name)
-    return target, find_translator_language_code(source_language, target_tokens, name) if target_tokens else None
+    target = find_translator_language_code(args.language, source_tokens or target_tokens or only_language, name)
+    source = find_translator_language_code(args.source_language, target_tokens, name) if target_tokens else None
+    return target, source
 
 
 def _load_model(name: str, revision: str | None, precision: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
