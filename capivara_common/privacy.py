@@ -56,8 +56,9 @@ _SECRET_BYTES_RE = re.compile(SECRET_RE.pattern.encode())
 # password in a URL may contain slashes.
 _USER_INFO = re.compile(r"(?<=://)(?:[^\s?#@/:]{0,300}:\S{0,300}|[^/\s]+)(?=@)")
 _SECRET_CHARACTER = r"""[^\s"'&,;]"""
-# The word after "bearer" or "basic" is a secret only if it looks random: 16 characters with a capital, a digit or "="
-# after a small letter or digit, or 8 characters with letters and digits. "basic Portuguese" is not a secret.
+# The word after "bearer" or "basic" is a secret only if it looks random; "basic Portuguese" is not a secret. A word
+# looks random in two cases. Either it has at least 16 characters, and a capital, a digit or "=" directly follows a
+# small letter or a digit. Or it has at least 8 characters, with both letters and digits.
 _LOOKS_RANDOM = (
     rf"(?:(?={_SECRET_CHARACTER}{{16}})(?={_SECRET_CHARACTER}{{0,200}}[a-z0-9][A-Z0-9=])"
     rf"|(?={_SECRET_CHARACTER}{{8}})(?={_SECRET_CHARACTER}{{0,200}}[0-9])(?={_SECRET_CHARACTER}{{0,200}}[A-Za-z]))"

@@ -141,8 +141,9 @@ class PictureIndex:
     Attributes:
         relevance_threshold: Whether a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
             True: yes. False: no. None: only if a measurement shows that the model separates relevant from irrelevant
-            pictures well (`query.is_relevance_auc_of_model_high_enough`). The threshold is the z-score that the best
-            picture reaches for sentences such as "uma imagem", which describe no particular picture
+            pictures well (`query.is_relevance_auc_of_model_high_enough`). A hit is relevant if its z-score, that is,
+            its similarity relative to all pictures, is above a limit. The limit is found with sentences that describe
+            no particular picture, such as "uma imagem": it is the z-score of their best hit
             (`query.estimate_relevance_z_score_threshold`).
 
     Example:

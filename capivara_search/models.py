@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 DEFAULT_MODEL = "hiaac-nlp/CAPIVARA"
-MINIATURE_NAME = "miniature"  # name of the small model that is built from PyPI packages, without a download
+MINIATURE_NAME = "miniature"  # name of the small model that is built from installed PyPI packages
 # For more texts at once, torch is used instead of NumPy. It takes seconds to import, but then computes faster.
 MAX_NUMPY_TEXTS = 256
 

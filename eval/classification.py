@@ -75,7 +75,9 @@ class ClassificationArguments(LabeledImageArguments):
         "Source of class names and prompts: this project (ours), CAPIVARA's authors (authors), Babel-ImageNet (babel).",
     )
     language: str | None = flag(None, "Language code of the class names; only for --protocol babel. Default: pt.")
-    authors_file: str | None = flag(None, "Path of the authors' portuguese_prompts.py. Required for protocol authors.")
+    authors_file: str | None = flag(
+        None, "Path of portuguese_prompts.py of CAPIVARA's authors, for --protocol authors."
+    )
     seed: int | None = flag(None, "Seed of the training run, to be written to the records.")
 
 

@@ -70,7 +70,9 @@ class SuiteArguments(EmbeddingArguments):
     protocol: Literal["ours", "authors"] = flag(
         "ours", "Class names and prompts: of this project (ours), or of CAPIVARA's authors, as published (authors)."
     )
-    authors_file: str | None = flag(None, "Path of the authors' portuguese_prompts.py. Required for protocol authors.")
+    authors_file: str | None = flag(
+        None, "Path of portuguese_prompts.py of CAPIVARA's authors, for --protocol authors."
+    )
 
 
 def check_arguments_and_select_benchmarks(args: SuiteArguments) -> list[Benchmark]:
@@ -293,6 +295,8 @@ def build_suite_rows_and_remarks(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Build the rows of a suite's table, which shows measured results next to published results, in percent.
 
+    The table compares models in two roles: the baselines, and the models that are compared with them ("capivara").
+
     Args:
         pairs: Tuples (benchmark, language). Each tuple gives one row of the table, or two rows for retrieval: one per
             search direction.
@@ -300,13 +304,13 @@ def build_suite_rows_and_remarks(
             ("baseline" or "capivara") and "run" (0 for the first model of this role, 1 for the second, and so on).
         model_counts: Number of models of each role, `{role: number}`.
         protocol: Source of class names and prompts, "ours" or "authors".
-        published: For each role, the name of the model whose published results are shown
-            (`Benchmark.get_published_figure`), or None. By default, the name is the role.
+        published: `{role: name of the model whose published results are shown, or None to show none}`, as in
+            `Benchmark.get_published_figure`. Default: the published results of "baseline" and "capivara".
 
     Returns:
-        A tuple (rows, remarks). A row is a dict that describes the benchmark. Under the keys "baseline" and "capivara",
-        it has the measured result, the published result and their difference. A remark is a text about an average that
-        is omitted because a dataset is missing.
+        A tuple (rows, remarks). A row is a dict with keys that describe the benchmark, and with the keys "baseline" and
+        "capivara", whose values have the measured result, the published result and their difference. A remark is a text
+        about an average that is omitted because a dataset is missing.
     """
     metrics = [(benchmark.key, language, benchmark.metric) for benchmark, language in pairs]
     metrics = pandas.DataFrame(metrics, columns=["benchmark", "language", "metric"])

@@ -23,9 +23,10 @@ TEXT_DEFAULTS = {
     "layer_norm_eps": 1e-5,
 }
 
-# Keys of `trimmed_vocabulary` and the types of their values. `languages` lists the languages whose tokens were kept.
-# `words` lists the number of most frequent words for each language. `tokenizer` and `table` are digests of the original
-# vocabulary and of the original embedding table. `of` is the number of rows of the original table.
+# Keys of `trimmed_vocabulary`, the record of how the vocabulary was reduced to some languages, and the types of their
+# values. `languages` lists the languages whose tokens were kept. `words` lists how many of the most frequent words of
+# each language were used to choose them. `tokenizer` and `table` are digests of the original vocabulary and of the
+# original table of token embeddings. `of` is the number of rows of the original table.
 TRIM_RECORD_TYPES = {"languages": list, "words": list, "tokenizer": str, "table": str, "of": int}
 
 

@@ -70,7 +70,7 @@ class Benchmark:
     # Key of another benchmark with the same images. Its local folder is used if this benchmark has none.
     data_of: str | None = None
     like_for_like: bool = True  # whether the published results were measured on the same texts and images
-    count: int = 0  # only for the task "average": the mean is shown only if so many benchmarks were measured
+    count: int = 0  # only for the task "average": number of benchmarks that must be measured
 
     @property
     def languages(self) -> tuple[str, ...]:

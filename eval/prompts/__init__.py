@@ -167,7 +167,9 @@ def _load_prompts_from_classes_file(path: Path) -> Prompts:
             if not all(isinstance(text, str) and text.strip() for text in (name, entry.get("en", name))):
                 raise ValueError(f"class {number} must have a name in the language {language!r}, got {entry}")
             if "gender" in entry and (entry["gender"], entry.get("number")) not in [*PORTUGUESE_ARTICLES]:
-                raise ValueError(f"gender must be m or f and number s or p, got class {number}: {entry}")
+                raise ValueError(
+                    f"gender must be m or f, and number s or p (singular or plural), got class {number}: {entry}"
+                )
             names.append(entry.get("en", name))
             data["classes"][number] = entry | {"en": names[-1]}
         if repeated := sorted(name for name, count in Counter(names).items() if count > 1):

@@ -288,8 +288,9 @@ def initialize_projections(
 def fit_ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
     """Fit an image and a text projection by ridge regression, so that an image and its caption get similar embeddings.
 
-    The regression predicts the text embeddings from the image features. Usually, the means would be subtracted first,
-    but the projections have no bias for this. Instead, each projection removes the direction of the mean.
+    The regression predicts the text embeddings from the image features. Normally, the means of both would be subtracted
+    first. The projections are linear layers without bias, so they can't subtract anything. Instead, each projection
+    sets the component along the mean vector to zero. The text projection does nothing else.
 
     Args:
         features: Pooled outputs of the image tower, (images, image width).

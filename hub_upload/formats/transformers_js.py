@@ -1,7 +1,8 @@
 """Write the files that transformers.js needs in addition to the ONNX graphs from `hub_upload/formats/onnx.py`.
 
-    onnx/model.onnx, onnx/*_fp16.onnx     both towers with their scores, and every graph in float16
-    config.json                           transformers.js_config: number of weight files of each graph
+    onnx/model.onnx                       graph with both towers, which returns the scores of images and texts
+    onnx/*_fp16.onnx                      every graph again, in float16
+    config.json                           with the key transformers.js_config: how many weight files each graph has
     preprocessor_config.json              image processor, with a class name that transformers.js knows
     tokenizer.json                        tokenizer with only those normalizer steps that transformers.js knows
     tokenizer_config.json                 maximum number of tokens in a text
