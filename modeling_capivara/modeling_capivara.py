@@ -24,7 +24,7 @@ from .configuration_capivara import CapivaraConfig
 
 TEXT_BATCH_SIZE = 64  # prompts per forward pass when class embeddings are computed
 # Prefixes of the parameters that `CapivaraModel` and `CapivaraForImageClassification` have in common.
-SHARED_PARAMETER_PREFIXES = ("vision_model.", "visual_projection.", "logit_scale")
+SHARED_PREFIXES = ("vision_model.", "visual_projection.", "logit_scale")
 # For each tower, the name of its main input, and a model type that takes this input, for error messages.
 TOWER_INPUTS = {"vision_config": ("pixel_values", "clip_vision_model"), "text_config": ("input_ids", "xlm-roberta")}
 
@@ -504,11 +504,7 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         config = copy.deepcopy(model.config)
         config.id2label = dict(enumerate(prompts))
         config.label2id = {label: number for number, label in enumerate(prompts)}
-        state = {
-            name: tensor.clone()
-            for name, tensor in model.state_dict().items()
-            if name.startswith(SHARED_PARAMETER_PREFIXES)
-        }
+        state = {key: tensor.clone() for key, tensor in model.state_dict().items() if key.startswith(SHARED_PREFIXES)}
         state["classifier.weight"] = _embed_classes(model, processor, list(prompts.values()))
         state["classifier.bias"] = torch.zeros(len(prompts))
         return cls.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).to(model.device)
