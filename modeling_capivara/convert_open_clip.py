@@ -523,10 +523,9 @@ def _find_or_download_open_clip_files(
     weights = next((folder / name for name in OPEN_CLIP_WEIGHT_FILES if (folder / name).is_file()), None)
     if weights is None:
         raise ValueError(f"SOURCE {folder} has no weights; expected one of {', '.join(OPEN_CLIP_WEIGHT_FILES)}.")
-    if any((folder / name).is_file() for name in VOCABULARY_FILES):
-        tokenizer = str(folder)
-    else:
-        tokenizer = model_cfg["text_cfg"].get("hf_tokenizer_name") or tokenizer or BASE_TEXT_MODEL
+    has_tokenizer = any((folder / name).is_file() for name in VOCABULARY_FILES)
+    own_tokenizer = str(folder) if has_tokenizer else model_cfg["text_cfg"].get("hf_tokenizer_name")
+    tokenizer = own_tokenizer or tokenizer or BASE_TEXT_MODEL
     return OpenClipSource(model_cfg, preprocess_cfg, weights, tokenizer, folder, repo_id)
 
 
@@ -622,10 +621,9 @@ def _load_checkpoint(path: Path) -> Any:
         unsafe_names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
         if unsafe_names:
             code = f"torch.load({path.name!r}, weights_only=False)['state_dict'], {path.stem + '.safetensors'!r}"
-            raise ValueError(
-                f"it contains Python objects ({', '.join(sorted(unsafe_names))}), but only tensors are read. If you "
-                f"trust the file, convert it where it was written: safetensors.torch.save_file({code})"
-            )
+            fault = f"it contains Python objects ({', '.join(sorted(unsafe_names))}), but only tensors are read"
+            hint = f"If you trust the file, convert it where it was written: safetensors.torch.save_file({code})"
+            raise ValueError(f"{fault}. {hint}")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     # For damaged or malicious files, the readers raise errors of many types.
     except Exception as error:

@@ -69,7 +69,7 @@ class CapivaraPreTrainedModel(PreTrainedModel):
     """Base class of the CAPIVARA models, with the code that all models with an image encoder share.
 
     This class initializes weights, computes image embeddings and can freeze the image encoder. Subclasses must define
-    the attributes `vision_model` (image tower), `visual_projection`, `logit_scale` and `image_encoder_frozen` (bool).
+    the attributes `vision_model` (image tower), `visual_projection` and `logit_scale`.
     """
 
     config_class = CapivaraConfig
@@ -79,6 +79,7 @@ class CapivaraPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    image_encoder_frozen = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -197,7 +198,6 @@ class CapivaraModel(CapivaraPreTrainedModel):
         self.text_projection = _build_text_projection(config)
         self.logit_scale, bias = nn.Parameter(torch.tensor(config.logit_scale_init_value)), config.logit_bias_init_value
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
-        self.image_encoder_frozen = False
         self.post_init()
 
     @classmethod
@@ -465,7 +465,6 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         # explicitly in float32, or in float64 if that is the default dtype.
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.classifier = nn.Linear(config.projection_dim, config.num_labels, dtype=dtype)
-        self.image_encoder_frozen = False
         self.post_init()
 
     @classmethod

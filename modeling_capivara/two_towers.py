@@ -27,18 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from capivara_common.embedding_speed import (
-    CHUNK_SIZES,
-    SAMPLE_IMAGES,
-    load_or_measure_fastest_setting,
-    with_tuned_chunk_size,
-)
-from capivara_common.environment import (
-    get_or_init_distributed_state,
-    require_packages,
-    resolve_device,
-    resolve_mixed_precision,
-)
+from capivara_common import embedding_speed, environment
 from capivara_common.files import read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_hub_model_reachable
 from capivara_common.image_encoder_digest import IMAGE_ENCODER_PREFIXES
@@ -223,7 +212,7 @@ class Embedder:
         # The `embed_images` of an open_clip model has no parameter `chunk_images`, so there is nothing to tune.
         if self.name.startswith("open_clip:"):
             return embed
-        return with_tuned_chunk_size(embed, image_count, self.device, self.image_fingerprint, record)
+        return embedding_speed.with_tuned_chunk_size(embed, image_count, self.device, self.image_fingerprint, record)
 
 
 def load_embedder(
@@ -262,7 +251,7 @@ def load_embedder(
         2
         >>> similarities = texts @ texts.T  # cosines, because embeddings have unit length
     """
-    torch_device = resolve_device(device) if device else get_or_init_distributed_state().device
+    torch_device = environment.resolve_device(device) if device else environment.get_or_init_distributed_state().device
     open_clip_name = _parse_open_clip_name(model)
     if not open_clip_name:
         processor, loaded = load_processor(model), load_model(model).eval().to(torch_device)
@@ -317,14 +306,14 @@ def choose_fastest_precision(model: PreTrainedModel, processor: ProcessorMixin, 
         `MIN_COSINES` in `capivara_common.embedding_speed` defines how close. In all other cases the result is
         "float32".
     """
-    supports_bf16 = resolve_mixed_precision("auto", model.device) == "bf16"
+    supports_bf16 = environment.resolve_mixed_precision("auto", model.device) == "bf16"
     if not supports_bf16 or model.device.type != "cpu":
         return "bf16" if supports_bf16 else "float32"
-    sample = list(islice(cycle(random_images()), SAMPLE_IMAGES))
+    sample = list(islice(cycle(random_images()), embedding_speed.SAMPLE_IMAGES))
     embed = partial(embed_images, model, processor, sample)
     candidates = {"float32": embed, "bf16": torch.autocast("cpu", torch.bfloat16)(embed)}
     encoder = weights_digest(model, IMAGE_ENCODER_PREFIXES)
-    return load_or_measure_fastest_setting("precision", candidates, encoder, record)
+    return embedding_speed.load_or_measure_fastest_setting("precision", candidates, encoder, record)
 
 
 def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> Embedder:
@@ -393,7 +382,7 @@ def _find_open_clip_model(source: str) -> tuple[str, str | None, str]:
         ValueError: If open_clip has no such weights, the folder has no model, or the Hub can't be reached.
         ImportError: If open_clip is not installed.
     """
-    require_packages(f"The model open_clip:{source}", "open-clip", "open_clip")
+    environment.require_packages(f"The model open_clip:{source}", "open-clip", "open_clip")
     import open_clip
 
     name, pretrained, repository = source, None, ""
@@ -507,7 +496,7 @@ def embed_images(
     images: Iterable[Image.Image],
     batch_size: int = 32,
     progress: ProgressOption = None,
-    chunk_images: int = CHUNK_SIZES[0],
+    chunk_images: int = embedding_speed.CHUNK_SIZES[0],
 ) -> Tensor:
     """Embed images in batches, with a two-tower model and its processor.
 
@@ -577,7 +566,7 @@ def check_finite(embeds: Tensor) -> Tensor:
 
 
 def move_to_device_in_chunks(
-    pixel_values: Tensor, device: torch.device, chunk_images: int = CHUNK_SIZES[0]
+    pixel_values: Tensor, device: torch.device, chunk_images: int = embedding_speed.CHUNK_SIZES[0]
 ) -> Sequence[Tensor]:
     """Move preprocessed images to the model's device, split into chunks that are fast to embed there.
 
