@@ -306,17 +306,12 @@ class CapivaraModel(CapivaraPreTrainedModel):
                 1 to `projection_dim`.
         """
         check_truncate_dim(truncate_dim, self.config.projection_dim)
-        outputs = self._run_text_tower(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        outputs = self._run_text_tower(input_ids, attention_mask, inputs_embeds, position_ids=position_ids, **kwargs)
         outputs.pooler_output = self.text_projection(outputs.pooler_output)[:, :truncate_dim]
         return outputs
 
     def _run_text_tower(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs,
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         """Run the text tower and average its token states, without the projection.
 
@@ -324,9 +319,9 @@ class CapivaraModel(CapivaraPreTrainedModel):
             input_ids: (texts, tokens), or None if `inputs_embeds` is given.
             attention_mask: (texts, tokens), 1 for a token and 0 for padding. None masks the padding tokens of
                 `input_ids`, or nothing with `inputs_embeds`.
-            position_ids: (texts, tokens), positions of the tokens. None lets the text tower count them.
             inputs_embeds: (texts, tokens, text width), token embeddings instead of `input_ids`.
-            **kwargs: Options of the text tower, such as `output_hidden_states`.
+            **kwargs: Options of the text tower, such as `position_ids` and `output_hidden_states`. None stands for the
+                default of the tower.
 
         Returns:
             The output of the text tower. Its `pooler_output`, (texts, text width), is the mean of the token states
@@ -338,19 +333,18 @@ class CapivaraModel(CapivaraPreTrainedModel):
         """
         _check_text_inputs(input_ids, inputs_embeds)
         if inputs_embeds is not None:
-            tokens, kwargs["inputs_embeds"] = inputs_embeds[..., 0], inputs_embeds
+            tokens = inputs_embeds[..., 0]
             default_mask = torch.ones_like(tokens, dtype=torch.long)
         else:
-            tokens, kwargs["input_ids"] = input_ids, input_ids
-            pad = self.config.text_config.pad_token_id
+            tokens, pad = input_ids, self.config.text_config.pad_token_id
             # Some towers have no padding token. Comparing with -1 then masks nothing, because no token has this id.
             default_mask = (input_ids != (-1 if pad is None else pad)).long()
         attention_mask = default_mask if attention_mask is None else attention_mask
         _check_attention_mask(attention_mask, tokens)
-        # The argument is passed on only if it is given, because some text towers don't accept it.
-        if position_ids is not None:
-            kwargs["position_ids"] = position_ids
-        outputs = self.text_model(attention_mask=attention_mask, return_dict=True, **kwargs)
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **kwargs}
+        # An argument is passed on only if it is given, because some text towers don't accept `position_ids`.
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        outputs = self.text_model(attention_mask=attention_mask, return_dict=True, **inputs)
         pooled = mean_pooling(outputs.last_hidden_state, attention_mask)  # (texts, text width), float32
         return _with_pooler_output(outputs, pooled.to(outputs.last_hidden_state.dtype))
 
@@ -396,7 +390,7 @@ class CapivaraModel(CapivaraPreTrainedModel):
             raise ValueError("`return_loss=True` needs both `input_ids` and `pixel_values`.")
         text_embeds = image_embeds = logits_per_text = text_outputs = image_outputs = None
         if input_ids is not None:
-            text_outputs = self._run_text_tower(input_ids, attention_mask, position_ids, **kwargs)
+            text_outputs = self._run_text_tower(input_ids, attention_mask, position_ids=position_ids, **kwargs)
             text_embeds = l2_normalize(self.text_projection(text_outputs.pooler_output))
         if pixel_values is not None:
             image_outputs = self._run_image_tower(pixel_values, **kwargs)
