@@ -396,23 +396,13 @@ def _add_merge_parts(state: dict, token_ids: set[int]) -> set[int]:
     if state["model"]["type"] != "BPE":
         return token_ids
     id_of, parts = state["model"]["vocab"], {}
-    for left, right in _merges(state):
+    for left, right in state["model"]["merges"]:
         parts.setdefault(id_of[left + right], set()).update((id_of[left], id_of[right]))
     all_ids, new_ids = set(token_ids), set(token_ids)
     while new_ids:
         new_ids = set().union(*(parts.get(token_id, ()) for token_id in new_ids)) - all_ids
         all_ids |= new_ids
     return all_ids
-
-
-def _merges(state: dict) -> list[tuple[str, str]]:
-    """Return the merges of a BPE tokenizer in their order, each as a pair of tokens that are joined.
-
-    Args:
-        state: Content of tokenizer.json, from `_check_and_get_tokenizer_json`. Older files store a merge as a string
-            with a space between the two tokens, newer files as a list of two tokens.
-    """
-    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in state["model"]["merges"]]
 
 
 def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) -> PreTrainedTokenizerBase:
@@ -436,9 +426,8 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) 
         model["vocab"] = [model["vocab"][old_id] for old_id in model_ids]
         model["unk_id"] = new_id[model["unk_id"]]
     else:
-        vocabulary = {tokens[old_id]: new_id[old_id] for old_id in model_ids}
-        merges = [list(merge) for merge in _merges(state) if {*merge, "".join(merge)} <= vocabulary.keys()]
-        model["vocab"], model["merges"] = vocabulary, merges
+        model["vocab"] = {tokens[old_id]: new_id[old_id] for old_id in model_ids}
+        model["merges"] = [merge for merge in model["merges"] if {*merge, "".join(merge)} <= model["vocab"].keys()]
     for token in state["added_tokens"]:
         token["id"] = new_id[token["id"]]
     with tempfile.TemporaryDirectory() as folder:
