@@ -4,15 +4,7 @@ Importing this package registers its classes with transformers, so that `AutoMod
 CAPIVARA models without `trust_remote_code`.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForZeroShotImageClassification,
-    AutoProcessor,
-    AutoTokenizer,
-)
+import transformers
 
 from .configuration_capivara import CapivaraConfig
 from .image_processing_capivara import CapivaraImageProcessor
@@ -35,16 +27,16 @@ __all__ = [
     "clip_loss",
 ]
 
-AutoConfig.register("capivara", CapivaraConfig)
-AutoModel.register(CapivaraConfig, CapivaraModel)
-AutoModelForZeroShotImageClassification.register(CapivaraConfig, CapivaraModel)
-AutoModelForImageClassification.register(CapivaraConfig, CapivaraForImageClassification)
+transformers.AutoConfig.register("capivara", CapivaraConfig)
+transformers.AutoModel.register(CapivaraConfig, CapivaraModel)
+transformers.AutoModelForZeroShotImageClassification.register(CapivaraConfig, CapivaraModel)
+transformers.AutoModelForImageClassification.register(CapivaraConfig, CapivaraForImageClassification)
 # transformers has two backends for image processors. CAPIVARA has one class, which is registered for both.
-AutoImageProcessor.register(
+transformers.AutoImageProcessor.register(
     CapivaraConfig, image_processor_classes={"pil": CapivaraImageProcessor, "torchvision": CapivaraImageProcessor}
 )
-AutoTokenizer.register(CapivaraConfig, CapivaraTokenizer)
-AutoProcessor.register(CapivaraConfig, CapivaraProcessor)
+transformers.AutoTokenizer.register(CapivaraConfig, CapivaraTokenizer)
+transformers.AutoProcessor.register(CapivaraConfig, CapivaraProcessor)
 
 # After this registration, `save_pretrained` copies the source files of the classes into the model folder, so that users
 # without this package can load the model with `trust_remote_code=True`.

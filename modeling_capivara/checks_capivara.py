@@ -28,8 +28,7 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("height", "width", "shortest_edge", "longest_edge"), (1, 10_000)),  # settings of image processors
     **dict.fromkeys(("num_labels", "num_classes"), (0, 10**6)),
     "pad_token_id": (0, 10**7 - 1),
-    **dict.fromkeys(EPSILON_KEYS, (0, 1)),
-    **dict.fromkeys(DROPOUT_KEYS, (0, 1)),
+    **dict.fromkeys((*EPSILON_KEYS, *DROPOUT_KEYS), (0, 1)),
     # These settings are natural logarithms of the factor for cosines. Published models have 4.8 (SigLIP after training)
     # or at most 4.6 (CLIP).
     **dict.fromkeys(("logit_scale", "logit_scale_init_value", "init_logit_scale"), (-20, 20)),

@@ -196,10 +196,9 @@ def collect_config_values_to_check(config: PreTrainedConfig) -> dict[str, Any]:
         A dictionary {setting name: value}. The value is None if the configuration does not have the setting. A nested
         configuration, such as `text_config`, is a nested dictionary.
     """
-    nested = {name: getattr(config, name, None) for name in config.sub_configs}
-    sizes = {key: getattr(config, key, None) for key in (*SIZE_LIMITS, "model_args", "model_type")}
-    return sizes | {
-        name: collect_config_values_to_check(value)
-        for name, value in nested.items()
-        if isinstance(value, PreTrainedConfig)
-    }
+    values = {key: getattr(config, key, None) for key in (*SIZE_LIMITS, "model_args", "model_type")}
+    for name in config.sub_configs:
+        nested = getattr(config, name, None)
+        if isinstance(nested, PreTrainedConfig):
+            values[name] = collect_config_values_to_check(nested)
+    return values

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -31,18 +30,10 @@ from capivara_common.files import atomic_folder, read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 from capivara_common.model_kinds import KINDS
 
+from . import loading
 from .checks_capivara import check_config_ranges, wrap_tokenizer_errors
-from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
+from .configuration_capivara import CapivaraConfig
 from .image_processing_capivara import CapivaraImageProcessor
-from .loading import (
-    build_save_only_model_from_tensors,
-    format_weight_names_for_error,
-    load_model,
-    load_processor,
-    load_transformers_config,
-    weights_digest,
-    write_origin_card,
-)
 from .modeling_capivara import CapivaraModel
 from .processing_capivara import CONTEXT_LENGTH, CapivaraProcessor
 from .two_towers import embed_images, embed_texts, random_images, random_texts
@@ -226,9 +217,10 @@ VIT_FIELDS = {
     "patch_size": ("patch_size", 16),
     "image_size": ("image_size", 224),
 }
-# Supported values of those open_clip fields that change the embeddings without changing names or shapes of tensors.
-# The default of each field is supported, so a field may be missing. All other fields change names or shapes of tensors,
-# so an unsupported value causes an error when the tensors are loaded.
+# Supported values of fields that change the embeddings without changing names or shapes of tensors. The fields of
+# `vision_config` are settings of a `CapivaraModel` that open_clip must support. All other fields belong to open_clip.
+# The default of each of these is supported, so a field may be missing. Fields that are not listed change names or
+# shapes of tensors, so an unsupported value causes an error when the tensors are loaded.
 SUPPORTED_VALUES: dict[str, tuple] = {
     "vision_cfg.pool_type": ("tok",),
     "vision_cfg.final_ln_after_pool": (False, None),
@@ -242,6 +234,9 @@ SUPPORTED_VALUES: dict[str, tuple] = {
     "preprocess_cfg.mode": ("RGB", None),
     "preprocess_cfg.resize_mode": ("shortest", None),
     "preprocess_cfg.interpolation": ("bicubic", "bilinear", None),
+    "vision_config.model_type": ("clip_vision_model", "timm_wrapper"),
+    "vision_config.hidden_act": ("gelu", "quick_gelu"),
+    "vision_config.layer_norm_eps": (1e-5,),
 }
 
 
@@ -264,21 +259,19 @@ def to_capivara_config(model_cfg: dict) -> CapivaraConfig:
         _check_supported("vision_cfg", vision_cfg)
         _check_supported("text_cfg", text_cfg)
         _check_supported("tokenizer_kwargs", text_cfg.get("tokenizer_kwargs") or {})
-        fields = {name: vision_cfg.get(theirs, default) for theirs, (name, default) in VIT_FIELDS.items()}
-        vision = VISION_DEFAULTS | fields
+        vision = {name: vision_cfg.get(theirs, default) for theirs, (name, default) in VIT_FIELDS.items()}
         if not isinstance(vision["image_size"], int):
             _raise_unsupported("vision_cfg.image_size", vision["image_size"], "a single number of pixels")
         vision["num_attention_heads"] = vision["hidden_size"] // vision_cfg.get("head_width", 64)
         vision["intermediate_size"] = int(vision["hidden_size"] * vision_cfg.get("mlp_ratio", 4.0))
         vision["hidden_act"] = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
+        options = {"vision_config": vision, "text_config": _load_text_config(text_cfg.get("hf_model_name"))}
         projection_type = text_cfg.get("hf_proj_type", "mlp")
-        options = {"projection_dim": model_cfg["embed_dim"], "text_projection_type": projection_type}
+        options |= {"projection_dim": model_cfg["embed_dim"], "text_projection_type": projection_type}
         for name in ("logit_scale", "logit_bias"):
             if model_cfg.get(f"init_{name}") is not None:
                 options[f"{name}_init_value"] = float(model_cfg[f"init_{name}"])
-        return CapivaraConfig(
-            vision_config=vision, text_config=_load_text_config(text_cfg.get("hf_model_name")), **options
-        )
+        return CapivaraConfig(**options)
     # These are errors about missing fields and wrong types, and the errors of transformers' configuration classes.
     except Exception as error:
         reason = " ".join(str(error).split())
@@ -307,30 +300,24 @@ def to_open_clip_model_cfg(
     Raises:
         ValueError: If open_clip can't represent the architecture.
     """
-    if config.text_config.model_type not in TEXT_MODEL_TYPES:
-        _raise_unsupported(
-            "text_config.model_type", config.text_config.model_type, f"one of {TEXT_MODEL_TYPES}", "config.json"
-        )
+    text_type = config.text_config.model_type
+    if text_type not in TEXT_MODEL_TYPES:
+        _raise_unsupported("text_config.model_type", text_type, f"one of {TEXT_MODEL_TYPES}", "config.json")
     vision, model_cfg = config.vision_config, {"embed_dim": config.projection_dim}
     if config.logit_bias_init_value is not None:
         model_cfg["init_logit_bias"] = config.logit_bias_init_value
     if not _is_vit(config):
         if vision.model_args or not vision.do_pooling:
-            _raise_unsupported(
-                "vision_config.model_args", vision.model_args, "none, with do_pooling true", "config.json"
-            )
+            supported = "none, with do_pooling true"
+            _raise_unsupported("vision_config.model_args", vision.model_args, supported, "config.json")
         # With an empty `timm_pool`, open_clip keeps the pooling of the timm model instead of replacing it.
         vision_cfg = {"timm_model_name": vision.architecture, "timm_pool": "", "timm_proj": "linear"}
         vision_cfg["image_size"] = image_size or 224
     else:
-        for name, supported in {"hidden_act": ("gelu", "quick_gelu"), "layer_norm_eps": (1e-5,)}.items():
-            value = getattr(vision, name)
-            if value not in supported:
-                _raise_unsupported(f"vision_config.{name}", value, " or ".join(map(repr, supported)), "config.json")
+        _check_supported("vision_config", vision.to_dict(), "config.json")
         if image_size not in (None, vision.image_size):
-            _raise_unsupported(
-                "crop_size.height", image_size, f"the image tower's {vision.image_size}", "the processor"
-            )
+            supported = f"the image tower's {vision.image_size}"
+            _raise_unsupported("crop_size.height", image_size, supported, "the processor")
         ratio = vision.intermediate_size / vision.hidden_size
         # open_clip stores only this ratio, and computes the size of the hidden layer as int(width * ratio). If that
         # would be one too small because of rounding, the ratio is slightly increased.
@@ -355,9 +342,7 @@ def _is_vit(config: CapivaraConfig) -> bool:
         ValueError: If the image tower is of another type, which open_clip can't represent.
     """
     model_type = config.vision_config.model_type
-    if model_type not in ("clip_vision_model", "timm_wrapper"):
-        supported = "'clip_vision_model' or 'timm_wrapper'"
-        _raise_unsupported("vision_config.model_type", model_type, supported, "config.json")
+    _check_supported("vision_config", {"model_type": model_type}, "config.json")
     return model_type == "clip_vision_model"
 
 
@@ -377,7 +362,7 @@ def _load_text_config(name: Any) -> PreTrainedConfig:
         # CAPIVARA's default text tower is the same model, so its configuration need not be downloaded.
         return CapivaraConfig().text_config
     try:
-        config = load_transformers_config(name, trust_remote_code=False) if isinstance(name, str) else None
+        config = loading.load_transformers_config(name) if isinstance(name, str) else None
     except (OSError, ValueError) as error:
         reason = f"has no usable configuration ({_first_error_line(error)})"
         hint = "If it is a folder that has moved, enter its new path"
@@ -440,12 +425,13 @@ def to_preprocess_cfg(processor: BaseImageProcessor) -> dict[str, Any]:
     return preprocess_cfg | {"resize_mode": "shortest" if is_capivara else "squash"}
 
 
-def _check_supported(section: str, fields: dict) -> None:
-    """Check that the values of a section of open_clip_config.json are among the `SUPPORTED_VALUES`.
+def _check_supported(section: str, fields: dict, file: str = OPEN_CLIP_CONFIG) -> None:
+    """Check that the values of a section of settings are among the `SUPPORTED_VALUES`.
 
     Args:
         section: Name of the section, such as "vision_cfg".
         fields: Content of the section.
+        file: Name of the file that contains the section, for the error message.
 
     Raises:
         ValueError: If a field has a value that can't be converted.
@@ -453,7 +439,7 @@ def _check_supported(section: str, fields: dict) -> None:
     for name, value in fields.items():
         supported = SUPPORTED_VALUES.get(f"{section}.{name}", (value,))
         if value not in supported:
-            _raise_unsupported(f"{section}.{name}", value, " or ".join(map(repr, supported)))
+            _raise_unsupported(f"{section}.{name}", value, " or ".join(map(repr, supported)), file)
 
 
 def _raise_unsupported(field: str, value: Any, supported: str, file: str = OPEN_CLIP_CONFIG) -> NoReturn:
@@ -471,8 +457,11 @@ def _raise_unsupported(field: str, value: Any, supported: str, file: str = OPEN_
     raise ValueError(f"{field} of {file} is {value!r}, which cannot be converted; supported: {supported}.")
 
 
-# Suffixes of the configuration and tokenizer files, which are downloaded together with the weights.
-TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
+# Model card, configuration and tokenizer files, which are downloaded together with the weights.
+DOWNLOADED_PATTERNS = ("README.md", "*.json", "*.model", "*.txt")
+ORIGIN_SENTENCE = (
+    "Converted to transformers by `python -m modeling_capivara.convert_open_clip`; the weights are unchanged."
+)
 # A folder that contains one of these files has its own tokenizer.
 VOCABULARY_FILES = ("tokenizer.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "vocab.txt")
 
@@ -534,10 +523,9 @@ def _find_or_download_open_clip_files(
     weights = next((folder / name for name in OPEN_CLIP_WEIGHT_FILES if (folder / name).is_file()), None)
     if weights is None:
         raise ValueError(f"SOURCE {folder} has no weights; expected one of {', '.join(OPEN_CLIP_WEIGHT_FILES)}.")
-    if any((folder / name).is_file() for name in VOCABULARY_FILES):
-        tokenizer = str(folder)
-    else:
-        tokenizer = model_cfg["text_cfg"].get("hf_tokenizer_name") or tokenizer or BASE_TEXT_MODEL
+    has_tokenizer = any((folder / name).is_file() for name in VOCABULARY_FILES)
+    own_tokenizer = str(folder) if has_tokenizer else model_cfg["text_cfg"].get("hf_tokenizer_name")
+    tokenizer = own_tokenizer or tokenizer or BASE_TEXT_MODEL
     return OpenClipSource(model_cfg, preprocess_cfg, weights, tokenizer, folder, repo_id)
 
 
@@ -564,7 +552,7 @@ def _download_model(repo_id: str, revision: str | None) -> Path:
         ValueError: If the files can't be downloaded.
     """
     try:
-        patterns = ["README.md", *(f"*{end}" for end in TOKENIZER_SUFFIXES), OPEN_CLIP_WEIGHT_FILES[0]]
+        patterns = [*DOWNLOADED_PATTERNS, OPEN_CLIP_WEIGHT_FILES[0]]
         folder = Path(snapshot_download(repo_id, allow_patterns=patterns, revision=revision))
         # Repositories may hold the same weights in several formats. The files are tried one by one, because a second
         # one would be an unnecessary download of more than a gigabyte.
@@ -573,7 +561,7 @@ def _download_model(repo_id: str, revision: str | None) -> Path:
                 # The name of the snapshot folder is its commit. With it as the revision, the weights come from the same
                 # commit as the other files, even if the repository has changed since.
                 folder = Path(snapshot_download(repo_id, allow_patterns=[name], revision=folder.name))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # HTTP errors of the Hub are OSErrors
         raise ValueError(f"{repo_id} could not be fetched from the Hub: {_first_error_line(error)}") from error
     return folder
 
@@ -602,18 +590,15 @@ def read_open_clip_tensors_and_notes(path: Path) -> tuple[dict[str, Tensor], lis
     candidates = [key.removesuffix("logit_scale") for key in state if key.endswith("logit_scale")]
     prefixes = [prefix for prefix in candidates if any(key.startswith(f"{prefix}visual.") for key in state)]
     if len(prefixes) != 1:
-        raise ValueError(
-            f"{path} must contain one open_clip model (with tensors logit_scale and visual.*), found {len(prefixes)}."
-        )
+        rule = "must contain one open_clip model (with tensors logit_scale and visual.*)"
+        raise ValueError(f"{path} {rule}, found {len(prefixes)}.")
     prefix = prefixes[0]
     entries = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     tensors.pop(POSITION_IDS_NAME, None)
-    notes = []
     outside = [key for key in state if not key.startswith(prefix)]
-    if outside:
-        notes.append(f"Ignored entries of the training program that are not part of the model: {', '.join(outside)}.")
-    return {name: tensor.float() for name, tensor in tensors.items()}, notes
+    note = f"Ignored entries of the training program that are not part of the model: {', '.join(outside)}."
+    return {name: tensor.float() for name, tensor in tensors.items()}, [note] if outside else []
 
 
 def _load_checkpoint(path: Path) -> Any:
@@ -636,10 +621,9 @@ def _load_checkpoint(path: Path) -> Any:
         unsafe_names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
         if unsafe_names:
             code = f"torch.load({path.name!r}, weights_only=False)['state_dict'], {path.stem + '.safetensors'!r}"
-            raise ValueError(
-                f"it contains Python objects ({', '.join(sorted(unsafe_names))}), but only tensors are read. If you "
-                f"trust the file, convert it where it was written: safetensors.torch.save_file({code})"
-            )
+            fault = f"it contains Python objects ({', '.join(sorted(unsafe_names))}), but only tensors are read"
+            hint = f"If you trust the file, convert it where it was written: safetensors.torch.save_file({code})"
+            raise ValueError(f"{fault}. {hint}")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     # For damaged or malicious files, the readers raise errors of many types.
     except Exception as error:
@@ -672,19 +656,18 @@ def _load_and_check_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTo
     if len(tokenizer) > text_config.vocab_size or tokenizer.pad_token_id != text_config.pad_token_id:
         actual = f"has {len(tokenizer)} tokens and the padding token {tokenizer.pad_token_id}"
         expected = f"the text tower has {text_config.vocab_size} and {text_config.pad_token_id}"
-        raise ValueError(
-            f"The tokenizer {name!r} {actual}, but {expected}. Give the model's own tokenizer with --tokenizer."
-        )
+        hint = "Give the model's own tokenizer with --tokenizer"
+        raise ValueError(f"The tokenizer {name!r} {actual}, but {expected}. {hint}.")
     return tokenizer
 
 
 def _convert_write_and_verify_model(
-    open_clip_source: OpenClipSource, folder: Path, config: CapivaraConfig | None = None
+    source: OpenClipSource, folder: Path, config: CapivaraConfig | None = None
 ) -> tuple[CapivaraModel, list[str]]:
     """Convert an open_clip model to a folder that transformers can load, in float32, and verify the converted model.
 
     Args:
-        open_clip_source: Files and settings of the model, from `_find_or_download_open_clip_files`.
+        source: Files and settings of the model, from `_find_or_download_open_clip_files`.
         folder: Empty folder to write to.
         config: Architecture of a checkpoint file that has no configuration. Default: the architecture of the published
             CAPIVARA model. Ignored if the model has its own configuration.
@@ -697,22 +680,15 @@ def _convert_write_and_verify_model(
         ValueError: If the configuration can't be converted, which is checked before the weights are read. Also if the
             conversion changed a tensor, or the embeddings of random inputs are not finite or are equal to each other.
     """
-    config = (
-        to_capivara_config(open_clip_source.model_cfg) if open_clip_source.model_cfg else config or CapivaraConfig()
-    )
-    image_processor = _to_image_processor(open_clip_source.preprocess_cfg, config.vision_config.image_size)
-    state, notes = read_open_clip_tensors_and_notes(open_clip_source.weights)
-    CapivaraProcessor(image_processor, _load_and_check_tokenizer(open_clip_source.tokenizer, config)).save_pretrained(
-        folder
-    )
+    config = to_capivara_config(source.model_cfg) if source.model_cfg else config or CapivaraConfig()
+    image_processor = _to_image_processor(source.preprocess_cfg, config.vision_config.image_size)
+    state, notes = read_open_clip_tensors_and_notes(source.weights)
+    CapivaraProcessor(image_processor, _load_and_check_tokenizer(source.tokenizer, config)).save_pretrained(folder)
     subject = "The checkpoint's tensors (a bare file is taken to have the published architecture)"
-    build_save_only_model_from_tensors(to_capivara_state_dict(state), config, subject).save_pretrained(folder)
-    if open_clip_source.folder:
-        description = (
-            "Converted to transformers by `python -m modeling_capivara.convert_open_clip`; the weights are unchanged."
-        )
-        write_origin_card(open_clip_source.folder, folder, description, open_clip_source.repo_id)
-    model, processor = load_model(folder).eval(), load_processor(folder)
+    loading.build_save_only_model_from_tensors(to_capivara_state_dict(state), config, subject).save_pretrained(folder)
+    if source.folder:
+        loading.write_origin_card(source.folder, folder, ORIGIN_SENTENCE, source.repo_id)
+    model, processor = loading.load_model(folder).eval(), loading.load_processor(folder)
     returned = to_open_clip_state_dict(model)
     # The bits of the floats are compared, as integers, because a float NaN would count as changed: it is not equal to
     # itself.
@@ -721,16 +697,15 @@ def _convert_write_and_verify_model(
         if not torch.equal(returned[name].view(torch.int32), state[name].view(torch.int32)):
             changed.add(name)
     if changed:
-        raise ValueError(
-            f"The conversion changed tensors, so nothing was written: {format_weight_names_for_error(changed)}."
-        )
+        names = loading.format_weight_names_for_error(changed)
+        raise ValueError(f"The conversion changed tensors, so nothing was written: {names}.")
     for embeds in (embed_images(model, processor, random_images()), embed_texts(model, processor, random_texts())):
         # The condition is written with `not`, so that it also refuses NaN, because every comparison with NaN is false.
         if not (embeds[0] - embeds[1:]).abs().amax(dim=1).min() > 1e-6:
             fault = "embeddings of random images or texts are not finite, or do not differ"
             hint = "The file is damaged or does not contain a trained model"
-            raise ValueError(f"{open_clip_source.weights}: {fault}. {hint}.")
-    return model, [f"Weights: {open_clip_source.weights}; tokenizer: {open_clip_source.tokenizer}", *notes]
+            raise ValueError(f"{source.weights}: {fault}. {hint}.")
+    return model, [f"Weights: {source.weights}; tokenizer: {source.tokenizer}", *notes]
 
 
 def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
@@ -746,9 +721,8 @@ def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
     Returns:
         Digest of the weights (`weights_digest`) as 32 hexadecimal digits.
     """
-    return weights_digest(
-        _convert_write_and_verify_model(_find_or_download_open_clip_files(source, revision=revision), folder)[0]
-    )
+    files = _find_or_download_open_clip_files(source, revision=revision)
+    return loading.weights_digest(_convert_write_and_verify_model(files, folder)[0])
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

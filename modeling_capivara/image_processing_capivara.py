@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import BatchFeature, CLIPImageProcessorPil
-from transformers.image_utils import ChannelDimension, SizeDict
+from transformers.image_utils import ChannelDimension
 from transformers.processing_utils import ImagesKwargs, Unpack
-from transformers.utils import TensorType
 
 # Largest number of pixels of an image after the resize: 67 million, or 256 MiB in memory. Photos of usual shapes have
 # less than a million pixels after the resize, but a strip of 1 x 20,000 pixels would have a billion.
@@ -121,46 +120,29 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
         # PIL can't convert La (gray with premultiplied alpha) directly to RGB, but it can convert LA.
         return image.convert("LA") if image.mode == "La" else image
 
-    def _preprocess(
-        self,
-        images: list[Image.Image],
-        do_resize: bool,
-        size: SizeDict,
-        resample: int,
-        do_center_crop: bool,
-        crop_size: SizeDict,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: float | tuple[float, ...],
-        image_std: float | tuple[float, ...],
-        max_resized_pixels: int,
-        return_tensors: str | TensorType | None = None,
-        device: str | torch.device | None = None,
-        **kwargs,
-    ) -> BatchFeature:
-        pixels = []
+    def _preprocess(self, images: list[Image.Image], **kwargs: Unpack[CapivaraImageProcessorKwargs]) -> BatchFeature:
+        # transformers passes all options of the call; options that the call does not set have their default values.
+        size, crop_size, factor = kwargs["size"], kwargs["crop_size"], kwargs["rescale_factor"]
+        batch = []
         for image in images:
-            if do_resize:
-                image = _resize_short_side(image, size.shortest_edge, resample, max_resized_pixels)
-            if do_center_crop:
+            if kwargs["do_resize"]:
+                image = _resize_short_side(image, size.shortest_edge, kwargs["resample"], kwargs["max_resized_pixels"])
+            if kwargs["do_center_crop"]:
                 image = center_crop(image, crop_size.height, crop_size.width)
-            array = torch.from_numpy(np.array(image.convert("RGB"))).to(device or "cpu")  # (height, width, 3), uint8
-            image_pixels = array.permute(2, 0, 1).contiguous().float()
+            array = torch.from_numpy(np.array(image.convert("RGB")))  # (height, width, 3), uint8
+            pixels = array.to(kwargs.get("device") or "cpu").permute(2, 0, 1).contiguous().float()
             # A division by 255 and a multiplication by 1 / 255 may differ in the last bit. The default factor is
             # applied as a division.
-            if do_rescale:
-                image_pixels = (
-                    image_pixels.div_(255) if rescale_factor == 1 / 255 else image_pixels.mul_(rescale_factor)
-                )
-            if do_normalize:
-                mean, std = (image_pixels.new_tensor(value).reshape(-1, 1, 1) for value in (image_mean, image_std))
-                image_pixels = image_pixels.sub_(mean).div_(std)
-            pixels.append(image_pixels)
+            if kwargs["do_rescale"]:
+                pixels = pixels.div_(255) if factor == 1 / 255 else pixels.mul_(factor)
+            if kwargs["do_normalize"]:
+                mean, std = (pixels.new_tensor(kwargs[name]).reshape(-1, 1, 1) for name in ("image_mean", "image_std"))
+                pixels = pixels.sub_(mean).div_(std)
+            batch.append(pixels)
         # Only images of the same size can be stacked. Images of different sizes stay a list.
-        if len({image_pixels.shape for image_pixels in pixels}) == 1:
-            pixels = torch.stack(pixels)  # (images, 3, height, width)
-        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+        if len({pixels.shape for pixels in batch}) == 1:
+            batch = torch.stack(batch)  # (images, 3, height, width)
+        return BatchFeature({"pixel_values": batch}, tensor_type=kwargs.get("return_tensors"))
 
 
 def _resize_short_side(image: Image.Image, short_side: int, resample: int, max_pixels: int) -> Image.Image:
@@ -278,10 +260,8 @@ def convert_pixels_to_uint8(array: np.ndarray) -> np.ndarray:
     limit = 255 if is_float else 65535
     # The condition is written with `not`, so that it also refuses NaN, because every comparison with NaN is false.
     if not (low >= 0 and high <= limit):
-        raise ValueError(
-            f"Pixels must be from 0 to {limit} for {array.dtype}, got {low:g} to {high:g}. Pass normalized "
-            "`pixel_values` to the model, not to the processor."
-        )
+        hint = "Pass normalized `pixel_values` to the model, not to the processor"
+        raise ValueError(f"Pixels must be from 0 to {limit} for {array.dtype}, got {low:g} to {high:g}. {hint}.")
     if is_float:
         return np.rint(array * 255 if high <= 1 else array).astype(np.uint8)
     if (array.dtype.itemsize == 2 and array.dtype.kind == "u") or high > 255:
@@ -305,10 +285,9 @@ def _to_channels_last(array: np.ndarray, is_tensor: bool, input_data_format: str
         ValueError: If the dimension of the channels does not have a size from 1 to 4.
     """
     first_fits, last_fits = array.shape[0] in CHANNEL_COUNTS, array.shape[-1] in CHANNEL_COUNTS
+    channels_first = first_fits and (is_tensor or not last_fits)
     if input_data_format is not None:
         channels_first = ChannelDimension(input_data_format) == ChannelDimension.FIRST
-    else:
-        channels_first = first_fits and (is_tensor or not last_fits)
     if not (first_fits if channels_first else last_fits):
         data_format = f" with input_data_format={input_data_format!r}" if input_data_format else ""
         rule = "An image must have 1 to 4 channels, as its first or last dimension"

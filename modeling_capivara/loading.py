@@ -8,7 +8,7 @@ a single line that names the problem.
 import hashlib
 import html
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,7 @@ from huggingface_hub.utils import yaml_dump
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.models.gemma import GemmaTokenizer
 from transformers.models.siglip2 import Siglip2Tokenizer
 
@@ -104,9 +96,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
             model, report = AutoModel.from_pretrained(source, config=load_two_towers_config(source), **options)
     except Exception as error:
         raise ValueError(f"The model {source} can't be loaded: {' '.join(str(error).split())}") from error
-    _raise_on_weight_mismatch(
-        f"The weights of {source}", report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"]
-    )
+    _raise_on_weight_mismatch(f"The weights of {source}", report)
     check_config_ranges({"logit_scale": model.logit_scale.item()}, f"{source}: ")
     return model
 
@@ -201,40 +191,37 @@ def build_save_only_model_from_tensors(
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=torch.float32)
     expected = model.state_dict()
+    report = {"missing_keys": expected.keys() - tensors.keys(), "unexpected_keys": tensors.keys() - expected.keys()}
     shapes = [(key, tensors[key].shape, expected[key].shape) for key in tensors.keys() & expected.keys()]
     # A tensor of shape [1] where a scalar is expected is not a mismatch, because PyTorch can load it.
-    mismatched = [
+    report["mismatched_keys"] = [
         (key, actual, needed) for key, actual, needed in shapes if actual != needed and (actual, needed) != ((1,), ())
     ]
-    _raise_on_weight_mismatch(subject, expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), mismatched)
+    _raise_on_weight_mismatch(subject, report)
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval()
 
 
-def _raise_on_weight_mismatch(
-    name: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Sequence, Sequence]]
-) -> None:
+def _raise_on_weight_mismatch(subject: str, report: Mapping[str, Iterable]) -> None:
     """Raise an error if a comparison of weights with a model's configuration found differences.
 
     Args:
-        name: Description of the weights, which becomes the subject of the error message.
-        missing: Names of weights that the model needs but the files do not contain.
-        unexpected: Names of weights in the files that the model does not have.
-        mismatched: Weights with a wrong shape: name, shape in the files, and shape in the model.
+        subject: Description of the weights, which becomes the subject of the error message.
+        report: Result of the comparison, as transformers returns it. "missing_keys" are names of weights that the model
+            needs but the files do not contain. "unexpected_keys" are names of weights in the files that the model does
+            not have. "mismatched_keys" are weights with a wrong shape: name, shape in the files, and shape in the
+            model.
 
     Raises:
-        ValueError: If `missing`, `unexpected` or `mismatched` is not empty. The message names at most
-            `MAX_NAMED_KEYS` weights.
+        ValueError: If one of the three lists is not empty. The message names at most `MAX_NAMED_KEYS` weights.
     """
-    shapes = [f"{key} {list(actual)}, not {list(expected)}" for key, actual, expected in mismatched]
-    all_faults = {"missing": missing, "unexpected": unexpected, "mismatched": shapes}
+    shapes = [f"{key} {list(actual)}, not {list(expected)}" for key, actual, expected in report["mismatched_keys"]]
+    all_faults = {"missing": report["missing_keys"], "unexpected": report["unexpected_keys"], "mismatched": shapes}
     faults = {kind: keys for kind, keys in all_faults.items() if keys}
     if faults:
         max_keys = MAX_NAMED_KEYS // len(faults)
-        descriptions = [
-            f"{kind} keys: {format_weight_names_for_error(keys, max_keys)}" for kind, keys in faults.items()
-        ]
-        raise ValueError(f"{name} do not fit its config; {'; '.join(descriptions)}.")
+        problems = [f"{kind} keys: {format_weight_names_for_error(keys, max_keys)}" for kind, keys in faults.items()]
+        raise ValueError(f"{subject} do not fit its config; {'; '.join(problems)}.")
 
 
 def format_weight_names_for_error(keys: Iterable[str], max_keys: int = MAX_NAMED_KEYS) -> str:
@@ -282,25 +269,25 @@ def load_processor(source: str | Path) -> ProcessorMixin:
         if isinstance(processor.tokenizer, GemmaTokenizer):
             processor.tokenizer = Siglip2Tokenizer.from_pretrained(source)
         check_config_ranges(processor.image_processor.to_dict())
-        config = load_two_towers_config(source)
-        _check_and_adapt_processor(processor, config)
+        _check_and_adapt_processor(processor, load_two_towers_config(source))
     except Exception as error:
         raise ValueError(f"The processor of {source} can't be loaded: {' '.join(str(error).split())}") from error
     return processor
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Check that a tokenizer fits the vocabulary of a model, and that its padding token is valid.
+def _check_tokenizer(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
+    """Check that the tokenizer of a processor fits the vocabulary of a model, and that its padding token is valid.
 
     Args:
-        tokenizer: Tokenizer of the model's processor.
+        processor: The model's processor.
         config: Configuration of the model.
 
     Raises:
         ValueError: If the tokenizer has more tokens than the model, or has no padding token. Also if the padding token
             is not in the model's vocabulary, or its id is not the `pad_token_id` of a model that needs this id.
     """
-    token, token_id, text_config = tokenizer.pad_token, tokenizer.pad_token_id, config.text_config
+    tokenizer, text_config = processor.tokenizer, config.text_config
+    token, token_id = tokenizer.pad_token, tokenizer.pad_token_id
     if token_id is None:
         raise ValueError("its tokenizer has no padding token")
     if token_id >= text_config.vocab_size:
@@ -344,10 +331,10 @@ def _check_and_adapt_processor(processor: ProcessorMixin, config: PreTrainedConf
     """
     tokenizer, kind = processor.tokenizer, KINDS[config.model_type]
     settings = processor.image_processor.to_dict()
-    size = dict((settings.get("crop_size") if settings.get("do_center_crop") else settings.get("size")) or {})
+    size = dict(settings.get("crop_size" if settings.get("do_center_crop") else "size") or {})
     if type(processor).__name__ not in kind.processors or "max_num_patches" in settings:
         raise ValueError(f"a {type(processor).__name__} does not fit a model of the type {config.model_type!r}")
-    _check_tokenizer(tokenizer, config)
+    _check_tokenizer(processor, config)
     if kind.is_native:  # a CapivaraProcessor truncates to 77 tokens by itself
         return
     takes_any_size = config.vision_config.model_type in ANY_SIZE_VISION_TOWERS
@@ -481,6 +468,5 @@ def write_origin_card(source: Path, folder: Path, description: str, repo_id: str
     if metadata:
         metadata |= {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
         title, yaml_block = html.escape(repo_id or source.resolve().name), yaml_dump(metadata, sort_keys=False)
-        (folder / "README.md").write_text(
-            f"---\n{yaml_block}---\n\n# {title}\n\n{description}\n{ORIGIN_CARD_TEXT}\n", encoding="utf-8"
-        )
+        card = f"---\n{yaml_block}---\n\n# {title}\n\n{description}\n{ORIGIN_CARD_TEXT}\n"
+        (folder / "README.md").write_text(card, encoding="utf-8")

@@ -24,7 +24,9 @@ from .configuration_capivara import CapivaraConfig
 
 TEXT_BATCH_SIZE = 64  # prompts per forward pass when class embeddings are computed
 # Prefixes of the parameters that `CapivaraModel` and `CapivaraForImageClassification` have in common.
-SHARED_PARAMETER_PREFIXES = ("vision_model.", "visual_projection.", "logit_scale")
+SHARED_PREFIXES = ("vision_model.", "visual_projection.", "logit_scale")
+# For each tower, the name of its main input, and a model type that takes this input, for error messages.
+TOWER_INPUTS = {"vision_config": ("pixel_values", "clip_vision_model"), "text_config": ("input_ids", "xlm-roberta")}
 
 
 @dataclass
@@ -67,7 +69,7 @@ class CapivaraPreTrainedModel(PreTrainedModel):
     """Base class of the CAPIVARA models, with the code that all models with an image encoder share.
 
     This class initializes weights, computes image embeddings and can freeze the image encoder. Subclasses must define
-    the attributes `vision_model` (image tower), `visual_projection`, `logit_scale` and `image_encoder_frozen` (bool).
+    the attributes `vision_model` (image tower), `visual_projection` and `logit_scale`.
     """
 
     config_class = CapivaraConfig
@@ -77,6 +79,7 @@ class CapivaraPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    image_encoder_frozen = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -154,12 +157,7 @@ class CapivaraPreTrainedModel(PreTrainedModel):
             rule = "`pixel_values` must be (images, 3, height, width), as `CapivaraImageProcessor` returns them"
             raise ValueError(f"{rule}, got shape {tuple(pixel_values.shape)}.")
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=_get_pooler_output(outputs, self.config.vision_config),
-            hidden_states=outputs.hidden_states,
-            attentions=getattr(outputs, "attentions", None),
-        )
+        return _with_pooler_output(outputs, _get_pooler_output(outputs, self.config.vision_config))
 
 
 class CapivaraModel(CapivaraPreTrainedModel):
@@ -194,20 +192,12 @@ class CapivaraModel(CapivaraPreTrainedModel):
 
     def __init__(self, config: CapivaraConfig):
         super().__init__(config)
-        # Both towers get the default dtype, so that all parts of the model agree. The dtypes in the towers' own
-        # configurations are ignored.
-        dtype = torch.get_default_dtype()
-        self.vision_model = AutoModel.from_config(config.vision_config, dtype=dtype)
-        self.text_model = AutoModel.from_config(
-            config.text_config, dtype=dtype, **_get_no_pooler_kwargs(config.text_config)
-        )
-        _check_tower_takes_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
-        _check_tower_takes_input("text_config", self.text_model, "input_ids", "xlm-roberta")
+        self.vision_model = _build_tower("vision_config", config.vision_config)
+        self.text_model = _build_tower("text_config", config.text_config)
         self.visual_projection = nn.Linear(_infer_vision_width(config.vision_config), config.projection_dim, bias=False)
         self.text_projection = _build_text_projection(config)
         self.logit_scale, bias = nn.Parameter(torch.tensor(config.logit_scale_init_value)), config.logit_bias_init_value
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
-        self.image_encoder_frozen = False
         self.post_init()
 
     @classmethod
@@ -316,17 +306,12 @@ class CapivaraModel(CapivaraPreTrainedModel):
                 1 to `projection_dim`.
         """
         check_truncate_dim(truncate_dim, self.config.projection_dim)
-        outputs = self._run_text_tower(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        outputs = self._run_text_tower(input_ids, attention_mask, inputs_embeds, position_ids=position_ids, **kwargs)
         outputs.pooler_output = self.text_projection(outputs.pooler_output)[:, :truncate_dim]
         return outputs
 
     def _run_text_tower(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs,
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         """Run the text tower and average its token states, without the projection.
 
@@ -334,9 +319,9 @@ class CapivaraModel(CapivaraPreTrainedModel):
             input_ids: (texts, tokens), or None if `inputs_embeds` is given.
             attention_mask: (texts, tokens), 1 for a token and 0 for padding. None masks the padding tokens of
                 `input_ids`, or nothing with `inputs_embeds`.
-            position_ids: (texts, tokens), positions of the tokens. None lets the text tower count them.
             inputs_embeds: (texts, tokens, text width), token embeddings instead of `input_ids`.
-            **kwargs: Options of the text tower, such as `output_hidden_states`.
+            **kwargs: Options of the text tower, such as `position_ids` and `output_hidden_states`. None stands for the
+                default of the tower.
 
         Returns:
             The output of the text tower. Its `pooler_output`, (texts, text width), is the mean of the token states
@@ -348,26 +333,20 @@ class CapivaraModel(CapivaraPreTrainedModel):
         """
         _check_text_inputs(input_ids, inputs_embeds)
         if inputs_embeds is not None:
-            tokens, kwargs["inputs_embeds"] = inputs_embeds[..., 0], inputs_embeds
+            tokens = inputs_embeds[..., 0]
             default_mask = torch.ones_like(tokens, dtype=torch.long)
         else:
-            tokens, kwargs["input_ids"] = input_ids, input_ids
-            pad = self.config.text_config.pad_token_id
+            tokens, pad = input_ids, self.config.text_config.pad_token_id
             # Some towers have no padding token. Comparing with -1 then masks nothing, because no token has this id.
             default_mask = (input_ids != (-1 if pad is None else pad)).long()
         attention_mask = default_mask if attention_mask is None else attention_mask
         _check_attention_mask(attention_mask, tokens)
-        # The argument is passed on only if it is given, because some text towers don't accept it.
-        if position_ids is not None:
-            kwargs["position_ids"] = position_ids
-        outputs = self.text_model(attention_mask=attention_mask, return_dict=True, **kwargs)
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **kwargs}
+        # An argument is passed on only if it is given, because some text towers don't accept `position_ids`.
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        outputs = self.text_model(attention_mask=attention_mask, return_dict=True, **inputs)
         pooled = mean_pooling(outputs.last_hidden_state, attention_mask)  # (texts, text width), float32
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=pooled.to(outputs.last_hidden_state.dtype),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return _with_pooler_output(outputs, pooled.to(outputs.last_hidden_state.dtype))
 
     @can_return_tuple
     def forward(
@@ -411,18 +390,15 @@ class CapivaraModel(CapivaraPreTrainedModel):
             raise ValueError("`return_loss=True` needs both `input_ids` and `pixel_values`.")
         text_embeds = image_embeds = logits_per_text = text_outputs = image_outputs = None
         if input_ids is not None:
-            text_outputs = self._run_text_tower(input_ids, attention_mask, position_ids, **kwargs)
+            text_outputs = self._run_text_tower(input_ids, attention_mask, position_ids=position_ids, **kwargs)
             text_embeds = l2_normalize(self.text_projection(text_outputs.pooler_output))
         if pixel_values is not None:
             image_outputs = self._run_image_tower(pixel_values, **kwargs)
             image_embeds = l2_normalize(self.visual_projection(image_outputs.pooler_output))
         if text_embeds is not None and image_embeds is not None:
             logits_per_text = similarity_logits(text_embeds, image_embeds, self.logit_scale, self.logit_bias)
-        loss = None
-        if return_loss:
-            loss = clip_loss(text_embeds, image_embeds, self.logit_scale, self.logit_bias)
         return CapivaraOutput(
-            loss=loss,
+            loss=clip_loss(text_embeds, image_embeds, self.logit_scale, self.logit_bias) if return_loss else None,
             logits_per_image=logits_per_text.T if logits_per_text is not None else None,
             logits_per_text=logits_per_text,
             text_embeds=text_embeds,
@@ -476,15 +452,13 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
     def __init__(self, config: CapivaraConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.vision_model = AutoModel.from_config(config.vision_config, dtype=torch.get_default_dtype())
-        _check_tower_takes_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
+        self.vision_model = _build_tower("vision_config", config.vision_config)
         self.visual_projection = nn.Linear(_infer_vision_width(config.vision_config), config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         # `from_config(config, dtype=torch.bfloat16)` ignores `_keep_in_fp32_modules_strict`, so the head is created
         # explicitly in float32, or in float64 if that is the default dtype.
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.classifier = nn.Linear(config.projection_dim, config.num_labels, dtype=dtype)
-        self.image_encoder_frozen = False
         self.post_init()
 
     @classmethod
@@ -523,11 +497,7 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         config = copy.deepcopy(model.config)
         config.id2label = dict(enumerate(prompts))
         config.label2id = {label: number for number, label in enumerate(prompts)}
-        state = {
-            name: tensor.clone()
-            for name, tensor in model.state_dict().items()
-            if name.startswith(SHARED_PARAMETER_PREFIXES)
-        }
+        state = {key: tensor.clone() for key, tensor in model.state_dict().items() if key.startswith(SHARED_PREFIXES)}
         state["classifier.weight"] = _embed_classes(model, processor, list(prompts.values()))
         state["classifier.bias"] = torch.zeros(len(prompts))
         return cls.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).to(model.device)
@@ -543,11 +513,7 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
             **kwargs: Options of transformers' `PreTrainedModel.save_pretrained`.
         """
         auto_map = getattr(self.config, "auto_map", None) or {}
-        self.config.auto_map = {
-            auto_class: reference
-            for auto_class, reference in auto_map.items()
-            if not reference.endswith(".CapivaraModel")
-        }
+        self.config.auto_map = {key: name for key, name in auto_map.items() if not name.endswith(".CapivaraModel")}
         super().save_pretrained(save_directory, **kwargs)
         # Undo the change of `auto_map`, because a `CapivaraModel` may share this configuration object.
         self.config.auto_map = auto_map
@@ -671,10 +637,9 @@ def _check_text_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -
 
 def _check_attention_mask(attention_mask: Tensor, tokens: Tensor) -> None:
     if attention_mask.shape != tokens.shape:
-        shapes = f"{tuple(tokens.shape)}, got {tuple(attention_mask.shape)}"
-        raise ValueError(
-            f"`attention_mask` must have the shape of the tokens, {shapes}. Pass both as the processor returns them."
-        )
+        rule = f"`attention_mask` must have the shape of the tokens, {tuple(tokens.shape)}"
+        hint = "Pass both as the processor returns them"
+        raise ValueError(f"{rule}, got {tuple(attention_mask.shape)}. {hint}.")
     # Reading values from a GPU would force a synchronization, so the values are checked on the CPU only. On a GPU, the
     # embedding of a text that consists only of padding is NaN.
     if attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
@@ -684,21 +649,42 @@ def _check_attention_mask(attention_mask: Tensor, tokens: Tensor) -> None:
         raise ValueError(f"Every text needs at least one token that the attention mask keeps; {rows}.")
 
 
-def _get_no_pooler_kwargs(text_config: PreTrainedConfig) -> dict[str, bool]:
-    """Return keyword arguments for `AutoModel.from_config` that build the text tower without its own pooling layer.
-
-    Mean pooling does not use this layer.
+def _with_pooler_output(outputs: ModelOutput, pooled: Tensor) -> BaseModelOutputWithPooling:
+    """Return the output of a tower with another `pooler_output`.
 
     Args:
-        text_config: Configuration of the text tower.
+        outputs: Output of the image tower or the text tower.
+        pooled: The new `pooler_output`, (images or texts, width).
+    """
+    fields = {name: getattr(outputs, name, None) for name in ("last_hidden_state", "hidden_states", "attentions")}
+    return BaseModelOutputWithPooling(pooler_output=pooled, **fields)
+
+
+def _build_tower(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a tower with random weights, and check its input: pixels for an image tower, token ids for a text tower.
+
+    A text tower is built without its own pooling layer, because mean pooling does not use this layer.
+
+    Args:
+        name: Field of `CapivaraConfig` that describes the tower: "vision_config" or "text_config".
+        config: Configuration of the tower.
 
     Returns:
-        The arguments. Empty if models of this type have no such option.
+        The tower in the default dtype, so that all parts of the model agree. The dtype in `config` is ignored.
+
+    Raises:
+        ValueError: If the main input of the tower is not `pixel_values` or `input_ids`, respectively.
     """
-    # For an unknown type, no argument is returned. AutoModel then raises a clear error.
-    model_class = MODEL_MAPPING.get(type(text_config), object)
-    has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
-    return {"add_pooling_layer": False} if has_pooler else {}
+    # For an unknown type, no option is set. AutoModel then raises a clear error.
+    model_class = MODEL_MAPPING.get(type(config), object)
+    has_pooler = name == "text_config" and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    options = {"add_pooling_layer": False} if has_pooler else {}
+    tower = AutoModel.from_config(config, dtype=torch.get_default_dtype(), **options)
+    expected, example = TOWER_INPUTS[name]
+    if tower.main_input_name != expected:
+        problem = f"{config.model_type!r}, which takes `{tower.main_input_name}`. Use a model type such as {example!r}"
+        raise ValueError(f"{name} must be a tower that takes `{expected}`, got {problem}.")
+    return tower
 
 
 def _build_text_projection(config: CapivaraConfig) -> nn.Module:
@@ -761,9 +747,8 @@ def _fill_templates(
         if name in prompts:
             raise ValueError(f"`labels` must be unique, got {name!r} more than once.")
         if not texts or not all(isinstance(text, str) and text.strip() for text in [name, *texts]):
-            raise ValueError(
-                f"Each of `labels` needs at least one text, and none may be blank; got {texts} for {name!r}."
-            )
+            rule = "Each of `labels` needs at least one text, and none may be blank"
+            raise ValueError(f"{rule}; got {texts} for {name!r}.")
         prompts[name] = [template.replace("{}", text) for text in texts for template in templates]
     return prompts
 
@@ -777,7 +762,7 @@ def l2_normalize(features: Tensor) -> Tensor:
     Returns:
         (rows, width). The result is float64 if `features` are float64, otherwise float32.
     """
-    return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def check_truncate_dim(dim: int | None, width: int, name: str = "truncate_dim") -> None:
@@ -793,24 +778,6 @@ def check_truncate_dim(dim: int | None, width: int, name: str = "truncate_dim") 
     """
     if dim is not None and not 1 <= dim <= width:
         raise ValueError(f"{name} must be from 1 to the embedding's width, {width}, got {dim}.")
-
-
-def _check_tower_takes_input(name: str, tower: PreTrainedModel, expected: str, example: str) -> None:
-    """Check that a tower takes the expected input: pixels for an image tower, token ids for a text tower.
-
-    Args:
-        name: Field of the configuration, for the error message: "vision_config" or "text_config".
-        tower: The image or text tower.
-        expected: Name of the main input that the tower must take: "pixel_values" or "input_ids".
-        example: Model type that takes the expected input, suggested in the error message.
-
-    Raises:
-        ValueError: If the main input of the tower has another name.
-    """
-    main_input = tower.main_input_name
-    if main_input != expected:
-        problem = f"{tower.config.model_type!r}, which takes `{main_input}`. Use a model type such as {example!r}"
-        raise ValueError(f"{name} must be a tower that takes `{expected}`, got {problem}.")
 
 
 @torch.no_grad()

@@ -70,8 +70,7 @@ class CapivaraProcessor(ProcessorMixin):
         if text is not None:
             text = check_and_collect_texts(text)
             # `max_length` is not set here, because the tokenizer has its own default.
-            defaults = {"padding": True, "truncation": True}
             explicit = {**self.tokenizer.init_kwargs, **kwargs}
-            defaults = {key: value for key, value in defaults.items() if key not in explicit}
+            defaults = {name: True for name in ("padding", "truncation") if name not in explicit}
             kwargs["text_kwargs"] = {**defaults, **kwargs.get("text_kwargs", {})}
         return super().__call__(images=images, text=text, **kwargs)

@@ -106,10 +106,9 @@ def _unescape_and_repair_line(line: str) -> str:
         The repaired line.
     """
     for level in range(MAX_ENTITY_NESTING + 1):
-        before, line = line, unescape_html(line)
-        if level == MAX_ENTITY_NESTING:  # the last pass resolves all remaining levels
-            line = _unescape_all_levels(line)
-        line = ftfy.fix_text_segment(line, unescape_html=False)
+        # The last pass resolves all remaining levels.
+        unescape = _unescape_all_levels if level == MAX_ENTITY_NESTING else unescape_html
+        before, line = line, ftfy.fix_text_segment(unescape(line), unescape_html=False)
         if line == before:
             break
     return line

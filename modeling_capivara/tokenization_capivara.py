@@ -123,10 +123,8 @@ def _clean_tokenizer_input(text: str | Iterable) -> str | list | tuple:
         text: A text, a list of texts, a list of pairs of texts, or a list of texts that are split into lists of words.
     """
     if isinstance(text, list | tuple) and any(isinstance(part, list | tuple) for part in text):
-        return [
-            type(part)(_clean_tokenizer_input(part)) if isinstance(part, list | tuple) else _clean_tokenizer_input(part)
-            for part in text
-        ]
+        cleaned = map(_clean_tokenizer_input, text)
+        return [tuple(new) if isinstance(old, tuple) else new for old, new in zip(text, cleaned, strict=True)]
     text = check_and_collect_texts(text)
     return clean_text(text) if isinstance(text, str) else [clean_text(part) for part in text]
 

@@ -14,13 +14,12 @@ valid. A text keeps its embedding if all its tokens are kept, for a reason that 
   kept token, all merges that produce the token are kept, so they are applied in the same order as before.
 """
 
-import hashlib
 import json
 import re
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,16 +31,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import require_packages
-from capivara_common.files import atomic_folder, check_output_folder_and_clean_leftovers
+from capivara_common.files import atomic_folder, check_output_folder_and_clean_leftovers, json_digest
 from capivara_common.weight_file import find_weight_files
 
-from .loading import (
-    load_memory_mapped_model,
-    load_processor,
-    load_transformers_config,
-    weights_digest,
-    write_origin_card,
-)
+from . import loading
 
 # Number of most frequent words whose tokens are kept, for the first language and for each further language. With these
 # numbers, one in 400 long Portuguese sentences contains a removed token, and the model has less than 215 million
@@ -124,29 +117,26 @@ def trim(
     languages = list(dict.fromkeys(languages))
     if min(words) < 1:
         raise ValueError(f"--words must be at least 1, got {min(words)}.")
-    processor, config = load_processor(model), load_transformers_config(str(model))
+    processor, config = loading.load_processor(model), loading.load_transformers_config(str(model))
     earlier_trim = getattr(config, "trimmed_vocabulary", None)
     if earlier_trim is not None:
-        trimmed_languages = ", ".join(earlier_trim["languages"])
-        hint = "Trim the original model instead"
-        raise ValueError(f"MODEL {model} is already trimmed, to {trimmed_languages}. {hint}.")
-    kept_ids = select_token_ids_to_keep(
-        processor, languages, words, [text for path in texts for text in _read_lines(path)]
-    )
+        kept_languages = ", ".join(earlier_trim["languages"])
+        raise ValueError(f"MODEL {model} is already trimmed, to {kept_languages}. Trim the original model instead.")
+    lines = [line for path in texts for line in _read_lines(path)]
+    kept_ids = select_token_ids_to_keep(processor, languages, words, lines)
     trimmed = type(processor)(processor.image_processor, trim_tokenizer(processor.tokenizer, kept_ids))
     for language in languages:
         checked_words = frequent_words(language, min(MAX_CHECKED_WORDS, *words))
         check_trimmed_tokenizer_matches_original(processor, trimmed, kept_ids, map(word_variants, checked_words))
     vocabulary = sorted(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
-    digest = hashlib.blake2b(json.dumps(vocabulary).encode(), digest_size=16).hexdigest()
-    record = {"languages": languages, "words": list(words), "tokenizer": digest}
+    record = {"languages": languages, "words": list(words), "tokenizer": json_digest(vocabulary)}
     with atomic_folder(output, overwrite_output_dir) as folder:
         parameters_before, parameters_after = _write_and_verify_trimmed_model(model, config, folder, kept_ids, record)
         trimmed.save_pretrained(folder)
         for name in COPIED_FILES:
             if (model / name).is_file():
                 shutil.copyfile(model / name, folder / name)
-        write_origin_card(model, folder, ORIGIN_SENTENCE.format(languages=" and ".join(languages)))
+        loading.write_origin_card(model, folder, ORIGIN_SENTENCE.format(languages=" and ".join(languages)))
         megabytes_before, megabytes_after = _weights_megabytes(model), _weights_megabytes(folder)
     return [
         f"Kept {len(kept_ids):,} of {record['of']:,} tokens.",
@@ -181,18 +171,18 @@ def _write_and_verify_trimmed_model(
     Raises:
         ValueError: If a written weight differs from the model's weight.
     """
-    model = load_memory_mapped_model(source, config)
+    model = loading.load_memory_mapped_model(source, config)
     config = model.config
     embedding = model.text_model.get_input_embeddings()
     before, table = model.num_parameters(), embedding.weight.detach()
-    record |= {"of": len(table), "table": weights_digest(nn.Embedding.from_pretrained(table))}
+    record |= {"of": len(table), "table": loading.weights_digest(nn.Embedding.from_pretrained(table))}
     trimmed_embedding = nn.Embedding.from_pretrained(table[kept_ids], padding_idx=embedding.padding_idx)
     model.text_model.set_input_embeddings(trimmed_embedding)
     config.text_config.vocab_size, config.trimmed_vocabulary = len(kept_ids), record
     model.save_pretrained(folder)
     # transformers may save weights under other names than the names in the model. So the written file is loaded again,
     # and the weights of the two models are compared.
-    written, expected = load_memory_mapped_model(folder, config).state_dict(), model.state_dict()
+    written, expected = loading.load_memory_mapped_model(folder, config).state_dict(), model.state_dict()
     changed = sorted(name for name, tensor in expected.items() if not torch.equal(written[name], tensor))
     if changed:
         raise ValueError(f"Weights of {source} changed when they were saved, so no model was written: {changed}.")
@@ -230,11 +220,12 @@ def select_token_ids_to_keep(
     # The last number applies to all further languages. The list is longer than necessary, and `zip` ignores the rest.
     word_counts = [*words, *[words[-1]] * len(languages)]
     lists = {language: frequent_words(language, count) for language, count in zip(languages, word_counts, strict=False)}
-    kept_ids = _get_always_kept_token_ids(processor.tokenizer)
+    state = _check_and_get_tokenizer_json(processor.tokenizer)
+    kept_ids = _get_always_kept_token_ids(processor.tokenizer, state) | _used_token_ids(processor, texts)
     for language, word_list in lists.items():
         bar = tqdm(word_list, desc=f"Words of {language}", unit="word", unit_scale=True)
         kept_ids |= _used_token_ids(processor, map(word_variants, bar))
-    return sorted(_add_merge_parts(processor.tokenizer, kept_ids | _used_token_ids(processor, texts)))
+    return sorted(_add_merge_parts(state, kept_ids))
 
 
 def frequent_words(language: str, number: int) -> list[str]:
@@ -284,14 +275,14 @@ def _used_token_ids(processor: ProcessorMixin, texts: Iterable[str]) -> set[int]
     Returns:
         Token ids, including the ids of the begin, end and padding tokens.
     """
-    ids = {processor.tokenizer.pad_token_id}
-    for batch in _iter_batches(texts):
+    ids, remaining = {processor.tokenizer.pad_token_id}, iter(texts)
+    while batch := list(islice(remaining, TOKENIZER_BATCH_SIZE)):
         ids.update(*_tokenize(processor, batch))
     return ids
 
 
-def _tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[list[int]]:
-    return processor(text=list(texts), padding=False, truncation=True)["input_ids"]
+def _tokenize(processor: ProcessorMixin, texts: list[str]) -> list[list[int]]:
+    return processor(text=texts, padding=False, truncation=True)["input_ids"]
 
 
 def check_trimmed_tokenizer_matches_original(
@@ -310,29 +301,11 @@ def check_trimmed_tokenizer_matches_original(
     Raises:
         ValueError: If the two tokenizers split a text differently.
     """
-    id_set = set(kept_ids)
-    for batch in _iter_batches(texts):
-        original_rows, trimmed_rows = _tokenize(original, batch), _tokenize(trimmed, batch)
-        for text, ids, trimmed_ids in zip(batch, original_rows, trimmed_rows, strict=True):
-            if id_set.issuperset(ids) and ids != [kept_ids[trimmed_id] for trimmed_id in trimmed_ids]:
-                raise ValueError(
-                    f"The trimmed tokenizer splits {text[:200]!r} differently from the original tokenizer, so no model "
-                    "was written."
-                )
-
-
-def _iter_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Split texts into batches for the tokenizer.
-
-    Args:
-        texts: Texts, which may come from a generator.
-
-    Yields:
-        Lists of at most `TOKENIZER_BATCH_SIZE` texts.
-    """
-    remaining = iter(texts)
-    while batch := list(islice(remaining, TOKENIZER_BATCH_SIZE)):
-        yield batch
+    id_set, texts = set(kept_ids), list(texts)
+    for text, ids, trimmed_ids in zip(texts, _tokenize(original, texts), _tokenize(trimmed, texts), strict=True):
+        if id_set.issuperset(ids) and ids != [kept_ids[trimmed_id] for trimmed_id in trimmed_ids]:
+            fault = f"splits {text[:200]!r} differently from the original tokenizer"
+            raise ValueError(f"The trimmed tokenizer {fault}, so no model was written.")
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -353,7 +326,7 @@ def _read_lines(path: Path) -> list[str]:
     return texts
 
 
-def _get_always_kept_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _get_always_kept_token_ids(tokenizer: PreTrainedTokenizerBase, state: dict) -> set[int]:
     """Return the ids of tokens that are always kept, because any text may need them.
 
     These are added tokens, tokens of a single letter, and tokens without letters. All tokens up to the last special
@@ -363,15 +336,15 @@ def _get_always_kept_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
     Args:
         tokenizer: The original tokenizer.
+        state: Content of its tokenizer.json, from `_check_and_get_tokenizer_json`.
     """
-    state = _check_and_get_tokenizer_json(tokenizer)
     special_ids = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     ids = {*range(max(special_ids - {None}) + 1), *(token["id"] for token in state["added_tokens"])}
     # A Unigram tokenizer derives the score of unknown letters from the lowest score of all tokens. So the token with
     # the lowest score is kept, to split texts as before.
     if state["model"]["type"] == "Unigram":
         scores = [score for _, score in state["model"]["vocab"]]
-        ids.add(min(range(len(scores)), key=scores.__getitem__))
+        ids.add(scores.index(min(scores)))
     for token_id, token in enumerate(_list_tokens_in_id_order(state)):
         text = "" if re.fullmatch(BYTE_TOKEN_PATTERN, token) else token.removeprefix(WORD_START_MARKER)
         has_letters = any(map(str.isalpha, text))
@@ -406,43 +379,30 @@ def _list_tokens_in_id_order(state: dict) -> list[str]:
     Args:
         state: Content of tokenizer.json, from `_check_and_get_tokenizer_json`.
     """
-    vocabulary = state["model"]["vocab"]  # Unigram: list of tokens with scores; BPE: dictionary from token to id
-    return (
-        [token for token, _ in vocabulary] if isinstance(vocabulary, list) else sorted(vocabulary, key=vocabulary.get)
-    )
+    vocab = state["model"]["vocab"]  # Unigram: list of tokens with scores; BPE: dictionary from token to id
+    return [token for token, _ in vocab] if isinstance(vocab, list) else sorted(vocab, key=vocab.get)
 
 
-def _add_merge_parts(tokenizer: PreTrainedTokenizerBase, token_ids: set[int]) -> set[int]:
+def _add_merge_parts(state: dict, token_ids: set[int]) -> set[int]:
     """Add the shorter tokens from which a BPE tokenizer merges the given tokens, directly or over several merges.
 
     Args:
-        tokenizer: Tokenizer of a supported type.
+        state: Content of tokenizer.json, from `_check_and_get_tokenizer_json`.
         token_ids: Ids of the tokens.
 
     Returns:
         The given ids and the added ids. For a Unigram tokenizer, which has no merges, the given ids.
     """
-    state = _check_and_get_tokenizer_json(tokenizer)
     if state["model"]["type"] != "BPE":
         return token_ids
     id_of, parts = state["model"]["vocab"], {}
-    for left, right in _merges(state):
+    for left, right in state["model"]["merges"]:
         parts.setdefault(id_of[left + right], set()).update((id_of[left], id_of[right]))
     all_ids, new_ids = set(token_ids), set(token_ids)
     while new_ids:
         new_ids = set().union(*(parts.get(token_id, ()) for token_id in new_ids)) - all_ids
         all_ids |= new_ids
     return all_ids
-
-
-def _merges(state: dict) -> list[tuple[str, str]]:
-    """Return the merges of a BPE tokenizer in their order, each as a pair of tokens that are joined.
-
-    Args:
-        state: Content of tokenizer.json, from `_check_and_get_tokenizer_json`. Older files store a merge as a string
-            with a space between the two tokens, newer files as a list of two tokens.
-    """
-    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in state["model"]["merges"]]
 
 
 def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) -> PreTrainedTokenizerBase:
@@ -466,9 +426,8 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) 
         model["vocab"] = [model["vocab"][old_id] for old_id in model_ids]
         model["unk_id"] = new_id[model["unk_id"]]
     else:
-        vocabulary = {tokens[old_id]: new_id[old_id] for old_id in model_ids}
-        merges = [list(merge) for merge in _merges(state) if {*merge, "".join(merge)} <= vocabulary.keys()]
-        model["vocab"], model["merges"] = vocabulary, merges
+        model["vocab"] = {tokens[old_id]: new_id[old_id] for old_id in model_ids}
+        model["merges"] = [merge for merge in model["merges"] if {*merge, "".join(merge)} <= model["vocab"].keys()]
     for token in state["added_tokens"]:
         token["id"] = new_id[token["id"]]
     with tempfile.TemporaryDirectory() as folder:
@@ -479,9 +438,8 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) 
     trimmed_ids = trimmed.get_vocab()
     moved = [names[old_id] for old_id in kept_ids if trimmed_ids.get(names[old_id]) != new_id[old_id]]
     if moved:
-        raise ValueError(
-            f"The tokenizer can't be trimmed: the id of {moved[0]!r} would differ from its row in the embedding table."
-        )
+        fault = f"the id of {moved[0]!r} would differ from its row in the embedding table"
+        raise ValueError(f"The tokenizer can't be trimmed: {fault}.")
     return trimmed
 
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,18 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from capivara_common.embedding_speed import (
-    CHUNK_SIZES,
-    SAMPLE_IMAGES,
-    load_or_measure_fastest_setting,
-    with_tuned_chunk_size,
-)
-from capivara_common.environment import (
-    get_or_init_distributed_state,
-    require_packages,
-    resolve_device,
-    resolve_mixed_precision,
-)
+from capivara_common import embedding_speed, environment
 from capivara_common.files import read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_hub_model_reachable
 from capivara_common.image_encoder_digest import IMAGE_ENCODER_PREFIXES
@@ -144,15 +132,14 @@ def tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[dict[str, 
         For each text a dictionary with the lists "input_ids" (the token ids) and "attention_mask" (a 1 for each token).
         SigLIP models require padding. For them, the dictionary has only "input_ids", padded to the maximum length.
     """
-    # Truncation is not set here, because a CapivaraProcessor truncates texts by default.
-    options: dict[str, Any] = {"padding": False}
+    # SigLIP takes the state of the last token as the embedding of a text, so its texts must be padded to the maximum
+    # length as in training. Other models need no padding here.
+    is_padded, options = pads_to_max_length(processor), {}
+    # Truncation is not set for a CapivaraProcessor, which truncates texts by default.
     if not isinstance(processor, CapivaraProcessor):
-        # SigLIP takes the state of the last token as the embedding of a text, so its texts must be padded to the
-        # maximum length as in training. Other models need no padding here.
-        padding = "max_length" if pads_to_max_length(processor) else False
-        options = {"padding": padding, "truncation": True, "max_length": processor.tokenizer.model_max_length}
-    tokens = processor(text=list(texts), **options)
-    names = ["input_ids"] if pads_to_max_length(processor) else ["input_ids", "attention_mask"]
+        options = {"truncation": True, "max_length": processor.tokenizer.model_max_length}
+    tokens = processor(text=list(texts), padding="max_length" if is_padded else False, **options)
+    names = ["input_ids"] if is_padded else ["input_ids", "attention_mask"]
     return [{name: list(tokens[name][i]) for name in names} for i in range(len(texts))]
 
 
@@ -167,8 +154,6 @@ def pad_batch(processor: ProcessorMixin, tokenized: Sequence[Mapping[str, list[i
         A dictionary with two tensors of shape (texts, tokens): "input_ids" (the token ids) and "attention_mask" (a 1
         for each token, a 0 for padding). For a SigLIP model it has only "input_ids".
     """
-    if pads_to_max_length(processor):
-        return {"input_ids": torch.tensor([row["input_ids"] for row in tokenized])}
     return dict(processor.tokenizer.pad([dict(row) for row in tokenized], return_tensors="pt"))
 
 
@@ -228,7 +213,7 @@ class Embedder:
         # The `embed_images` of an open_clip model has no parameter `chunk_images`, so there is nothing to tune.
         if self.name.startswith("open_clip:"):
             return embed
-        return with_tuned_chunk_size(embed, image_count, self.device, self.image_fingerprint, record)
+        return embedding_speed.with_tuned_chunk_size(embed, image_count, self.device, self.image_fingerprint, record)
 
 
 def load_embedder(
@@ -267,7 +252,7 @@ def load_embedder(
         2
         >>> similarities = texts @ texts.T  # cosines, because embeddings have unit length
     """
-    torch_device = resolve_device(device) if device else get_or_init_distributed_state().device
+    torch_device = environment.resolve_device(device) if device else environment.get_or_init_distributed_state().device
     open_clip_name = _parse_open_clip_name(model)
     if not open_clip_name:
         processor, loaded = load_processor(model), load_model(model).eval().to(torch_device)
@@ -322,18 +307,14 @@ def choose_fastest_precision(model: PreTrainedModel, processor: ProcessorMixin, 
         `MIN_COSINES` in `capivara_common.embedding_speed` defines how close. In all other cases the result is
         "float32".
     """
-    supports_bf16 = resolve_mixed_precision("auto", model.device) == "bf16"
+    supports_bf16 = environment.resolve_mixed_precision("auto", model.device) == "bf16"
     if not supports_bf16 or model.device.type != "cpu":
         return "bf16" if supports_bf16 else "float32"
-    sample = list(islice(cycle(random_images()), SAMPLE_IMAGES))
-    candidates = {
-        name: torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16")(
-            partial(embed_images, model, processor, sample)
-        )
-        for name in ("float32", "bf16")
-    }
+    sample = list(islice(cycle(random_images()), embedding_speed.SAMPLE_IMAGES))
+    embed = partial(embed_images, model, processor, sample)
+    candidates = {"float32": embed, "bf16": torch.autocast("cpu", torch.bfloat16)(embed)}
     encoder = weights_digest(model, IMAGE_ENCODER_PREFIXES)
-    return load_or_measure_fastest_setting("precision", candidates, encoder, record)
+    return embedding_speed.load_or_measure_fastest_setting("precision", candidates, encoder, record)
 
 
 def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> Embedder:
@@ -348,7 +329,6 @@ def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin,
     Returns:
         The embedder, with digests of the model's weights and settings.
     """
-    config, image_processor = model.config, processor.image_processor.to_json_string()
     tokenizer = processor.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend:
@@ -357,15 +337,14 @@ def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin,
         # The first SigLIP has a slow tokenizer (in Python, based on sentencepiece) without a `backend_tokenizer`.
         rules = json.dumps([tokenizer.get_vocab(), getattr(tokenizer, "do_lower_case", None)], sort_keys=True)
     rules += str(tokenizer.model_max_length)
-    fingerprint = _digest_parts(weights_digest(model), config.to_json_string() + image_processor, rules, precision)
-    image_fingerprint = image_encoder_fingerprint(model, processor, precision)
+    settings = model.config.to_json_string() + processor.image_processor.to_json_string()
     return Embedder(
         name=name,
         device=model.device,
         precision=precision,
-        fingerprint=fingerprint,
-        image_fingerprint=image_fingerprint,
-        width=embedding_width(config),
+        fingerprint=_digest_parts(weights_digest(model), settings, rules, precision),
+        image_fingerprint=image_encoder_fingerprint(model, processor, precision),
+        width=embedding_width(model.config),
         metadata=describe_model(model),
         embed_images=partial(embed_images, model, processor),
         embed_texts=partial(embed_texts, model, processor),
@@ -404,7 +383,7 @@ def _find_open_clip_model(source: str) -> tuple[str, str | None, str]:
         ValueError: If open_clip has no such weights, the folder has no model, or the Hub can't be reached.
         ImportError: If open_clip is not installed.
     """
-    require_packages(f"The model open_clip:{source}", "open-clip", "open_clip")
+    environment.require_packages(f"The model open_clip:{source}", "open-clip", "open_clip")
     import open_clip
 
     name, pretrained, repository = source, None, ""
@@ -416,9 +395,8 @@ def _find_open_clip_model(source: str) -> tuple[str, str | None, str]:
         # Without this error, open_clip would use randomly initialized weights.
         if not settings and not Path(pretrained).is_file():
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-            raise ValueError(
-                f"open_clip:{source} names no weights; write open_clip:{name}:TAG. Tags of {name}: {tags}."
-            )
+            hint = f"write open_clip:{name}:TAG. Tags of {name}: {tags}"
+            raise ValueError(f"open_clip:{source} names no weights; {hint}.")
         repository = settings.get("hf_hub", "").strip("/")
     elif not Path(source.removeprefix("local-dir:"), OPEN_CLIP_CONFIG).is_file():
         raise ValueError(f"open_clip:{source} is not the folder of an open_clip model ({OPEN_CLIP_CONFIG} is missing).")
@@ -519,7 +497,7 @@ def embed_images(
     images: Iterable[Image.Image],
     batch_size: int = 32,
     progress: ProgressOption = None,
-    chunk_images: int = CHUNK_SIZES[0],
+    chunk_images: int = embedding_speed.CHUNK_SIZES[0],
 ) -> Tensor:
     """Embed images in batches, with a two-tower model and its processor.
 
@@ -588,7 +566,7 @@ def check_finite(embeds: Tensor) -> Tensor:
 
 
 def move_to_device_in_chunks(
-    pixel_values: Tensor, device: torch.device, chunk_images: int = CHUNK_SIZES[0]
+    pixel_values: Tensor, device: torch.device, chunk_images: int = embedding_speed.CHUNK_SIZES[0]
 ) -> Sequence[Tensor]:
     """Move preprocessed images to the model's device, split into chunks that are fast to embed there.
 

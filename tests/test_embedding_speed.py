@@ -188,7 +188,7 @@ def test_bf16_is_chosen_only_if_it_is_faster_and_close(monkeypatch, bf16_seconds
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_auto_measures_only_where_bf16_is_supported(monkeypatch, cache, saved_tiny_folder, supported, tmp_path):
-    monkeypatch.setattr(two_towers, "resolve_mixed_precision", lambda *_: "bf16" if supported else "no")
+    monkeypatch.setattr("capivara_common.environment.resolve_mixed_precision", lambda *_: "bf16" if supported else "no")
     embedder = load_embedder(str(saved_tiny_folder), "cpu", precision="auto", record=tmp_path / "output")
     assert len([*cache.glob("*.json")]) == supported == (tmp_path / "output").exists()
     assert embedder.precision in ("bf16", "float32") if supported else embedder.precision == "float32"
@@ -270,7 +270,7 @@ def test_a_resumed_stage_writes_the_same_bytes(sizes, saved_tiny_folder, tiny_da
 
 
 def test_a_stage_records_the_precision_that_auto_chose(monkeypatch, saved_tiny_folder, tiny_dataset_folder, tmp_path):
-    monkeypatch.setattr(two_towers, "resolve_mixed_precision", lambda *_: "bf16")
+    monkeypatch.setattr("capivara_common.environment.resolve_mixed_precision", lambda *_: "bf16")
     for choice in ("float32", "bf16"):
         output = tmp_path / choice
         output.mkdir()

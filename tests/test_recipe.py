@@ -94,9 +94,8 @@ def test_the_config_of_open_clips_large_model_can_be_converted(monkeypatch):
 
     sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     text = XLMRobertaConfig(**sizes, vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1)
-    monkeypatch.setattr(
-        convert_open_clip, "load_transformers_config", lambda name, **_: {"xlm-roberta-large": text}[name]
-    )
+    configs = {"xlm-roberta-large": text}
+    monkeypatch.setattr("modeling_capivara.loading.load_transformers_config", configs.__getitem__)
     config = convert_open_clip.to_capivara_config(open_clip.get_model_config("xlm-roberta-large-ViT-H-14"))
     with torch.device("meta"):
         ours = CapivaraModel(config)
