@@ -13,7 +13,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,13 +154,10 @@ def write_onnx(
     paths = []
     for precision in precisions:
         if precision == "float16":
-            # The logit scale and bias stay float32, because rounding them would change all scores.
-            scalars = {
-                name: value.data.clone() for name, value in model.named_parameters() if name.startswith("logit_")
-            }
-            model.half()
-            for key, value in scalars.items():
-                getattr(model, key).data = value
+            # The logit scale and bias, which are parameters of the model itself, stay float32, because rounding them
+            # would change all scores.
+            for module in model.children():
+                module.half()
         for name in graphs:
             inputs, outputs = GRAPH_SIGNATURES[name]
             paths.append(onnx / f"{name}{PRECISION_SUFFIXES[precision]}.onnx")
@@ -173,10 +169,8 @@ def write_onnx(
             export_graph(EmbeddingGraph(model, outputs), example_inputs, outputs, paths[-1], dynamic_shapes)
     del model  # frees memory before the graphs are loaded
     measurements = {path.name: _measure_size_and_accuracy(path, batches, expected) for path in paths}
-    versions = {**package_versions(), **{name: version(name) for name in ONNX_PACKAGES}}
-    write_json(
-        onnx / "quantisation.json", {"method": QUANTIZATION_METHOD, "graphs": measurements, "versions": versions}
-    )
+    report = {"method": QUANTIZATION_METHOD, "graphs": measurements, "versions": package_versions(*ONNX_PACKAGES)}
+    write_json(onnx / "quantisation.json", report)
 
 
 def open_session(path: Path) -> "InferenceSession":
@@ -269,13 +263,8 @@ def _quantize_weights(source: Path, target: Path) -> None:
         quantize_dynamic(source, target, op_types_to_quantize=["Gather"], **unsigned)
         # At accuracy level 4, onnxruntime quantizes not only the weights but also the activations, so that it can
         # compute the products with 8-bit integers.
-        quantizer = MatMulNBitsQuantizer(
-            onnx.load(target),
-            bits=8,
-            block_size=QUANTIZATION_BLOCK_SIZE,
-            accuracy_level=4,
-            op_types_to_quantize=("MatMul",),
-        )
+        options = {"bits": 8, "block_size": QUANTIZATION_BLOCK_SIZE, "accuracy_level": 4}
+        quantizer = MatMulNBitsQuantizer(onnx.load(target), op_types_to_quantize=("MatMul",), **options)
         quantizer.process()
         onnx.save(quantizer.model.model, target, save_as_external_data=True, location=weights_file(target).name)
 
@@ -348,8 +337,7 @@ def _silence_logs_and_warnings() -> Iterator[None]:
     disabled, level, handlers = root.manager.disable, root.level, root.handlers[:]
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(disabled)
