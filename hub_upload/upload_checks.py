@@ -54,7 +54,7 @@ BINARY_SUFFIXES = (
     *(".safetensors", ".onnx", ".data", ".onnx_data", ".onnx_data_1", ".model"),
     *(".png", ".jpg", ".jpeg", ".webp", ".tar"),
 )
-SEARCH_CHUNK_BYTES = 2**24  # lines are counted in chunks of this size, to limit memory use
+LINE_FEED_RE = re.compile(rb"\n")  # counts the lines of a memory-mapped file without loading the file into memory
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # limit of the safetensors library
 
 
@@ -90,11 +90,10 @@ def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
     Raises:
         ValueError: If there is no file to upload, or a file must not be published. The message names the file.
     """
-    paths = sorted(
-        list_uploadable_model_files(folder)
-        if repo_type == "model"
-        else list_uploadable_dataset_or_space_files(folder, repo_type == "space")
-    )
+    if repo_type == "model":
+        paths = list_uploadable_model_files(folder)
+    else:
+        paths = list_uploadable_dataset_or_space_files(folder, repo_type == "space")
     if not paths:
         raise ValueError(f"{folder} contains no files of a {repo_type}. Check the folder and --repo_type.")
     for path in paths:
@@ -212,9 +211,7 @@ def check_file_for_secrets(path: Path, name: Path | str) -> None:
             )
         if secret := find_secret(content):
             description, offset = secret
-            starts = range(0, offset, SEARCH_CHUNK_BYTES)
-            chunks = (content[start : min(start + SEARCH_CHUNK_BYTES, offset)] for start in starts)
-            line = 1 + sum(chunk.count(b"\n") for chunk in chunks)
+            line = 1 + sum(1 for _ in LINE_FEED_RE.finditer(content, 0, offset))
             position = f"byte {offset}" if path.suffix in BINARY_SUFFIXES else f"line {line}"
             raise ValueError(f"{name}, {position}, contains {description}. Remove it, and revoke it if it is real.")
         for local_path in list_private_folders() if path.suffix in (".onnx", ".model") else ():
@@ -333,14 +330,14 @@ def list_uploadable_dataset_or_space_files(folder: Path, is_space: bool = False)
         is_space: True if `folder` is a Space, False if it is a dataset.
 
     Returns:
-        Paths relative to `folder`.
+        Sorted paths relative to `folder`.
 
     Raises:
         ValueError: If a link leads out of the folder, or a file to upload is not a regular file.
     """
     check_folder_for_outside_links_and_pipes(folder)
     names = []
-    for path in (path for path in folder.rglob("*") if not path.is_dir()):
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder)
         is_sent = (
             name.suffix != ".pyc" if is_space else name.suffix in DATASET_SUFFIXES or name.name in DATASET_FILE_NAMES
@@ -401,16 +398,12 @@ def _check_table_contents(path: Path, name: Path) -> None:
             if not first_row and find_secret(f"{batch.schema} {batch.schema.metadata}"):
                 raise ValueError(f"{name}, in its header, {SECRET_MESSAGE}.")
             for column, array in zip(batch.schema.names, batch.columns, strict=True):
-                if not _find_secret_or_image_fault_in_array(array):
+                if not _find_array_fault(array):
                     continue
                 # Binary search finds the first faulty row in a few checks. To check every row would be slow, because
                 # each check compiles a long pattern.
-                row = bisect_left(
-                    range(len(array)),
-                    True,
-                    key=lambda row: _find_secret_or_image_fault_in_array(array[: row + 1]) is not None,
-                )
-                fault = _find_secret_or_image_fault_in_array(array[row : row + 1])
+                row = bisect_left(range(len(array)), True, key=lambda row: bool(_find_array_fault(array[: row + 1])))
+                fault = _find_array_fault(array[row : row + 1])
                 raise ValueError(f"{name}, column {column!r}, row {first_row + row}, {fault}.")
             first_row += len(batch)
     except pyarrow.ArrowException as error:
@@ -439,7 +432,7 @@ def _iter_record_batches(path: Path) -> Iterator[Any]:
         yield from file.iter_batches(BATCH_ROWS)
 
 
-def _find_secret_or_image_fault_in_array(array: Any) -> str | None:
+def _find_array_fault(array: Any) -> str | None:
     """Find a reason not to publish the values of a pyarrow array, including nested arrays at any depth.
 
     Texts and binary values are searched for secrets (access tokens and keys). Structs with the fields `bytes` and
@@ -455,18 +448,18 @@ def _find_secret_or_image_fault_in_array(array: Any) -> str | None:
 
     kind = array.type
     if isinstance(array, ExtensionArray):
-        return _find_secret_or_image_fault_in_array(array.storage)
+        return _find_array_fault(array.storage)
     if types.is_dictionary(kind):
-        return _find_secret_or_image_fault_in_array(array.dictionary_decode())
+        return _find_array_fault(array.dictionary_decode())
     if types.is_struct(kind):
         parts = dict(zip([field.name for field in kind], array.flatten(), strict=True))
         fault = _find_image_column_fault(parts["bytes"], parts["path"]) if set(parts) == {"bytes", "path"} else None
-        return fault or next(filter(None, map(_find_secret_or_image_fault_in_array, parts.values())), None)
+        return fault or next(filter(None, map(_find_array_fault, parts.values())), None)
     if types.is_map(kind):
         keys_and_items = [ListArray.from_arrays(array.offsets, values) for values in (array.keys, array.items)]
-        return next(filter(None, map(_find_secret_or_image_fault_in_array, keys_and_items)), None)
+        return next(filter(None, map(_find_array_fault, keys_and_items)), None)
     if types.is_nested(kind):
-        return _find_secret_or_image_fault_in_array(array.flatten())
+        return _find_array_fault(array.flatten())
     if "string" not in str(kind) and "binary" not in str(kind):
         return None
     pattern = "|".join([SECRET_RE2, *map(re.escape, read_hub_tokens())])

@@ -79,8 +79,7 @@ def read_picture_credit_from_card(folder: Path) -> Credit:
         license or attribution that is not stated is "".
     """
     metadata = read_card_metadata(folder / "README.md")
-    keys = ("pretty_name", "license", "attribution")
-    values = [metadata.get(key) for key in keys]
+    values = [metadata.get(key) for key in ("pretty_name", "license", "attribution")]
     name, license, attribution = (value if isinstance(value, str) else "" for value in values)
     return Credit(name or folder.resolve().name, license, attribution)
 
@@ -184,13 +183,8 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
             )
         pinned = _get_required_package_versions(model)
         write_text(output / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in pinned.items()))
-        values = {
-            "title": SPACE_TITLE,
-            "model": repr(model_location),
-            "credit": repr(credit),
-            "port": DEFAULT_PORT,
-            "pinned": pinned,
-        }
+        values = {"title": SPACE_TITLE, "port": DEFAULT_PORT, "pinned": pinned}
+        values |= {"model": repr(model_location), "credit": repr(credit)}
         for name in ("app.py", "Dockerfile"):
             template = jinja2.Template((TEMPLATE_FOLDER / f"{name}.jinja").read_text(encoding="utf-8"))
             write_text(output / name, template.render(values) + "\n")
@@ -200,14 +194,8 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
         card_data["license"] = licenses.pop() if len(licenses) == 1 else "other"
         card_data |= {"title": SPACE_TITLE, "short_description": "Busca de imagens com palavras em português"}
         card_data["models"] = None if Path(model).is_dir() else [model]
-        write_space_card(
-            output,
-            "space",
-            card_data,
-            name=get_publishable_model_or_dataset_name(model),
-            credit=credit,
-            model_license=model_license,
-        )
+        model_name = get_publishable_model_or_dataset_name(model)
+        write_space_card(output, "space", card_data, name=model_name, credit=credit, model_license=model_license)
         # These two files contain texts from the cards of the model and the pictures, which may contain secrets or
         # paths.
         for name in ("README.md", "app.py"):
