@@ -23,7 +23,7 @@ from capivara_search.indexing import FOLDER_KEY_PREFIX
 from capivara_search.models import resolve_search_model
 from capivara_search.page.server import DEFAULT_PORT, Credit
 from capivara_search.table import PictureTable
-from hub_upload.upload_checks import TOKENIZER_FILES, check_file_for_secrets, check_model_files, check_paths
+from hub_upload import upload_checks
 from modeling_capivara.loading import read_card_metadata
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
@@ -33,10 +33,7 @@ PROGRAM_SUFFIXES = (".py", ".html", ".css", ".js", ".svg", ".json", ".txt", ".ya
 STORAGE_PREFIXES = ("s3://", "gs://", "az://")  # URIs of indexes in cloud storage
 # Python packages that the search page needs in addition to the packages that the model needs.
 PAGE_PACKAGES = ("jinja2", "lancedb", "pillow-heif", "starlette", "threadpoolctl", "uvicorn")
-SPACE_MODEL_FILES = (
-    *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES),
-    *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
-)
+SPACE_MODEL_FILES = ("config.json", *upload_checks.PROCESSOR_FILES, *upload_checks.WEIGHT_FILES)
 SPACE_TITLE = "CAPIVARA: busca em português"
 # Front matter of the Space's README.md that sets its appearance in the Hub's list of Spaces.
 SPACE_CARD_STYLE = {"emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "pinned": False}
@@ -199,8 +196,8 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
         # These two files contain texts from the cards of the model and the pictures, which may contain secrets or
         # paths.
         for name in ("README.md", "app.py"):
-            check_file_for_secrets(output / name, name)
-            check_paths(output / name, name)
+            upload_checks.check_file_for_secrets(output / name, name)
+            upload_checks.check_paths(output / name, name)
 
 
 def write_space_card(folder: Path, template: str, card_data: dict[str, Any], **values: Any) -> None:
@@ -275,5 +272,5 @@ def _copy_local_model(model: str, space_folder: Path) -> str:
     target = Path("models", get_publishable_model_or_dataset_name(model))
     for file in (file for pattern in SPACE_MODEL_FILES for file in source.glob(pattern)):
         copy_file(file, space_folder / target / file.name)
-    check_model_files(space_folder / target)
+    upload_checks.check_model_files(space_folder / target)
     return str(target)
