@@ -29,15 +29,8 @@ from capivara_common.model_kinds import KINDS
 from capivara_common.privacy import get_publishable_model_or_dataset_name
 from capivara_common.weight_file import find_weight_files
 from hub_upload import card_values, formats
-from hub_upload.formats import check_tensors, compute_tensor_digests, onnx, open_clip, sentence_transformers
-from modeling_capivara import convert_open_clip
-from modeling_capivara.loading import (
-    WEIGHTS_FILE,
-    load_memory_mapped_model,
-    load_memory_mapped_tensors,
-    load_processor,
-    read_card_metadata,
-)
+from hub_upload.formats import onnx, open_clip, sentence_transformers
+from modeling_capivara import convert_open_clip, loading
 from modeling_capivara.two_towers import embedding_width
 
 METADATA_FILE = "drop_in.json"
@@ -78,7 +71,7 @@ def write_drop_in_text_encoder(
             f"The text encoders of {source} and {base} are bit-identical, so there is nothing to replace. Give a model "
             "whose text encoder was trained."
         )
-    model, processor = load_memory_mapped_model(source, config), load_processor(source)
+    model, processor = loading.load_memory_mapped_model(source, config), loading.load_processor(source)
     is_capivara, length = KINDS[config.model_type].is_native, formats.max_text_tokens(processor)
     dense_folders = _write_text_encoder(model, folder)
     if is_capivara:
@@ -110,9 +103,9 @@ def _compute_text_encoder_digests(folder: Path) -> dict[str, tuple]:
     Returns:
         The digests, from `compute_tensor_digests`.
     """
-    tensors = load_memory_mapped_tensors(find_weight_files(folder))
+    tensors = loading.load_memory_mapped_tensors(find_weight_files(folder))
     text_tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER_PREFIXES)}
-    return compute_tensor_digests(text_tensors)
+    return formats.compute_tensor_digests(text_tensors)
 
 
 def _write_text_encoder(model: PreTrainedModel, folder: Path) -> list[str]:
@@ -131,7 +124,7 @@ def _write_text_encoder(model: PreTrainedModel, folder: Path) -> list[str]:
         ValueError: If a written tensor differs from the model.
     """
     model.text_model.save_pretrained(folder)
-    text_tower = load_memory_mapped_tensors([folder / WEIGHTS_FILE])
+    text_tower = loading.load_memory_mapped_tensors([folder / loading.WEIGHTS_FILE])
     written = {f"text_model.{name}": tensor for name, tensor in text_tower.items()}
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layers = {name: layer for name, layer in layers.items() if name.startswith("text_projection")}
@@ -141,10 +134,11 @@ def _write_text_encoder(model: PreTrainedModel, folder: Path) -> list[str]:
         settings = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": False}
         settings["activation_function"] = OUTPUT_ACTIVATION if is_last else HIDDEN_ACTIVATION
         write_json(folder / dense_folder / "config.json", settings)
-        formats.save_state_dict({"linear.weight": layer.weight}, folder / dense_folder / WEIGHTS_FILE)
-        written[f"{name}.weight"] = load_memory_mapped_tensors([folder / dense_folder / WEIGHTS_FILE])["linear.weight"]
+        weights_file = folder / dense_folder / loading.WEIGHTS_FILE
+        formats.save_state_dict({"linear.weight": layer.weight}, weights_file)
+        written[f"{name}.weight"] = loading.load_memory_mapped_tensors([weights_file])["linear.weight"]
     expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(TEXT_ENCODER_PREFIXES)}
-    check_tensors(folder / WEIGHTS_FILE, written, compute_tensor_digests(expected))
+    formats.check_tensors(folder / loading.WEIGHTS_FILE, written, formats.compute_tensor_digests(expected))
     return dense_folders
 
 
@@ -189,7 +183,7 @@ def _try_write_open_clip_weights(model: PreTrainedModel, source: Path, base: Pat
     """
     try:
         # Called only for its check: it raises a ValueError if the base model has other tensor names or shapes.
-        load_memory_mapped_model(base, model.config)
+        loading.load_memory_mapped_model(base, model.config)
         has_hf_text = KINDS[model.config.model_type].open_clip_layout == "hf_text"
         if has_hf_text:
             convert_open_clip.to_open_clip_model_cfg(model.config, convert_open_clip.BASE_TEXT_MODEL)
@@ -205,9 +199,9 @@ def _try_write_open_clip_weights(model: PreTrainedModel, source: Path, base: Pat
     text_state = {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}
     formats.save_state_dict(text_state, folder / OPEN_CLIP_TEXT_FILE)
     if has_hf_text:
-        written_text_state = load_memory_mapped_tensors([folder / OPEN_CLIP_TEXT_FILE])
+        written_text_state = loading.load_memory_mapped_tensors([folder / OPEN_CLIP_TEXT_FILE])
         written = convert_open_clip.to_capivara_state_dict(state | written_text_state)
-        check_tensors(folder / OPEN_CLIP_TEXT_FILE, written, compute_tensor_digests(model.state_dict()))
+        formats.check_tensors(folder / OPEN_CLIP_TEXT_FILE, written, formats.compute_tensor_digests(model.state_dict()))
     return True
 
 
@@ -251,7 +245,7 @@ def _render_card(
         The text of the card.
     """
     # run.json names the language of the model. The card of a model without run.json has Portuguese examples.
-    model_card, language = read_card_metadata(source / "README.md"), "pt"
+    model_card, language = loading.read_card_metadata(source / "README.md"), "pt"
     if (source / "run.json").is_file():
         language = read_json(source / "run.json", config=dict)["config"]["language"]
     is_capivara = KINDS[config.model_type].is_native

@@ -23,17 +23,9 @@ from transformers import PreTrainedModel
 
 from capivara_common.environment import package_versions
 from capivara_common.files import write_json
+from modeling_capivara import two_towers
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.modeling_capivara import similarity_logits
-from modeling_capivara.two_towers import (
-    compute_image_embeds,
-    compute_text_embeds,
-    pad_batch,
-    pads_to_max_length,
-    random_images,
-    random_texts,
-    tokenize,
-)
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -100,9 +92,9 @@ class EmbeddingGraph(nn.Module):
         model, results = self.model, {}
         if pixel_values is not None:
             pixel_values = pixel_values.to(next(model.vision_model.parameters()).dtype)
-            results["image_embeds"] = compute_image_embeds(model, pixel_values)
+            results["image_embeds"] = two_towers.compute_image_embeds(model, pixel_values)
         if input_ids is not None:
-            results["text_embeds"] = compute_text_embeds(model, input_ids, attention_mask)
+            results["text_embeds"] = two_towers.compute_text_embeds(model, input_ids, attention_mask)
         if len(results) == 2:
             scale, bias = model.logit_scale, getattr(model, "logit_bias", None)
             results["logits_per_text"] = similarity_logits(results["text_embeds"], results["image_embeds"], scale, bias)
@@ -135,21 +127,17 @@ def write_onnx(
     model, processor, onnx = load_model(source or folder).eval(), load_processor(source or folder), folder / "onnx"
     # The graphs are compared with the model on a batch of six images and texts, and on a batch of one. The exporter
     # sees three images and two texts, so the comparison also shows whether a graph works for other batch sizes.
-    pictures = [image.convert("RGB") for image in random_images()]  # some processors don't convert to RGB
-    batches = [
-        pad_batch(processor, tokenize(processor, random_texts()[:n]))
-        | {"pixel_values": processor(images=pictures[:n], return_tensors="pt")["pixel_values"]}
-        for n in (6, 1)
-    ]
+    pictures = [image.convert("RGB") for image in two_towers.random_images()]  # some processors don't convert to RGB
+    pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    tokenized = two_towers.tokenize(processor, two_towers.random_texts())
+    batches = [two_towers.pad_batch(processor, tokenized[:n]) | {"pixel_values": pixels[:n]} for n in (6, 1)]
     with torch.inference_mode():
         expected = [model(**batch) for batch in batches]
     images, texts, tokens = (torch.export.Dim(name, min=1) for name in ("images", "texts", "tokens"))
-    length = {} if pads_to_max_length(processor) else {1: tokens}
+    # The example texts have at most 7 tokens, unless the model needs the full length.
+    length, token_count = ({}, None) if two_towers.pads_to_max_length(processor) else ({1: tokens}, 7)
     shapes = {key: {0: images} if key in IMAGE_INPUTS else {0: texts} | length for key in batches[0]}
-    example = {
-        key: values[:3] if key in IMAGE_INPUTS else values[:2, : 7 if length else None]
-        for key, values in batches[0].items()
-    }
+    example = {key: rows[:3] if key in IMAGE_INPUTS else rows[:2, :token_count] for key, rows in batches[0].items()}
     onnx.mkdir()
     paths = []
     for precision in precisions:

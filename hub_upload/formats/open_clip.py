@@ -20,16 +20,7 @@ from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 from capivara_common.model_kinds import KINDS
 from capivara_common.privacy import get_publishable_model_or_dataset_name
 from hub_upload.formats import check_embedding_difference, save_state_dict
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
-from modeling_capivara.convert_open_clip import (
-    BASE_TEXT_MODEL,
-    BASE_TEXT_NAMES,
-    new_open_clip_model,
-    to_capivara_state_dict,
-    to_open_clip_model_cfg,
-    to_open_clip_state_dict,
-    to_preprocess_cfg,
-)
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, convert_open_clip
 from modeling_capivara.loading import build_save_only_model_from_tensors, load_model, load_processor
 from modeling_capivara.two_towers import compute_image_embeds, compute_text_embeds, pad_batch, random_texts, tokenize
 
@@ -66,11 +57,11 @@ def choose_and_check_text_config_id(config: CapivaraConfig, text_config: str | N
     # The default text tower of a `CapivaraConfig` is XLM-RoBERTa base, so its configuration need not be downloaded.
     base = CapivaraConfig().text_config
     if text_config is None:
-        return None if _describe_config_differences(config.text_config, base) else BASE_TEXT_MODEL
+        return None if _describe_config_differences(config.text_config, base) else convert_open_clip.BASE_TEXT_MODEL
     try:
         if Path(text_config).is_dir():
             raise ValueError("the path is a folder, but users of the model need a Hub id")
-        is_base = text_config in BASE_TEXT_NAMES
+        is_base = text_config in convert_open_clip.BASE_TEXT_NAMES
         hub_config = base if is_base else AutoConfig.from_pretrained(text_config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -111,12 +102,13 @@ def build_open_clip_config(
             "text tower differs%s. Publish its config.json on the Hub and pass the id with --text_config.", vocabulary,
         )  # fmt: skip
         return None
-    preprocess_cfg = to_preprocess_cfg(image_processor)
-    model_cfg = to_open_clip_model_cfg(config, source, dict(image_processor.size)["shortest_edge"])
+    preprocess_cfg = convert_open_clip.to_preprocess_cfg(image_processor)
+    model_cfg = convert_open_clip.to_open_clip_model_cfg(config, source, dict(image_processor.size)["shortest_edge"])
     if find_spec("open_clip"):
         try:
             with torch.device("meta"):
-                tensors = to_capivara_state_dict(new_open_clip_model(config).state_dict())
+                theirs = convert_open_clip.new_open_clip_model(config)
+                tensors = convert_open_clip.to_capivara_state_dict(theirs.state_dict())
                 build_save_only_model_from_tensors(tensors, config, "Its tensors")
         # The tensors don't fit, for example, for a few timm image towers whose output has another width in open_clip.
         except (RuntimeError, ValueError) as error:
@@ -218,9 +210,9 @@ def write_open_clip_siglip(source: Path, folder: Path, repo_id: str | None = Non
     }  # fmt: skip
     model_cfg = {"embed_dim": text.projection_size, "init_logit_bias": model.logit_bias.item(), "custom_text": True}
     model_cfg |= {"vision_cfg": vision_cfg, "text_cfg": text_cfg}
-    state = to_open_clip_state_dict(model)
+    state = convert_open_clip.to_open_clip_state_dict(model)
     save_state_dict(state, folder / OPEN_CLIP_WEIGHTS_FILE)
-    preprocess_cfg = to_preprocess_cfg(processor.image_processor)
+    preprocess_cfg = convert_open_clip.to_preprocess_cfg(processor.image_processor)
     write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
     _check_open_clip_embeddings(model, processor, folder)
     return state
