@@ -149,7 +149,7 @@ def _collect_run_metadata_without_error_wrapping(folder: Path) -> dict[str, Any]
         A dict {name: value}. The comments in the `return` statement describe the values.
     """
     digests: dict[str, str] = {}
-    model, run, runs = _read_runs_and_find_weights(folder, digests)
+    model, run, runs = _find_model_and_runs(folder, digests)
     run_folders = (folder, *list_seed_run_folders(folder))
     paths = [path for run_folder in run_folders for path in sorted((run_folder / "results").glob("*.json"))]
     results = [_read_result_recording_digest(path, folder, digests) for path in paths]
@@ -191,10 +191,10 @@ def _collect_run_metadata_without_error_wrapping(folder: Path) -> dict[str, Any]
     }
 
 
-def _read_runs_and_find_weights(
-    folder: Path, digests: dict[str, str]
-) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
-    """Read every `run.json` of a training run: one in its folder, and one in each folder `seed-*`.
+def _find_model_and_runs(folder: Path, digests: dict[str, str]) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+    """Find the folder with the weights of a training run, and read the run's files `run.json`.
+
+    There may be a `run.json` in the folder of the run and in each folder `seed-*`.
 
     Args:
         folder: Folder of the run or export.
@@ -208,7 +208,7 @@ def _read_runs_and_find_weights(
     Raises:
         ValueError: If there is no `run.json`, or a file is malformed or has another schema version.
     """
-    runs = {}
+    runs = {}  # folder -> content of its run.json
     for path in filter(Path.is_file, [parent / "run.json" for parent in (folder, *list_seed_run_folders(folder))]):
         run = runs[path.parent] = _read_json_recording_digest(path, folder, digests)
         if (version := run["schema_version"]) != result_files.SCHEMA_VERSION:
@@ -220,6 +220,7 @@ def _read_runs_and_find_weights(
             f"There is no run.json in {folder} or its folders seed-*. Give the folder of a finished training run."
         )
     model = folder if folder in runs else min(runs, key=lambda seed_folder: runs[seed_folder]["seed"])
+    # If two files name the same seed, the run with the weights counts.
     by_seed = {run["seed"]: run for run in (*runs.values(), runs[model])}
     return model, runs[model], [by_seed[seed] for seed in sorted(by_seed)]
 
