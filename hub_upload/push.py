@@ -27,17 +27,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    constants,
-    errors,
-    get_session,
-    get_token,
-    metadata_load,
-)
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants, errors, get_session, get_token
+from huggingface_hub.hf_api import HfApi, RepoFile
+from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
