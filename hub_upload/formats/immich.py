@@ -189,7 +189,7 @@ def _write_and_check_graph(tower: ImmichTower, input_name: str, examples: list[n
         path: File to write.
 
     Raises:
-        ValueError: If an output differs by more than `EMBEDDING_TOLERANCE` of `hub_upload/formats/onnx.py`.
+        ValueError: If an output differs by more than `EMBEDDING_TOLERANCE`.
     """
     import onnx
 

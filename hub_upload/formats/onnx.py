@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from capivara_common.environment import package_versions
 from capivara_common.files import write_json
+from hub_upload.formats import EMBEDDING_TOLERANCE
 from modeling_capivara import two_towers
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.modeling_capivara import similarity_logits
@@ -31,11 +32,8 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# Largest allowed difference, in any component, between the embeddings of the model and of its float32 graph. The usual
-# difference is 1e-7.
-EMBEDDING_TOLERANCE = 1e-4
-# Largest allowed difference of scores. It is larger than the tolerance of embeddings, because scores are cosines times
-# the logit scale, which may be up to 100.
+# Largest allowed difference of scores between the model and its float32 graph. It is larger than the tolerance of
+# embeddings (their usual difference is 1e-7), because scores are cosines times the logit scale, which may be up to 100.
 SCORE_TOLERANCE = 1e-3
 # Only matrix products and token embeddings are quantized to int8; they are most of a multilingual text tower.
 # Convolutions stay float32: with int8 convolutions, embeddings of EfficientNet-Lite0 become unusable (lowest cosine
