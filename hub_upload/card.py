@@ -26,13 +26,6 @@ from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_
 from capivara_common.files import list_seed_run_folders, write_text
 from eval.records.result_files import GAIN_METRIC
 from hub_upload import card_values as values
-from hub_upload.card_values import (
-    TEMPLATE_FOLDER,
-    collect_run_metadata,
-    escape_value_for_markdown,
-    find_eval_dataset_revision,
-    to_publishable_line,
-)
 from hub_upload.licenses import check_stated_license
 from hub_upload.upload_checks import check_repo_id, check_text_is_publishable
 
@@ -134,10 +127,10 @@ def render_card(
     with values.wrap_format_errors(folder):
         title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({run_metadata['config']['language']})"
         card = ModelCard.from_template(
-            _build_card_front_matter(run_metadata, to_publishable_line(title)),
-            template_path=str(TEMPLATE_FOLDER / f"model_card_{language}.md.j2"),
+            _build_card_front_matter(run_metadata, values.to_publishable_line(title)),
+            template_path=str(values.TEMPLATE_FOLDER / f"model_card_{language}.md.j2"),
             **values.build_template_values(run_metadata, language, repo_id),
-            title=escape_value_for_markdown(title),
+            title=values.escape_value_for_markdown(title),
             options=json.dumps(options),
         )
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", str(card), flags=re.MULTILINE)).strip()
@@ -171,7 +164,7 @@ def write_card(
             wrong. Also if a file or the card would publish an access token or an absolute path.
     """
     path = output or folder / CARD_FILE
-    write_text(path, str(render_card(collect_run_metadata(folder), language, repo_id, license)))
+    write_text(path, str(render_card(values.collect_run_metadata(folder), language, repo_id, license)))
     return path
 
 
@@ -209,7 +202,7 @@ def find_differences_between_card_and_files(folder: Path) -> list[str]:
         # resulting errors become a ValueError.
         with values.wrap_format_errors(folder):
             render_options = {name: options.get(name) for name in ("language", "repo_id", "license")}
-            expected = str(render_card(collect_run_metadata(folder), **render_options))
+            expected = str(render_card(values.collect_run_metadata(folder), **render_options))
     except ValueError as error:
         return [f"{CARD_FILE}: {error}"]
     front_matter, body = _split_front_matter(text)
@@ -234,9 +227,8 @@ def find_differences_between_generated_card_and_files(folder: Path) -> list[str]
         One message for each difference between the card and the files of the folder. The list is empty if card and
         files agree. It is also empty if the folder has no card or a handwritten card.
     """
-    is_generated = (folder / CARD_FILE).is_file() and _read_render_options_from_card_comment(
-        _read_text(folder / CARD_FILE)
-    )
+    card = folder / CARD_FILE
+    is_generated = card.is_file() and _read_render_options_from_card_comment(_read_text(card))
     return find_differences_between_card_and_files(folder) if is_generated else []
 
 
@@ -317,9 +309,8 @@ def _build_card_front_matter(run_metadata: dict[str, Any], title: str) -> ModelC
     """
     codes = [code.split("-")[0] for code in run_metadata["config"]["eval_languages"] if isinstance(code, str)]
     languages = list(dict.fromkeys(codes))
-    model_type = run_metadata["architecture"].get("model_type", "clip")
-    if run_metadata["model_class"] == values.CAPIVARA_CLASS:
-        model_type = "clip"
+    is_capivara = run_metadata["model_class"] == values.CAPIVARA_CLASS
+    model_type = "clip" if is_capivara else run_metadata["architecture"].get("model_type", "clip")
     tags = ["capivara", model_type, "image-text-retrieval", "zero-shot", *["multilingual"] * (len(languages) > 1)]
     model, seed = run_metadata["origins"]["model"], run_metadata["run"]["seed"]
     # A base model in a local folder has no Hub id. In this case, the card lists the models on the Hub from which the
@@ -328,12 +319,7 @@ def _build_card_front_matter(run_metadata: dict[str, Any], title: str) -> ModelC
     results = [value for value in run_metadata["values"] if value.model == "capivara" and value.metric != GAIN_METRIC]
     # If several seeds were measured, the model index lists only the results of the seed whose weights are in the
     # folder.
-    published = [
-        measurement
-        for value in results
-        for measurement in value.measured
-        if value.seeds == 1 or measurement.seed == seed
-    ]
+    rows = [row for value in results for row in value.measured if value.seeds == 1 or row.seed == seed]
     return ModelCardData(
         # The Hub expects language codes of two or three letters (ISO 639-1 or 639-3), so other codes are left out.
         language=[code for code in languages if re.fullmatch(r"[a-z]{2,3}", code)] or None,
@@ -344,9 +330,7 @@ def _build_card_front_matter(run_metadata: dict[str, Any], title: str) -> ModelC
         datasets=_filter_hub_ids(origin.get("hub_id") for origin in run_metadata["origins"]["datasets"]) or None,
         tags=tags + run_metadata["formats"],
         model_name=title,
-        eval_results=[
-            _convert_measurement_to_model_index_entry(run_metadata, measurement) for measurement in published
-        ],
+        eval_results=[_convert_measurement_to_model_index_entry(run_metadata, row) for row in rows],
     )
 
 
@@ -375,22 +359,20 @@ def _convert_measurement_to_model_index_entry(run_metadata: dict[str, Any], meas
     Returns:
         The entry. Metrics that are fractions, such as recall, have values from 0 to 1.
     """
-    record, commit = measurement.record, find_eval_dataset_revision(run_metadata["run"], measurement)
+    record, commit = measurement.record, values.find_eval_dataset_revision(run_metadata["run"], measurement)
     task_type, task_name = HUB_TASKS[record.task, record.direction]
-    arguments = {
-        "protocol": to_publishable_line(record.protocol),
-        "precision": to_publishable_line(measurement.precision),
-    }
-    slug = re.sub(r"[^a-z0-9]+", "-", to_publishable_line(record.dataset).lower()).strip("-") or "data"
+    arguments = {"protocol": values.to_publishable_line(record.protocol)}
+    arguments["precision"] = values.to_publishable_line(measurement.precision)
+    slug = re.sub(r"[^a-z0-9]+", "-", values.to_publishable_line(record.dataset).lower()).strip("-") or "data"
     return EvalResult(
         task_type=task_type,
         task_name=task_name,
         dataset_type=record.dataset if commit else slug,
-        dataset_name=to_publishable_line(run_metadata["titles"].get(record.dataset) or record.dataset),
-        dataset_config=to_publishable_line(record.language) or None,
-        dataset_split=to_publishable_line(record.split),
+        dataset_name=values.to_publishable_line(run_metadata["titles"].get(record.dataset) or record.dataset),
+        dataset_config=values.to_publishable_line(record.language) or None,
+        dataset_split=values.to_publishable_line(record.split),
         dataset_revision=commit,
-        metric_type=to_publishable_line(record.metric),
+        metric_type=values.to_publishable_line(record.metric),
         metric_name=values.CARD_WORDS["en"]["names"].get(record.metric) or re.sub(r"^recall@", "R@", record.metric),
         metric_value=record.value,
         metric_args=arguments if record.seed is None else {**arguments, "seed": record.seed},
@@ -408,15 +390,11 @@ def main(argv: list[str] | None = None) -> None:
         )
         return
     if faults := find_differences_between_card_and_files(args.check):
-        sys.exit(
-            "\n".join(
-                [
-                    *faults,
-                    f"error: The card of {args.check} differs from its files in {len(faults)} lines. Write the card "
-                    "again with `python -m hub_upload.card --model FOLDER`.",
-                ]
-            )
+        error = (
+            f"error: The card of {args.check} differs from its files in {len(faults)} lines. Write the card again with "
+            "`python -m hub_upload.card --model FOLDER`."
         )
+        sys.exit("\n".join([*faults, error]))
     if _read_render_options_from_card_comment(_read_text(args.check / CARD_FILE))["version"] != TEMPLATE_VERSION:
         print(
             f"The tables and digests in the card of {args.check} agree with its files. Its text was not compared, "

@@ -149,7 +149,7 @@ def _collect_run_metadata_without_error_wrapping(folder: Path) -> dict[str, Any]
         A dict {name: value}. The comments in the `return` statement describe the values.
     """
     digests: dict[str, str] = {}
-    model, run, runs = _read_runs_and_find_weights(folder, digests)
+    model, run, runs = _find_model_and_runs(folder, digests)
     run_folders = (folder, *list_seed_run_folders(folder))
     paths = [path for run_folder in run_folders for path in sorted((run_folder / "results").glob("*.json"))]
     results = [_read_result_recording_digest(path, folder, digests) for path in paths]
@@ -191,10 +191,10 @@ def _collect_run_metadata_without_error_wrapping(folder: Path) -> dict[str, Any]
     }
 
 
-def _read_runs_and_find_weights(
-    folder: Path, digests: dict[str, str]
-) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
-    """Read every `run.json` of a training run: one in its folder, and one in each folder `seed-*`.
+def _find_model_and_runs(folder: Path, digests: dict[str, str]) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+    """Find the folder with the weights of a training run, and read the run's files `run.json`.
+
+    There may be a `run.json` in the folder of the run and in each folder `seed-*`.
 
     Args:
         folder: Folder of the run or export.
@@ -208,26 +208,21 @@ def _read_runs_and_find_weights(
     Raises:
         ValueError: If there is no `run.json`, or a file is malformed or has another schema version.
     """
-    paths = [
-        path for path in (parent / "run.json" for parent in (folder, *list_seed_run_folders(folder))) if path.is_file()
-    ]
-    if not paths:
-        raise ValueError(
-            f"There is no run.json in {folder} or its folders seed-*. Give the folder of a finished training run."
-        )
-    folders_and_runs = []
-    for path in paths:
-        run = _read_json_recording_digest(path, folder, digests)
+    runs = {}  # folder -> content of its run.json
+    for path in filter(Path.is_file, [parent / "run.json" for parent in (folder, *list_seed_run_folders(folder))]):
+        run = runs[path.parent] = _read_json_recording_digest(path, folder, digests)
         if (version := run["schema_version"]) != result_files.SCHEMA_VERSION:
             raise ValueError(
                 f"The schema version of {path} must be {result_files.SCHEMA_VERSION}, got {version!r:.20}. Train again."
             )
-        folders_and_runs.append((path.parent, run))
-    model, run = folders_and_runs[0]
-    if model != folder:
-        model, run = min(folders_and_runs, key=lambda pair: pair[1]["seed"])
-    by_seed = {seed_run["seed"]: seed_run for _, seed_run in folders_and_runs} | {run["seed"]: run}
-    return model, run, [by_seed[seed] for seed in sorted(by_seed)]
+    if not runs:
+        raise ValueError(
+            f"There is no run.json in {folder} or its folders seed-*. Give the folder of a finished training run."
+        )
+    model = folder if folder in runs else min(runs, key=lambda seed_folder: runs[seed_folder]["seed"])
+    # If two files name the same seed, the run with the weights counts.
+    by_seed = {run["seed"]: run for run in (*runs.values(), runs[model])}
+    return model, runs[model], [by_seed[seed] for seed in sorted(by_seed)]
 
 
 def _read_json_recording_digest(path: Path, folder: Path, digests: dict[str, str]) -> dict[str, Any]:
@@ -569,12 +564,8 @@ class CardWriter:
         Args:
             name: Name of the dataset in the result files.
         """
-        titles = self.run_metadata["titles"]
-        return (
-            format_as_markdown_code_or_escaped_text(name)
-            if titles.get(name) is None
-            else escape_value_for_markdown(titles[name])
-        )
+        title = self.run_metadata["titles"].get(name)
+        return format_as_markdown_code_or_escaped_text(name) if title is None else escape_value_for_markdown(title)
 
     def phrase(self, text: str) -> str:
         """Translate an English text from a result file to the card's language, and escape it for Markdown.
@@ -600,6 +591,14 @@ class CardWriter:
         """
         texts = [write(reduce(getitem, name.split("."), run), *more) for run in self.run_metadata["runs"]]
         return texts[0] if len(set(texts)) == 1 else "; ".join(texts)
+
+    def licenses(self, origin: dict[str, Any]) -> str:
+        """List the licenses of a base model or dataset as Markdown code, separated by commas.
+
+        Args:
+            origin: Metadata of the base model or dataset, from `hub_upload.origins.read_origin_card_metadata`.
+        """
+        return ", ".join(map(format_as_markdown_code_or_escaped_text, origin.get("licenses") or ()))
 
     def linked(self, origin: dict[str, Any], kind: str) -> str:
         """Format the title of a base model or dataset as a link to the Hub, or in italics without a link.
@@ -646,6 +645,7 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
     gains = [value for value in run_metadata["values"] if value.metric == GAIN_METRIC]
     curve = [point["validation"] for point in run.get("curve") or () if point.get("validation")]
     architecture, origins = run_metadata["architecture"], run_metadata["origins"]
+    works_by_kind = {"model": [origins["model"]], "dataset": origins["datasets"], "teacher": [origins.get("teacher")]}
     return {
         **run_metadata | {"name": name, "groups": groups},
         "is_repository": repo_id is not None,
@@ -662,15 +662,8 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
         "examples": partial(select_code_example_inputs, trained_language),
         "width": architecture.get("projection_dim") or (architecture.get("text_config") or {}).get("projection_size"),
         "towers": [(key, architecture.get(key) or {}) for key in ("vision_config", "text_config")],
-        "origins_by_kind": [
-            ("model", origins["model"]),
-            *(("dataset", origin) for origin in origins["datasets"]),
-            *(("teacher", origin) for origin in [origins.get("teacher")] if origin),
-        ],
+        "origins_by_kind": [(kind, origin) for kind, works in works_by_kind.items() for origin in works if origin],
         "translated_by": _infer_human_or_machine_translation(origins["datasets"], trained_language),
-        "licenses": lambda origin: ", ".join(
-            map(format_as_markdown_code_or_escaped_text, origin.get("licenses") or ())
-        ),
         "is_rotated": (run_metadata["model"] / "rotation.safetensors").is_file(),
         "stopped_early": any(seed_run["steps"] < config["max_steps"] for seed_run in run_metadata["runs"]),
         "validation": [(key, curve[0][key], curve[-1][key]) for key in DIRECTIONS] if len(curve) > 1 else [],

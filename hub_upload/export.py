@@ -24,21 +24,10 @@ from capivara_common.environment import require_packages
 from capivara_common.files import atomic_folder, check_inputs_outside, list_seed_run_folders, read_json, write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG
 from capivara_common.model_kinds import KINDS
-from capivara_common.privacy import get_publishable_model_or_dataset_name, shorten_absolute_paths
+from capivara_common.privacy import shorten_absolute_paths
+from hub_upload import formats as shared_formats
 from hub_upload import upload_checks
-from hub_upload.formats import (
-    check_tensors,
-    compute_tensor_digests,
-    drop_in,
-    immich,
-    onnx,
-    open_clip,
-    save_state_dict,
-    save_tokenizer_for_publication,
-    sentence_transformers,
-    transformers_js,
-    write_tokenizer_json_with_normalizer,
-)
+from hub_upload.formats import drop_in, immich, onnx, open_clip, sentence_transformers, transformers_js
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.convert_open_clip import to_capivara_state_dict, to_open_clip_state_dict
 from modeling_capivara.loading import (
@@ -52,7 +41,6 @@ from modeling_capivara.loading import (
 DEFAULT_FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")
 # drop_in (only the text encoder) and immich (for the Immich photo server) can't share a folder with other formats.
 KNOWN_FORMATS = (*DEFAULT_FORMATS, "transformers_js", "drop_in", "immich")
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *upload_checks.TOKENIZER_FILES)
 logger = logging.getLogger("capivara")
 
 
@@ -152,10 +140,8 @@ def export_model(
         else:
             _write_formats_with_both_towers(model, folder, config, formats, text_config, repo_id)
         upload_checks.check_model_files(folder)
-        return [
-            (name.as_posix(), (folder / name).stat().st_size)
-            for name in upload_checks.list_uploadable_model_files(folder)
-        ]
+        names = upload_checks.list_uploadable_model_files(folder)
+        return [(name.as_posix(), (folder / name).stat().st_size) for name in names]
 
 
 def _clean_and_check_formats(formats: Sequence[str], text_config: str | None, base: str | None) -> list[str]:
@@ -267,9 +253,7 @@ def _write_formats_with_both_towers(
         except (ValueError, ImportError) as error:
             logger.info("The format open_clip is skipped: %s", error)
         else:
-            open_clip.write_open_clip_siglip(
-                model, folder, repo_id or get_publishable_model_or_dataset_name(str(model))
-            )
+            open_clip.write_open_clip_siglip(model, folder, repo_id)
     if "sentence_transformers" in formats:
         sentence_transformers.write_sentence_transformers_config(folder, processor)
         if not kind.is_native:
@@ -299,15 +283,15 @@ def _write_and_verify_model_weights(model: Path, folder: Path, config: PreTraine
         ValueError: If a written tensor differs from the model.
     """
     mapped = load_memory_mapped_model(model, config)
-    expected = compute_tensor_digests(mapped.state_dict())
+    expected = shared_formats.compute_tensor_digests(mapped.state_dict())
     mapped.save_pretrained(folder)
     if with_open_clip:
-        save_state_dict(to_open_clip_state_dict(mapped), folder / open_clip.OPEN_CLIP_WEIGHTS_FILE)
+        shared_formats.save_state_dict(to_open_clip_state_dict(mapped), folder / open_clip.OPEN_CLIP_WEIGHTS_FILE)
     del mapped
-    check_tensors(folder / WEIGHTS_FILE, load_memory_mapped_model(folder, config).state_dict(), expected)
+    shared_formats.check_tensors(folder / WEIGHTS_FILE, load_memory_mapped_model(folder, config).state_dict(), expected)
     if with_open_clip:
         written = to_capivara_state_dict(load_memory_mapped_tensors([folder / open_clip.OPEN_CLIP_WEIGHTS_FILE]))
-        check_tensors(folder / open_clip.OPEN_CLIP_WEIGHTS_FILE, written, expected)
+        shared_formats.check_tensors(folder / open_clip.OPEN_CLIP_WEIGHTS_FILE, written, expected)
         logger.info("transformers and open_clip: %d tensors compared, all equal.", len(written))
 
 
@@ -322,22 +306,18 @@ def _write_processor_with_code_if_needed(model: Path, folder: Path, processor: P
         folder: Folder to write to.
         processor: Processor of the model, from `load_processor`.
     """
-    for name in PROCESSOR_FILES:
-        if not (model / name).is_file():
-            continue
-        shutil.copyfile(model / name, folder / name)
-        if name.endswith("_config.json"):
-            settings = shorten_absolute_paths(read_json(model / name))
-            for loading_option in ("is_local", "local_files_only"):
-                settings.pop(loading_option, None)
-            write_json(folder / name, settings)
+    for path in (model / name for name in upload_checks.PROCESSOR_FILES):
+        if path.is_file() and path.name.endswith("_config.json"):
+            write_json(folder / path.name, shared_formats.read_publishable_settings(path))
+        elif path.is_file():
+            shutil.copyfile(path, folder / path.name)
     # A processor of transformers needs no Python code in the model folder, so only its tokenizer is written.
     if not isinstance(processor, CapivaraProcessor):
         # The tokenizer files are not copied but written again, because `load_processor` has corrected the maximum text
         # length, the model inputs and the handling of capital letters.
-        save_tokenizer_for_publication(processor.tokenizer, folder)
+        shared_formats.save_tokenizer_for_publication(processor.tokenizer, folder)
         return
-    write_tokenizer_json_with_normalizer(folder, read_json(folder / "tokenizer.json"), is_capivara=True)
+    shared_formats.write_tokenizer_json_with_normalizer(folder, read_json(folder / "tokenizer.json"), is_capivara=True)
     package = Path(modeling_capivara.__file__).parent
     for name in upload_checks.MODEL_CODE:
         shutil.copyfile(package / name, folder / name)
@@ -364,9 +344,8 @@ def _copy_existing_card_and_run_files(model: Path, folder: Path) -> None:
         upload_checks.check_regular_file(path)
         write_json(folder / name, shorten_absolute_paths(read_json(path)))
     for name in ("README.md", "LICENSE", "rotation.safetensors", *upload_checks.RUN_PLOT_FILES):
-        path = model / name
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
+        if (model / name).is_file():
+            shutil.copyfile(model / name, folder / name)
 
 
 if __name__ == "__main__":

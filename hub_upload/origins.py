@@ -32,10 +32,8 @@ def read_origin_cards_and_infer_license(model: str, datasets: Sequence[str], eva
         - "datasets": list with the metadata of each training dataset.
         - "evaluation_dataset": metadata of the evaluation dataset.
     """
-    base, data = (
-        read_origin_card_metadata(model, "model"),
-        [read_origin_card_metadata(name, "dataset") for name in datasets],
-    )
+    base = read_origin_card_metadata(model, "model")
+    data = [read_origin_card_metadata(name, "dataset") for name in datasets]
     return {
         "license": infer_license([origin["licenses"] for origin in (base, *data)]),
         "model": base,

@@ -27,17 +27,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    constants,
-    errors,
-    get_session,
-    get_token,
-    metadata_load,
-)
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants, errors, get_session, get_token
+from huggingface_hub.hf_api import HfApi, RepoFile
+from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
@@ -214,9 +206,8 @@ def plan_push(args: PushArguments) -> PushPlan:
     check_stated_license(origins, (metadata or {}).get("license"))
     user, remote, unreachable = None, RemoteRepository(), ""
     try:
-        with _convert_hub_errors_and_mask_logs(
-            args.repo_id, RETRY_HINT if args.push else "Run the same command again."
-        ):
+        again = RETRY_HINT if args.push else "Run the same command again."
+        with _convert_hub_errors_and_mask_logs(args.repo_id, again):
             user = str(_retry_once(lambda: HfApi().whoami(cache=True)["name"])) if get_token() else None
             remote = _read_remote_repository(args.repo_id, args.repo_type, args.revision)
     except HubUnreachableError as error:
@@ -290,8 +281,7 @@ def _describe_push(plan: PushPlan) -> str:
     lines += [f"  delete  {_printable_name(path)}" for path in plan.deleted_paths]
     lines += [f"  same    {len(plan.unchanged_paths)} files"] if plan.unchanged_paths else []
     # The Hub itself creates .gitattributes, so this file is not reported as a file that is missing in the folder.
-    listed = {".gitattributes", *plan.deleted_paths, *plan.unchanged_paths, *sizes}
-    others = sorted({*remote_files} - listed)
+    others = sorted({*remote_files} - {".gitattributes", *plan.deleted_paths, *plan.unchanged_paths, *sizes})
     lines += [f"  stays   {_printable_name(path)}  (on the Hub, not in the folder)" for path in others]
     if plan.metadata is None:
         lines.append(f"note: there is no {CARD_FILE}, so the page on the Hub will be empty.")
@@ -619,13 +609,8 @@ def try_export_and_push_run(run: Path, repo_id: str, private: bool = False, card
         hint = "Export it with `python -m hub_upload.export`, then push the exported folder."
         if repository.is_dir():
             hint = f"Push it later: {shlex.join(words + ['--private'] * private)}"
-        logger.warning(
-            "NOT PUSHED to %s: %s\nThe run is complete in %s. %s",
-            repo_id,
-            _describe_error_with_secrets_masked(error),
-            run,
-            hint,
-        )
+        reason = _describe_error_with_secrets_masked(error)
+        logger.warning("NOT PUSHED to %s: %s\nThe run is complete in %s. %s", repo_id, reason, run, hint)
         return False
     shutil.rmtree(repository, ignore_errors=True)
     logger.info("Pushed to %s.", _printable_name(url)) if url else logger.info("%s already has all files.", repo_id)

@@ -16,16 +16,9 @@ from typing import Any, BinaryIO
 import PIL.Image
 from huggingface_hub.utils import validate_repo_id
 
+from capivara_common import privacy
 from capivara_common.files import check_folder_for_outside_links_and_pipes
 from capivara_common.image_files import IMAGE_FORMATS
-from capivara_common.privacy import (
-    SECRET_RE2,
-    find_machine_path,
-    find_secret,
-    list_private_folders,
-    make_printable,
-    read_hub_tokens,
-)
 
 _MODEL_CODE_PARTS = "checks configuration image_processing modeling processing text_cleaning tokenization"
 MODEL_CODE = tuple(f"{part}_capivara.py" for part in _MODEL_CODE_PARTS.split())
@@ -33,12 +26,13 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt"),
 )
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES)
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")  # patterns
 RUN_PLOT_FILES = ("curves.png", "retrieval.png")  # plots that a training run writes
 # Patterns of all model files that `hub_upload.export` may write and `hub_upload.push` may upload, relative to the model
 # folder. A star matches any characters of one file or folder name, but never a slash.
 ALLOWED_FILES = (
-    *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES, *MODEL_CODE),
-    *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "rotation.safetensors"),
+    *("config.json", *PROCESSOR_FILES, *MODEL_CODE, *WEIGHT_FILES, "rotation.safetensors"),
     *("open_clip_config.json", "open_clip_model.safetensors", "text_model/config.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Normalize/config.json"),
     *("1_Pooling/config.json", "*_Dense/config.json", "*_Dense/model.safetensors"),
@@ -50,11 +44,9 @@ ALLOWED_FILES = (
 )
 # Vocabulary files are searched for secrets, but not for absolute paths, because some tokens look like paths.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
-BINARY_SUFFIXES = (
-    *(".safetensors", ".onnx", ".data", ".onnx_data", ".onnx_data_1", ".model"),
-    *(".png", ".jpg", ".jpeg", ".webp", ".tar"),
-)
-SEARCH_CHUNK_BYTES = 2**24  # lines are counted in chunks of this size, to limit memory use
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+BINARY_SUFFIXES = IMAGE_SUFFIXES | {".safetensors", ".onnx", ".data", ".onnx_data", ".onnx_data_1", ".model", ".tar"}
+LINE_FEED_RE = re.compile(rb"\n")  # counts the lines of a memory-mapped file without loading the file into memory
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # limit of the safetensors library
 
 
@@ -68,9 +60,8 @@ def check_repo_id(repo_id: str) -> None:
         ValueError: If the string does not have the form `owner/name`, or the Hub does not accept one of the two names.
     """
     if repo_id.count("/") != 1:
-        raise ValueError(
-            f"The repository id must be owner/name, for example my-name/my-model, got {make_printable(repo_id)!r}."
-        )
+        printable = privacy.make_printable(repo_id)
+        raise ValueError(f"The repository id must be owner/name, for example my-name/my-model, got {printable!r}.")
     validate_repo_id(repo_id)
 
 
@@ -90,11 +81,10 @@ def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
     Raises:
         ValueError: If there is no file to upload, or a file must not be published. The message names the file.
     """
-    paths = sorted(
-        list_uploadable_model_files(folder)
-        if repo_type == "model"
-        else list_uploadable_dataset_or_space_files(folder, repo_type == "space")
-    )
+    if repo_type == "model":
+        paths = list_uploadable_model_files(folder)
+    else:
+        paths = list_uploadable_dataset_or_space_files(folder, repo_type == "space")
     if not paths:
         raise ValueError(f"{folder} contains no files of a {repo_type}. Check the folder and --repo_type.")
     for path in paths:
@@ -210,14 +200,12 @@ def check_file_for_secrets(path: Path, name: Path | str) -> None:
             raise ValueError(
                 f"{name} is compressed or UTF-16, so it can't be searched for secrets. Store it as plain UTF-8."
             )
-        if secret := find_secret(content):
+        if secret := privacy.find_secret(content):
             description, offset = secret
-            starts = range(0, offset, SEARCH_CHUNK_BYTES)
-            chunks = (content[start : min(start + SEARCH_CHUNK_BYTES, offset)] for start in starts)
-            line = 1 + sum(chunk.count(b"\n") for chunk in chunks)
+            line = 1 + sum(1 for _ in LINE_FEED_RE.finditer(content, 0, offset))
             position = f"byte {offset}" if path.suffix in BINARY_SUFFIXES else f"line {line}"
             raise ValueError(f"{name}, {position}, contains {description}. Remove it, and revoke it if it is real.")
-        for local_path in list_private_folders() if path.suffix in (".onnx", ".model") else ():
+        for local_path in privacy.list_private_folders() if path.suffix in (".onnx", ".model") else ():
             if content.find(f"{local_path}/".encode()) >= 0:
                 raise ValueError(
                     f"{name} contains a path of this machine, {local_path!r}. Write the file again without it."
@@ -252,13 +240,13 @@ def check_text_is_publishable(text: str, subject: str) -> None:
     Raises:
         ValueError: If the text contains a secret or an absolute path.
     """
-    if secret := find_secret(text):
+    if secret := privacy.find_secret(text):
         raise ValueError(f"{subject} contains {secret[0]}. Remove it, and revoke it if it is real.")
     _check_machine_paths(text, subject)
 
 
 def _check_machine_paths(text: str, subject: str) -> None:
-    if path := find_machine_path(text):
+    if path := privacy.find_machine_path(text):
         raise ValueError(f"{subject} contains an absolute path, {path!r}. Make it relative, or leave it out.")
 
 
@@ -307,8 +295,7 @@ def _read_safetensors_header(path: Path) -> str:
 
 # --- Datasets: rows, images, card and license ------------------------------------------------------------------------
 
-DATASET_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-DATASET_SUFFIXES = DATASET_IMAGE_SUFFIXES | {".parquet", ".tar", ".arrow", ".json", ".jsonl", ".csv", ".tsv"}
+DATASET_SUFFIXES = IMAGE_SUFFIXES | {".parquet", ".tar", ".arrow", ".json", ".jsonl", ".csv", ".tsv"}
 DATASET_FILE_NAMES = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md"}
 # JSON files up to this size are searched for absolute paths, because they describe a dataset. Larger JSON files hold
 # the rows of the dataset. They are not searched for paths, because texts in rows may look like paths.
@@ -333,18 +320,16 @@ def list_uploadable_dataset_or_space_files(folder: Path, is_space: bool = False)
         is_space: True if `folder` is a Space, False if it is a dataset.
 
     Returns:
-        Paths relative to `folder`.
+        Sorted paths relative to `folder`.
 
     Raises:
         ValueError: If a link leads out of the folder, or a file to upload is not a regular file.
     """
     check_folder_for_outside_links_and_pipes(folder)
     names = []
-    for path in (path for path in folder.rglob("*") if not path.is_dir()):
-        name = path.relative_to(folder)
-        is_sent = (
-            name.suffix != ".pyc" if is_space else name.suffix in DATASET_SUFFIXES or name.name in DATASET_FILE_NAMES
-        )
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        name, suffix = path.relative_to(folder), path.suffix
+        is_sent = suffix != ".pyc" if is_space else suffix in DATASET_SUFFIXES or name.name in DATASET_FILE_NAMES
         if is_sent and not any(part.startswith("." if is_space else (".", "__")) for part in name.parts):
             check_regular_file(path)
             names.append(name)
@@ -369,7 +354,7 @@ def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
     """
     for name in names:
         path = folder / name
-        if name.suffix in DATASET_IMAGE_SUFFIXES:
+        if name.suffix in IMAGE_SUFFIXES:
             _read_image_text_fields(path, name)
             check_file_for_secrets(path, name)
         elif name.suffix in (".parquet", ".arrow"):
@@ -398,19 +383,15 @@ def _check_table_contents(path: Path, name: Path) -> None:
     first_row = 0
     try:
         for batch in _iter_record_batches(path):
-            if not first_row and find_secret(f"{batch.schema} {batch.schema.metadata}"):
+            if not first_row and privacy.find_secret(f"{batch.schema} {batch.schema.metadata}"):
                 raise ValueError(f"{name}, in its header, {SECRET_MESSAGE}.")
             for column, array in zip(batch.schema.names, batch.columns, strict=True):
-                if not _find_secret_or_image_fault_in_array(array):
+                if not _find_array_fault(array):
                     continue
                 # Binary search finds the first faulty row in a few checks. To check every row would be slow, because
                 # each check compiles a long pattern.
-                row = bisect_left(
-                    range(len(array)),
-                    True,
-                    key=lambda row: _find_secret_or_image_fault_in_array(array[: row + 1]) is not None,
-                )
-                fault = _find_secret_or_image_fault_in_array(array[row : row + 1])
+                row = bisect_left(range(len(array)), True, key=lambda row: bool(_find_array_fault(array[: row + 1])))
+                fault = _find_array_fault(array[row : row + 1])
                 raise ValueError(f"{name}, column {column!r}, row {first_row + row}, {fault}.")
             first_row += len(batch)
     except pyarrow.ArrowException as error:
@@ -439,7 +420,7 @@ def _iter_record_batches(path: Path) -> Iterator[Any]:
         yield from file.iter_batches(BATCH_ROWS)
 
 
-def _find_secret_or_image_fault_in_array(array: Any) -> str | None:
+def _find_array_fault(array: Any) -> str | None:
     """Find a reason not to publish the values of a pyarrow array, including nested arrays at any depth.
 
     Texts and binary values are searched for secrets (access tokens and keys). Structs with the fields `bytes` and
@@ -455,21 +436,21 @@ def _find_secret_or_image_fault_in_array(array: Any) -> str | None:
 
     kind = array.type
     if isinstance(array, ExtensionArray):
-        return _find_secret_or_image_fault_in_array(array.storage)
+        return _find_array_fault(array.storage)
     if types.is_dictionary(kind):
-        return _find_secret_or_image_fault_in_array(array.dictionary_decode())
+        return _find_array_fault(array.dictionary_decode())
     if types.is_struct(kind):
         parts = dict(zip([field.name for field in kind], array.flatten(), strict=True))
         fault = _find_image_column_fault(parts["bytes"], parts["path"]) if set(parts) == {"bytes", "path"} else None
-        return fault or next(filter(None, map(_find_secret_or_image_fault_in_array, parts.values())), None)
+        return fault or next(filter(None, map(_find_array_fault, parts.values())), None)
     if types.is_map(kind):
         keys_and_items = [ListArray.from_arrays(array.offsets, values) for values in (array.keys, array.items)]
-        return next(filter(None, map(_find_secret_or_image_fault_in_array, keys_and_items)), None)
+        return next(filter(None, map(_find_array_fault, keys_and_items)), None)
     if types.is_nested(kind):
-        return _find_secret_or_image_fault_in_array(array.flatten())
+        return _find_array_fault(array.flatten())
     if "string" not in str(kind) and "binary" not in str(kind):
         return None
-    pattern = "|".join([SECRET_RE2, *map(re.escape, read_hub_tokens())])
+    pattern = "|".join([privacy.SECRET_RE2, *map(re.escape, privacy.read_hub_tokens())])
     has_secret = compute.any(compute.match_substring_regex(array.cast("large_binary"), pattern)).as_py()
     return SECRET_MESSAGE if has_secret else None
 

@@ -24,6 +24,17 @@ from modeling_capivara.convert_open_clip import convert_to_folder
 from modeling_capivara.loading import format_weight_names_for_error
 from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 
+
+def build_replace_step(pattern: str, content: str) -> dict[str, Any]:
+    """Build a normalizer step of tokenizer.json that replaces all matches of a regular expression with a text.
+
+    Args:
+        pattern: The regular expression.
+        content: Text that replaces a match.
+    """
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+
+
 # Normalizer steps for programs that read tokenizer.json but don't run CAPIVARA's text cleaning code. The steps make
 # curly quotes straight and normalize accents (NFC), which typed text needs. The library ftfy, which the cleaning code
 # uses, does the same, so these steps don't change a text that is already cleaned. (Exception: ftfy leaves HTML entities
@@ -31,10 +42,8 @@ from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 # cleaning, except the repair of damaged text, which needs the code.
 PLAIN_QUOTE_STEPS = [
     {"type": "NFC"},
-    *(
-        {"type": "Replace", "pattern": {"Regex": marks}, "content": mark}
-        for marks, mark in (("[\u2018-\u201b\u02bc]", "'"), ("[\u201c-\u201f]", '"'))
-    ),
+    build_replace_step("[\u2018-\u201b\u02bc]", "'"),
+    build_replace_step("[\u201c-\u201f]", '"'),
 ]
 EMBEDDING_TOLERANCE = 1e-4  # largest difference per component between embeddings of the model and of an export
 
@@ -90,6 +99,16 @@ def write_tokenizer_json_with_normalizer(folder: Path, content: dict[str, Any], 
     write_text(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False))
 
 
+def read_publishable_settings(path: Path) -> dict[str, Any]:
+    """Read the settings of a tokenizer or processor, without absolute paths and how they were loaded on this machine.
+
+    Args:
+        path: JSON file with the settings.
+    """
+    settings = shorten_absolute_paths(read_json(path))
+    return {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
+
+
 def save_tokenizer_for_publication(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
     """Write the files of a tokenizer with its current settings, without absolute paths of this machine.
 
@@ -102,9 +121,7 @@ def save_tokenizer_for_publication(tokenizer: PreTrainedTokenizerBase, folder: P
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    settings = shorten_absolute_paths(read_json(path)) | {"model_input_names": tokenizer.model_input_names}
-    for name in ("is_local", "local_files_only"):
-        settings.pop(name, None)
+    settings = read_publishable_settings(path) | {"model_input_names": tokenizer.model_input_names}
     write_json(path, settings)
     return settings
 

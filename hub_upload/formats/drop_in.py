@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from capivara_common.files import read_json, write_json, write_text
@@ -28,36 +28,9 @@ from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_common.model_kinds import KINDS
 from capivara_common.privacy import get_publishable_model_or_dataset_name
 from capivara_common.weight_file import find_weight_files
-from hub_upload import formats
-from hub_upload.card_values import (
-    HUB_LICENSES,
-    MARKDOWN_TEMPLATES,
-    escape_value_for_markdown,
-    format_as_markdown_code_or_escaped_text,
-    select_code_example_inputs,
-)
-from hub_upload.formats import (
-    check_tensors,
-    compute_tensor_digests,
-    max_text_tokens,
-    onnx,
-    open_clip,
-    save_state_dict,
-    sentence_transformers,
-)
-from modeling_capivara.convert_open_clip import (
-    BASE_TEXT_MODEL,
-    to_capivara_state_dict,
-    to_open_clip_model_cfg,
-    to_open_clip_state_dict,
-)
-from modeling_capivara.loading import (
-    WEIGHTS_FILE,
-    load_memory_mapped_model,
-    load_memory_mapped_tensors,
-    load_processor,
-    read_card_metadata,
-)
+from hub_upload import card_values, formats
+from hub_upload.formats import onnx, open_clip, sentence_transformers
+from modeling_capivara import convert_open_clip, loading
 from modeling_capivara.two_towers import embedding_width
 
 METADATA_FILE = "drop_in.json"
@@ -93,15 +66,13 @@ def write_drop_in_text_encoder(
             two models is damaged.
     """
     base_folder = formats.resolve_compatible_base_folder(source, base)
-    if compute_tensor_digests(_load_text_encoder_tensors(source)) == compute_tensor_digests(
-        _load_text_encoder_tensors(base_folder)
-    ):
+    if _compute_text_encoder_digests(source) == _compute_text_encoder_digests(base_folder):
         raise ValueError(
             f"The text encoders of {source} and {base} are bit-identical, so there is nothing to replace. Give a model "
             "whose text encoder was trained."
         )
-    model, processor = load_memory_mapped_model(source, config), load_processor(source)
-    is_capivara, length = KINDS[config.model_type].is_native, max_text_tokens(processor)
+    model, processor = loading.load_memory_mapped_model(source, config), loading.load_processor(source)
+    is_capivara, length = KINDS[config.model_type].is_native, formats.max_text_tokens(processor)
     dense_folders = _write_text_encoder(model, folder)
     if is_capivara:
         _write_sentence_transformers_config(model, folder, dense_folders)
@@ -118,26 +89,23 @@ def write_drop_in_text_encoder(
         "unit_length": True,
     }
     write_json(folder / METADATA_FILE, metadata)
-    card = _render_card(
-        source, folder, metadata, repo_id, is_capivara=is_capivara, length=length, open_clip=has_open_clip,
-        model_type=config.model_type,
-    )  # fmt: skip
-    write_text(folder / "README.md", card)
+    write_text(folder / "README.md", _render_card(source, config, metadata, repo_id, length, has_open_clip))
     if (source / "LICENSE").is_file():
         shutil.copyfile(source / "LICENSE", folder / "LICENSE")
 
 
-def _load_text_encoder_tensors(folder: Path) -> dict[str, Tensor]:
-    """Load the tensors of a model's text encoder (text tower and text projection), memory-mapped.
+def _compute_text_encoder_digests(folder: Path) -> dict[str, tuple]:
+    """Compute a digest of each tensor of a model's text encoder (text tower and text projection).
 
     Args:
         folder: Folder of the whole model.
 
     Returns:
-        A dict {tensor name: tensor}.
+        The digests, from `compute_tensor_digests`.
     """
-    tensors = load_memory_mapped_tensors(find_weight_files(folder))
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER_PREFIXES)}
+    tensors = loading.load_memory_mapped_tensors(find_weight_files(folder))
+    text_tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER_PREFIXES)}
+    return formats.compute_tensor_digests(text_tensors)
 
 
 def _write_text_encoder(model: PreTrainedModel, folder: Path) -> list[str]:
@@ -156,9 +124,8 @@ def _write_text_encoder(model: PreTrainedModel, folder: Path) -> list[str]:
         ValueError: If a written tensor differs from the model.
     """
     model.text_model.save_pretrained(folder)
-    written = {
-        f"text_model.{name}": tensor for name, tensor in load_memory_mapped_tensors([folder / WEIGHTS_FILE]).items()
-    }
+    text_tower = loading.load_memory_mapped_tensors([folder / loading.WEIGHTS_FILE])
+    written = {f"text_model.{name}": tensor for name, tensor in text_tower.items()}
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layers = {name: layer for name, layer in layers.items() if name.startswith("text_projection")}
     dense_folders = [f"{number}_Dense" for number in range(2, 2 + len(layers))]
@@ -167,10 +134,11 @@ def _write_text_encoder(model: PreTrainedModel, folder: Path) -> list[str]:
         settings = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": False}
         settings["activation_function"] = OUTPUT_ACTIVATION if is_last else HIDDEN_ACTIVATION
         write_json(folder / dense_folder / "config.json", settings)
-        save_state_dict({"linear.weight": layer.weight}, folder / dense_folder / WEIGHTS_FILE)
-        written[f"{name}.weight"] = load_memory_mapped_tensors([folder / dense_folder / WEIGHTS_FILE])["linear.weight"]
+        weights_file = folder / dense_folder / loading.WEIGHTS_FILE
+        formats.save_state_dict({"linear.weight": layer.weight}, weights_file)
+        written[f"{name}.weight"] = loading.load_memory_mapped_tensors([weights_file])["linear.weight"]
     expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(TEXT_ENCODER_PREFIXES)}
-    check_tensors(folder / WEIGHTS_FILE, written, compute_tensor_digests(expected))
+    formats.check_tensors(folder / loading.WEIGHTS_FILE, written, formats.compute_tensor_digests(expected))
     return dense_folders
 
 
@@ -190,8 +158,7 @@ def _write_sentence_transformers_config(model: PreTrainedModel, folder: Path, de
     write_json(folder / "1_Pooling/config.json", pooling)
     classes = {"": "Transformer", "1_Pooling": "Pooling", **dict.fromkeys(dense_folders, "Dense")}
     classes[f"{len(classes)}_Normalize"] = "Normalize"
-    modules = [(path, f"{SENTENCE_TRANSFORMERS_MODELS}.{name}") for path, name in classes.items()]
-    sentence_transformers.write_sentence_transformers_pipeline_files(folder, modules)
+    sentence_transformers.write_sentence_transformers_pipeline_files(folder, SENTENCE_TRANSFORMERS_MODELS, classes)
     # The encoder is loaded without the pooler layer of transformers: mean pooling does not use it, and it would be
     # initialized at random, because the export has no weights for it.
     kwargs = {"model_args": {"add_pooling_layer": False}} if hasattr(model.text_model, "pooler") else {}
@@ -216,26 +183,25 @@ def _try_write_open_clip_weights(model: PreTrainedModel, source: Path, base: Pat
     """
     try:
         # Called only for its check: it raises a ValueError if the base model has other tensor names or shapes.
-        load_memory_mapped_model(base, model.config)
+        loading.load_memory_mapped_model(base, model.config)
         has_hf_text = KINDS[model.config.model_type].open_clip_layout == "hf_text"
         if has_hf_text:
-            to_open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
-            state = to_open_clip_state_dict(model)
+            convert_open_clip.to_open_clip_model_cfg(model.config, convert_open_clip.BASE_TEXT_MODEL)
+            state = convert_open_clip.to_open_clip_state_dict(model)
         else:
             open_clip.check_siglip_supported(model.config)
             # Writes the whole model to a temporary folder, because the comparison with open_clip needs both towers.
             with TemporaryDirectory(dir=folder) as temporary:
-                state = open_clip.write_open_clip_siglip(
-                    source, Path(temporary), get_publishable_model_or_dataset_name(str(source))
-                )
+                state = open_clip.write_open_clip_siglip(source, Path(temporary))
     except (ValueError, ImportError) as error:
         logger.info("The format open_clip is skipped: %s", error)
         return False
     text_state = {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}
-    save_state_dict(text_state, folder / OPEN_CLIP_TEXT_FILE)
+    formats.save_state_dict(text_state, folder / OPEN_CLIP_TEXT_FILE)
     if has_hf_text:
-        written = to_capivara_state_dict(state | load_memory_mapped_tensors([folder / OPEN_CLIP_TEXT_FILE]))
-        check_tensors(folder / OPEN_CLIP_TEXT_FILE, written, compute_tensor_digests(model.state_dict()))
+        written_text_state = loading.load_memory_mapped_tensors([folder / OPEN_CLIP_TEXT_FILE])
+        written = convert_open_clip.to_capivara_state_dict(state | written_text_state)
+        formats.check_tensors(folder / OPEN_CLIP_TEXT_FILE, written, formats.compute_tensor_digests(model.state_dict()))
     return True
 
 
@@ -260,38 +226,42 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: i
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def _render_card(source: Path, folder: Path, metadata: dict[str, Any], repo_id: str | None, **values: Any) -> str:
+def _render_card(
+    source: Path, config: PreTrainedConfig, metadata: dict[str, Any], repo_id: str | None, length: int, open_clip: bool
+) -> str:
     """Render the card (README.md) of an exported text encoder.
 
     The card says with which image embeddings the text encoder is compatible, and how each library loads it.
 
     Args:
         source: Folder of the model. Its card states the license, and its run.json the language.
-        folder: Folder of the export.
+        config: Configuration of the model.
         metadata: Content of drop_in.json.
         repo_id: Hub id that the code examples load. None: the examples load the current folder.
-        values: Further variables of the template: `is_capivara`, `length` (maximum number of tokens in a text),
-            `open_clip` (whether the file for open_clip was written) and `model_type`.
+        length: Maximum number of tokens in a text.
+        open_clip: Whether the file for open_clip was written.
 
     Returns:
         The text of the card.
     """
     # run.json names the language of the model. The card of a model without run.json has Portuguese examples.
-    model_card, language = read_card_metadata(source / "README.md"), "pt"
+    model_card, language = loading.read_card_metadata(source / "README.md"), "pt"
     if (source / "run.json").is_file():
         language = read_json(source / "run.json", config=dict)["config"]["language"]
-    library, *tags = (
-        ["sentence-transformers", "clip"] if values["is_capivara"] else ["transformers", values["model_type"]]
-    )
-    tags += ["sentence-transformers"] * values["is_capivara"] + ["onnx"] + ["open_clip"] * values["open_clip"]
-    license = model_card["license"] if model_card.get("license") in HUB_LICENSES else None
-    card_data = {"library_name": library, "license": license, "tags": ["capivara", *tags]}
-    texts = [f"{number} text in {escape_value_for_markdown(language)}" for number in ("a", "another")]
-    return MARKDOWN_TEMPLATES.get_template("drop_in.md.j2").render(
-        **metadata
-        | {name: format_as_markdown_code_or_escaped_text(metadata[name]) for name in ("model", "base", "image_digest")},
-        **values,
+    is_capivara = KINDS[config.model_type].is_native
+    library = "sentence-transformers" if is_capivara else "transformers"
+    tags = ["clip", library] if is_capivara else [config.model_type]
+    license = model_card["license"] if model_card.get("license") in card_values.HUB_LICENSES else None
+    card_data = {"library_name": library, "license": license}
+    card_data["tags"] = ["capivara", *tags, "onnx", *["open_clip"] * open_clip]
+    texts = [f"{number} text in {card_values.escape_value_for_markdown(language)}" for number in ("a", "another")]
+    names = ("model", "base", "image_digest")
+    return card_values.MARKDOWN_TEMPLATES.get_template("drop_in.md.j2").render(
+        metadata | {name: card_values.format_as_markdown_code_or_escaped_text(metadata[name]) for name in names},
         metadata=ModelCardData(pipeline_tag="feature-extraction", **card_data),
         repo_id=repo_id,
-        examples=select_code_example_inputs(language, texts)["texts"],
+        is_capivara=is_capivara,
+        length=length,
+        open_clip=open_clip,
+        examples=card_values.select_code_example_inputs(language, texts)["texts"],
     )

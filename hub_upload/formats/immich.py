@@ -26,16 +26,9 @@ from capivara_common.files import write_json
 from capivara_common.model_kinds import KINDS
 from hub_upload.formats import max_text_tokens, resolve_compatible_base_folder, write_tokenizer_json_with_normalizer
 from hub_upload.formats.onnx import check_difference, export_graph, open_session, weights_file
+from modeling_capivara import two_towers
 from modeling_capivara.convert_open_clip import to_preprocess_cfg
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import (
-    compute_image_embeds,
-    compute_text_embeds,
-    embedding_width,
-    pads_to_max_length,
-    random_images,
-    random_texts,
-)
 
 XLM_R_TOKENS, SIGLIP_2_TOKENS = 250_002, 256_000  # vocabulary sizes of the published models
 # Maps an architecture to the name of the model in Immich's list, immich_ml/models/constants.py. The key is a tuple:
@@ -86,9 +79,10 @@ class ImmichTower(nn.Module):
             (texts or images, width), unit length.
         """
         if image is not None:
-            return compute_image_embeds(self.model, image)
+            return two_towers.compute_image_embeds(self.model, image)
         ids = text.long()
-        return compute_text_embeds(self.model, ids, None if self.pad_id is None else (ids != self.pad_id).long())
+        mask = None if self.pad_id is None else (ids != self.pad_id).long()
+        return two_towers.compute_text_embeds(self.model, ids, mask)
 
 
 def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str | None = None) -> None:
@@ -110,18 +104,19 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
     if base is not None:
         resolve_compatible_base_folder(source, base)
     processor, is_capivara = load_processor(source), KINDS[config.model_type].is_native
+    width = two_towers.embedding_width(config)
     # These are the settings that Immich needs from config.json. The files that Immich publishes for SigLIP also contain
     # `"clean": "canonicalize"`, which makes Immich remove punctuation from texts. It is left out here, because the
     # model was trained with punctuation.
-    settings = {"embed_dim": embedding_width(config), "text_cfg": {"context_length": max_text_tokens(processor)}}
+    settings = {"embed_dim": width, "text_cfg": {"context_length": max_text_tokens(processor)}}
     write_json(folder / "config.json", settings)
     ids = _write_and_check_tokenizer(processor, folder / "textual", is_capivara)
     model = load_model(source).eval()
-    tower = ImmichTower(model, None if pads_to_max_length(processor) else processor.tokenizer.pad_token_id)
+    tower = ImmichTower(model, None if two_towers.pads_to_max_length(processor) else processor.tokenizer.pad_token_id)
     _write_and_check_graph(tower, "text", ids, folder / "textual/model.onnx")
     if base is None:
         steps = to_preprocess_cfg(processor.image_processor)
-        pictures = [image.convert("RGB") for image in random_images()]
+        pictures = [image.convert("RGB") for image in two_towers.random_images()]
         pixels = processor(images=pictures, return_tensors="np")["pixel_values"]
         write_json(folder / "visual/preprocess_cfg.json", {"size": [*pixels.shape[2:]], "mode": "RGB", **steps})
         _write_and_check_graph(tower, "image", [image[None] for image in pixels], folder / "visual/model.onnx")
@@ -129,7 +124,7 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
     logger.info(
         "Copy the folder to clip/NAME in Immich's model cache. NAME must be a model in Immich's list with an embedding "
         "width of %d; %s.",
-        embedding_width(config), f"for this architecture, it is {name}" if name else "none has this architecture",
+        width, f"for this architecture, it is {name}" if name else "none has this architecture",
     )  # fmt: skip
 
 
@@ -165,13 +160,12 @@ def _write_and_check_tokenizer(processor: ProcessorMixin, textual: Path, is_capi
 
     tokenizer, length = processor.tokenizer, max_text_tokens(processor)
     if not tokenizer.is_fast:
-        raise ValueError(
-            f"Immich needs a tokenizer.json, but a {type(tokenizer).__name__} has none. Use a fast tokenizer."
-        )
+        class_name = type(tokenizer).__name__
+        raise ValueError(f"Immich needs a tokenizer.json, but a {class_name} has none. Use a fast tokenizer.")
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     write_tokenizer_json_with_normalizer(textual, content | {"padding": None, "truncation": None}, is_capivara)
     write_json(textual / "tokenizer_config.json", {"pad_token": tokenizer.pad_token})
-    written, texts = Tokenizer.from_file(str(textual / "tokenizer.json")), ["um gato", *random_texts()]
+    written, texts = Tokenizer.from_file(str(textual / "tokenizer.json")), ["um gato", *two_towers.random_texts()]
     written.enable_padding(length=length, pad_token=tokenizer.pad_token, pad_id=tokenizer.pad_token_id)
     written.enable_truncation(max_length=length)
     ids = [np.array([written.encode(text).ids], np.int32) for text in texts]
@@ -195,7 +189,7 @@ def _write_and_check_graph(tower: ImmichTower, input_name: str, examples: list[n
         path: File to write.
 
     Raises:
-        ValueError: If an output differs by more than `EMBEDDING_TOLERANCE` of `hub_upload/formats/onnx.py`.
+        ValueError: If an output differs by more than `EMBEDDING_TOLERANCE`.
     """
     import onnx
 

@@ -13,7 +13,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,27 +23,17 @@ from transformers import PreTrainedModel
 
 from capivara_common.environment import package_versions
 from capivara_common.files import write_json
+from hub_upload.formats import EMBEDDING_TOLERANCE
+from modeling_capivara import two_towers
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.modeling_capivara import similarity_logits
-from modeling_capivara.two_towers import (
-    compute_image_embeds,
-    compute_text_embeds,
-    pad_batch,
-    pads_to_max_length,
-    random_images,
-    random_texts,
-    tokenize,
-)
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# Largest allowed difference, in any component, between the embeddings of the model and of its float32 graph. The usual
-# difference is 1e-7.
-EMBEDDING_TOLERANCE = 1e-4
-# Largest allowed difference of scores. It is larger than the tolerance of embeddings, because scores are cosines times
-# the logit scale, which may be up to 100.
+# Largest allowed difference of scores between the model and its float32 graph. It is larger than the tolerance of
+# embeddings (their usual difference is 1e-7), because scores are cosines times the logit scale, which may be up to 100.
 SCORE_TOLERANCE = 1e-3
 # Only matrix products and token embeddings are quantized to int8; they are most of a multilingual text tower.
 # Convolutions stay float32: with int8 convolutions, embeddings of EfficientNet-Lite0 become unusable (lowest cosine
@@ -101,9 +90,9 @@ class EmbeddingGraph(nn.Module):
         model, results = self.model, {}
         if pixel_values is not None:
             pixel_values = pixel_values.to(next(model.vision_model.parameters()).dtype)
-            results["image_embeds"] = compute_image_embeds(model, pixel_values)
+            results["image_embeds"] = two_towers.compute_image_embeds(model, pixel_values)
         if input_ids is not None:
-            results["text_embeds"] = compute_text_embeds(model, input_ids, attention_mask)
+            results["text_embeds"] = two_towers.compute_text_embeds(model, input_ids, attention_mask)
         if len(results) == 2:
             scale, bias = model.logit_scale, getattr(model, "logit_bias", None)
             results["logits_per_text"] = similarity_logits(results["text_embeds"], results["image_embeds"], scale, bias)
@@ -136,32 +125,25 @@ def write_onnx(
     model, processor, onnx = load_model(source or folder).eval(), load_processor(source or folder), folder / "onnx"
     # The graphs are compared with the model on a batch of six images and texts, and on a batch of one. The exporter
     # sees three images and two texts, so the comparison also shows whether a graph works for other batch sizes.
-    pictures = [image.convert("RGB") for image in random_images()]  # some processors don't convert to RGB
-    batches = [
-        pad_batch(processor, tokenize(processor, random_texts()[:n]))
-        | {"pixel_values": processor(images=pictures[:n], return_tensors="pt")["pixel_values"]}
-        for n in (6, 1)
-    ]
+    pictures = [image.convert("RGB") for image in two_towers.random_images()]  # some processors don't convert to RGB
+    pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    tokenized = two_towers.tokenize(processor, two_towers.random_texts())
+    batches = [two_towers.pad_batch(processor, tokenized[:n]) | {"pixel_values": pixels[:n]} for n in (6, 1)]
     with torch.inference_mode():
         expected = [model(**batch) for batch in batches]
     images, texts, tokens = (torch.export.Dim(name, min=1) for name in ("images", "texts", "tokens"))
-    length = {} if pads_to_max_length(processor) else {1: tokens}
+    # The example texts have at most 7 tokens, unless the model needs the full length.
+    length, token_count = ({}, None) if two_towers.pads_to_max_length(processor) else ({1: tokens}, 7)
     shapes = {key: {0: images} if key in IMAGE_INPUTS else {0: texts} | length for key in batches[0]}
-    example = {
-        key: values[:3] if key in IMAGE_INPUTS else values[:2, : 7 if length else None]
-        for key, values in batches[0].items()
-    }
+    example = {key: rows[:3] if key in IMAGE_INPUTS else rows[:2, :token_count] for key, rows in batches[0].items()}
     onnx.mkdir()
     paths = []
     for precision in precisions:
         if precision == "float16":
-            # The logit scale and bias stay float32, because rounding them would change all scores.
-            scalars = {
-                name: value.data.clone() for name, value in model.named_parameters() if name.startswith("logit_")
-            }
-            model.half()
-            for key, value in scalars.items():
-                getattr(model, key).data = value
+            # The logit scale and bias, which are parameters of the model itself, stay float32, because rounding them
+            # would change all scores.
+            for module in model.children():
+                module.half()
         for name in graphs:
             inputs, outputs = GRAPH_SIGNATURES[name]
             paths.append(onnx / f"{name}{PRECISION_SUFFIXES[precision]}.onnx")
@@ -173,10 +155,8 @@ def write_onnx(
             export_graph(EmbeddingGraph(model, outputs), example_inputs, outputs, paths[-1], dynamic_shapes)
     del model  # frees memory before the graphs are loaded
     measurements = {path.name: _measure_size_and_accuracy(path, batches, expected) for path in paths}
-    versions = {**package_versions(), **{name: version(name) for name in ONNX_PACKAGES}}
-    write_json(
-        onnx / "quantisation.json", {"method": QUANTIZATION_METHOD, "graphs": measurements, "versions": versions}
-    )
+    report = {"method": QUANTIZATION_METHOD, "graphs": measurements, "versions": package_versions(*ONNX_PACKAGES)}
+    write_json(onnx / "quantisation.json", report)
 
 
 def open_session(path: Path) -> "InferenceSession":
@@ -269,13 +249,8 @@ def _quantize_weights(source: Path, target: Path) -> None:
         quantize_dynamic(source, target, op_types_to_quantize=["Gather"], **unsigned)
         # At accuracy level 4, onnxruntime quantizes not only the weights but also the activations, so that it can
         # compute the products with 8-bit integers.
-        quantizer = MatMulNBitsQuantizer(
-            onnx.load(target),
-            bits=8,
-            block_size=QUANTIZATION_BLOCK_SIZE,
-            accuracy_level=4,
-            op_types_to_quantize=("MatMul",),
-        )
+        options = {"bits": 8, "block_size": QUANTIZATION_BLOCK_SIZE, "accuracy_level": 4}
+        quantizer = MatMulNBitsQuantizer(onnx.load(target), op_types_to_quantize=("MatMul",), **options)
         quantizer.process()
         onnx.save(quantizer.model.model, target, save_as_external_data=True, location=weights_file(target).name)
 
@@ -348,8 +323,7 @@ def _silence_logs_and_warnings() -> Iterator[None]:
     disabled, level, handlers = root.manager.disable, root.level, root.handlers[:]
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(disabled)

@@ -18,17 +18,9 @@ from capivara_common.environment import require_packages
 from capivara_common.files import write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 from capivara_common.model_kinds import KINDS
+from capivara_common.privacy import get_publishable_model_or_dataset_name
 from hub_upload.formats import check_embedding_difference, save_state_dict
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
-from modeling_capivara.convert_open_clip import (
-    BASE_TEXT_MODEL,
-    BASE_TEXT_NAMES,
-    new_open_clip_model,
-    to_capivara_state_dict,
-    to_open_clip_model_cfg,
-    to_open_clip_state_dict,
-    to_preprocess_cfg,
-)
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, convert_open_clip
 from modeling_capivara.loading import build_save_only_model_from_tensors, load_model, load_processor
 from modeling_capivara.two_towers import compute_image_embeds, compute_text_embeds, pad_batch, random_texts, tokenize
 
@@ -65,11 +57,11 @@ def choose_and_check_text_config_id(config: CapivaraConfig, text_config: str | N
     # The default text tower of a `CapivaraConfig` is XLM-RoBERTa base, so its configuration need not be downloaded.
     base = CapivaraConfig().text_config
     if text_config is None:
-        return None if _describe_config_differences(config.text_config, base) else BASE_TEXT_MODEL
+        return None if _describe_config_differences(config.text_config, base) else convert_open_clip.BASE_TEXT_MODEL
     try:
         if Path(text_config).is_dir():
             raise ValueError("the path is a folder, but users of the model need a Hub id")
-        is_base = text_config in BASE_TEXT_NAMES
+        is_base = text_config in convert_open_clip.BASE_TEXT_NAMES
         hub_config = base if is_base else AutoConfig.from_pretrained(text_config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -110,12 +102,13 @@ def build_open_clip_config(
             "text tower differs%s. Publish its config.json on the Hub and pass the id with --text_config.", vocabulary,
         )  # fmt: skip
         return None
-    preprocess_cfg = to_preprocess_cfg(image_processor)
-    model_cfg = to_open_clip_model_cfg(config, source, dict(image_processor.size)["shortest_edge"])
+    preprocess_cfg = convert_open_clip.to_preprocess_cfg(image_processor)
+    model_cfg = convert_open_clip.to_open_clip_model_cfg(config, source, dict(image_processor.size)["shortest_edge"])
     if find_spec("open_clip"):
         try:
             with torch.device("meta"):
-                tensors = to_capivara_state_dict(new_open_clip_model(config).state_dict())
+                theirs = convert_open_clip.new_open_clip_model(config)
+                tensors = convert_open_clip.to_capivara_state_dict(theirs.state_dict())
                 build_save_only_model_from_tensors(tensors, config, "Its tensors")
         # The tensors don't fit, for example, for a few timm image towers whose output has another width in open_clip.
         except (RuntimeError, ValueError) as error:
@@ -164,14 +157,10 @@ def check_siglip_supported(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"open_clip's format supports CAPIVARA and SigLIP only, but this is a {config.model_type} model."
         )
-    if (
-        _tower_sizes(config) not in TIMM_TOWERS
-        or config.text_config.hidden_size % config.text_config.num_attention_heads
-    ):
+    sizes, text = _tower_sizes(config), config.text_config
+    if sizes not in TIMM_TOWERS or text.hidden_size % text.num_attention_heads:
         known = ", ".join(map(str, TIMM_TOWERS))
-        raise ValueError(
-            f"open_clip has no SigLIP with (width, layers, patch size) {_tower_sizes(config)}. It has {known}."
-        )
+        raise ValueError(f"open_clip has no SigLIP with (width, layers, patch size) {sizes}. It has {known}.")
     require_packages("open_clip's format", "open-clip", "open_clip")
 
 
@@ -187,7 +176,7 @@ def _tower_sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
     return config.vision_config.hidden_size, config.vision_config.num_hidden_layers, config.vision_config.patch_size
 
 
-def write_open_clip_siglip(source: Path, folder: Path, tokenizer_repository: str) -> dict[str, Tensor]:
+def write_open_clip_siglip(source: Path, folder: Path, repo_id: str | None = None) -> dict[str, Tensor]:
     """Write a SigLIP model in open_clip's format, and check that open_clip computes the same embeddings.
 
     Call `check_siglip_supported` first.
@@ -195,7 +184,8 @@ def write_open_clip_siglip(source: Path, folder: Path, tokenizer_repository: str
     Args:
         source: Folder of the model.
         folder: Folder to write to.
-        tokenizer_repository: Hub id from which open_clip loads the tokenizer.
+        repo_id: Hub id under which the model will be published, from which open_clip loads the tokenizer. None: the
+            name of the model's folder stands in for the Hub id.
 
     Returns:
         The written weights as a dict {tensor name in open_clip: tensor of the model}.
@@ -205,6 +195,7 @@ def write_open_clip_siglip(source: Path, folder: Path, tokenizer_repository: str
     """
     model, processor = load_model(source).eval(), load_processor(source)
     vision, text = model.config.vision_config, model.config.text_config
+    tokenizer_name = repo_id or get_publishable_model_or_dataset_name(str(source))
     timm_name = f"{TIMM_TOWERS[_tower_sizes(model.config)]}_{vision.image_size}"
     vision_cfg = {"image_size": vision.image_size, "timm_model_name": timm_name}
     vision_cfg |= {"timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
@@ -212,16 +203,16 @@ def write_open_clip_siglip(source: Path, folder: Path, tokenizer_repository: str
         "context_length": text.max_position_embeddings, "vocab_size": text.vocab_size, "width": text.hidden_size,
         "heads": text.num_attention_heads, "layers": text.num_hidden_layers, "no_causal_mask": True, "proj_bias": True,
         "pool_type": "last", "norm_kwargs": {"eps": text.layer_norm_eps}, "act_kwargs": {"approximate": "tanh"},
-        "mlp_ratio": text.intermediate_size / text.hidden_size, "hf_tokenizer_name": tokenizer_repository,
+        "mlp_ratio": text.intermediate_size / text.hidden_size, "hf_tokenizer_name": tokenizer_name,
         # open_clip may clean up white space, but must not convert texts to lowercase. If a model needs lowercase texts,
         # its tokenizer converts them.
         "tokenizer_kwargs": {"clean": "whitespace"},
     }  # fmt: skip
     model_cfg = {"embed_dim": text.projection_size, "init_logit_bias": model.logit_bias.item(), "custom_text": True}
     model_cfg |= {"vision_cfg": vision_cfg, "text_cfg": text_cfg}
-    state = to_open_clip_state_dict(model)
+    state = convert_open_clip.to_open_clip_state_dict(model)
     save_state_dict(state, folder / OPEN_CLIP_WEIGHTS_FILE)
-    preprocess_cfg = to_preprocess_cfg(processor.image_processor)
+    preprocess_cfg = convert_open_clip.to_preprocess_cfg(processor.image_processor)
     write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
     _check_open_clip_embeddings(model, processor, folder)
     return state

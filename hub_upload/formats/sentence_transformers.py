@@ -29,10 +29,8 @@ def write_sentence_transformers_config(folder: Path, processor: ProcessorMixin) 
         folder: Folder of the export, which already has the files for transformers.
         processor: Processor of the model.
     """
-    modules = [("", "transformer.Transformer"), ("1_Normalize", "normalize.Normalize")]
-    write_sentence_transformers_pipeline_files(
-        folder, [(path, f"{SENTENCE_TRANSFORMERS_MODULES}.{name}") for path, name in modules]
-    )
+    classes = {"": "transformer.Transformer", "1_Normalize": "normalize.Normalize"}
+    write_sentence_transformers_pipeline_files(folder, SENTENCE_TRANSFORMERS_MODULES, classes)
     settings = {
         "transformer_task": "feature-extraction",
         # Without these entries, Sentence Transformers 6 would silently treat the model as a text encoder.
@@ -79,17 +77,17 @@ def check_sentence_transformers_embeddings(source: Path, folder: Path) -> None:
     check_embedding_difference("sentence-transformers", [(ours, torch.from_numpy(theirs))])
 
 
-def write_sentence_transformers_pipeline_files(folder: Path, module_types: list[tuple[str, str]]) -> None:
+def write_sentence_transformers_pipeline_files(folder: Path, package: str, classes: dict[str, str]) -> None:
     """Write modules.json and config_sentence_transformers.json, from which Sentence Transformers builds its pipeline.
 
     Args:
         folder: Folder to write to.
-        module_types: A tuple (subfolder, class name with package) for each module of the pipeline, in the order of
-            execution.
+        package: Python package that holds the classes of the modules.
+        classes: Dict {subfolder: class name} with the modules of the pipeline, in the order of execution.
     """
     modules = [
-        {"idx": index, "name": str(index), "path": path, "type": class_name}
-        for index, (path, class_name) in enumerate(module_types)
+        {"idx": index, "name": str(index), "path": path, "type": f"{package}.{class_name}"}
+        for index, (path, class_name) in enumerate(classes.items())
     ]
     write_json(folder / "modules.json", modules)
     # Library versions are not written. If they were, users with an older release of Sentence Transformers 6 would see a

@@ -30,13 +30,13 @@ NORMALIZER_TYPES = (
     *("BertNormalizer", "Precompiled", "Sequence", "Replace", "NFC", "NFD", "NFKC", "NFKD"),
     *("Strip", "StripAccents", "Lowercase", "Prepend"),
 )
-# Replacements for the normalizer type `Nmt`, which transformers.js does not support: pattern -> replacement. They
-# remove control characters and turn other white space into spaces, as `do_nmt` does in normalizers/unicode.rs of the
-# tokenizers library.
-NMT_REPLACEMENTS = {
-    r"[\u0001-\u0008\u000B\u000E-\u001F\u007F\u008F\u009F]": "",
-    r"[\u0009\u000A\u000C\u000D\u1680\u200B-\u200F\u2028\u2029\u2581\uFEFF\uFFFD]": " ",
-}
+# Steps that replace a normalizer of the type `Nmt`, which transformers.js does not support. They remove control
+# characters and turn other white space into spaces, as `do_nmt` does in normalizers/unicode.rs of the tokenizers
+# library.
+NMT_STEPS = [
+    formats.build_replace_step(r"[\u0001-\u0008\u000B\u000E-\u001F\u007F\u008F\u009F]", ""),
+    formats.build_replace_step(r"[\u0009\u000A\u000C\u000D\u1680\u200B-\u200F\u2028\u2029\u2581\uFEFF\uFFFD]", " "),
+]
 # PIL's number of the LANCZOS resize filter. The bicubic filter of transformers.js skips pixels when it makes images
 # smaller. The LANCZOS filter does not, and its result is closest to that of the model's image processor in Python. In a
 # browser, this setting has no effect, because the canvas resizes the images.
@@ -115,11 +115,7 @@ def _convert_normalizer(normalizer: dict[str, Any] | None) -> dict[str, Any] | N
     if normalizer["type"] == "Sequence":
         return normalizer | {"normalizers": [_convert_normalizer(step) for step in normalizer["normalizers"]]}
     if normalizer["type"] == "Nmt":
-        steps = [
-            {"type": "Replace", "pattern": {"Regex": pattern}, "content": replacement}
-            for pattern, replacement in NMT_REPLACEMENTS.items()
-        ]
-        return {"type": "Sequence", "normalizers": steps}
+        return {"type": "Sequence", "normalizers": NMT_STEPS}
     if normalizer["type"] not in NORMALIZER_TYPES:
         raise ValueError(
             f"transformers.js does not support the normalizer {normalizer['type']} in tokenizer.json, so the model "

@@ -22,7 +22,7 @@ from capivara_search.index import PictureIndex
 from capivara_search.models import resolve_search_model
 from capivara_search.page.server import DEFAULT_PORT, Credit
 from capivara_search.table import FOLDER_KEY_PREFIX, PictureTable
-from hub_upload.upload_checks import TOKENIZER_FILES, check_file_for_secrets, check_model_files, check_paths
+from hub_upload import upload_checks
 from modeling_capivara.loading import read_card_metadata
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
@@ -32,10 +32,7 @@ PROGRAM_SUFFIXES = (".py", ".html", ".css", ".js", ".svg", ".json", ".txt", ".ya
 STORAGE_PREFIXES = ("s3://", "gs://", "az://")  # URIs of indexes in cloud storage
 # Python packages that the search page needs in addition to the packages that the model needs.
 PAGE_PACKAGES = ("jinja2", "lancedb", "pillow-heif", "starlette", "threadpoolctl", "uvicorn")
-SPACE_MODEL_FILES = (
-    *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES),
-    *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
-)
+SPACE_MODEL_FILES = ("config.json", *upload_checks.PROCESSOR_FILES, *upload_checks.WEIGHT_FILES)
 SPACE_TITLE = "CAPIVARA: busca em português"
 # Front matter of the Space's README.md that sets its appearance in the Hub's list of Spaces.
 SPACE_CARD_STYLE = {"emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "pinned": False}
@@ -78,8 +75,7 @@ def read_picture_credit_from_card(folder: Path) -> Credit:
         license or attribution that is not stated is "".
     """
     metadata = read_card_metadata(folder / "README.md")
-    keys = ("pretty_name", "license", "attribution")
-    values = [metadata.get(key) for key in keys]
+    values = [metadata.get(key) for key in ("pretty_name", "license", "attribution")]
     name, license, attribution = (value if isinstance(value, str) else "" for value in values)
     return Credit(name or folder.resolve().name, license, attribution)
 
@@ -183,13 +179,8 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
             )
         pinned = _get_required_package_versions(model)
         write_text(output / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in pinned.items()))
-        values = {
-            "title": SPACE_TITLE,
-            "model": repr(model_location),
-            "credit": repr(credit),
-            "port": DEFAULT_PORT,
-            "pinned": pinned,
-        }
+        values = {"title": SPACE_TITLE, "port": DEFAULT_PORT, "pinned": pinned}
+        values |= {"model": repr(model_location), "credit": repr(credit)}
         for name in ("app.py", "Dockerfile"):
             template = jinja2.Template((TEMPLATE_FOLDER / f"{name}.jinja").read_text(encoding="utf-8"))
             write_text(output / name, template.render(values) + "\n")
@@ -199,19 +190,13 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
         card_data["license"] = licenses.pop() if len(licenses) == 1 else "other"
         card_data |= {"title": SPACE_TITLE, "short_description": "Busca de imagens com palavras em português"}
         card_data["models"] = None if Path(model).is_dir() else [model]
-        write_space_card(
-            output,
-            "space",
-            card_data,
-            name=get_publishable_model_or_dataset_name(model),
-            credit=credit,
-            model_license=model_license,
-        )
+        model_name = get_publishable_model_or_dataset_name(model)
+        write_space_card(output, "space", card_data, name=model_name, credit=credit, model_license=model_license)
         # These two files contain texts from the cards of the model and the pictures, which may contain secrets or
         # paths.
         for name in ("README.md", "app.py"):
-            check_file_for_secrets(output / name, name)
-            check_paths(output / name, name)
+            upload_checks.check_file_for_secrets(output / name, name)
+            upload_checks.check_paths(output / name, name)
 
 
 def write_space_card(folder: Path, template: str, card_data: dict[str, Any], **values: Any) -> None:
@@ -286,5 +271,5 @@ def _copy_local_model(model: str, space_folder: Path) -> str:
     target = Path("models", get_publishable_model_or_dataset_name(model))
     for file in (file for pattern in SPACE_MODEL_FILES for file in source.glob(pattern)):
         copy_file(file, space_folder / target / file.name)
-    check_model_files(space_folder / target)
+    upload_checks.check_model_files(space_folder / target)
     return str(target)

@@ -82,26 +82,21 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
         digest = hashlib.sha256(b"".join(digests)).hexdigest()[:16]
         for name in PAGE_MODEL_FILES:
             copy_file(repository / name, output / "model" / digest / name)
-        size = sum(
-            path.stat().st_size for path in (*output.glob("model/**/*.*"), output / "library" / "onnxruntime.wasm")
-        )
-        page_model = {
-            "id": digest,
-            "name": get_publishable_model_or_dataset_name(model),
-            "megabytes": round(size / 1e6),
-        }
-        page_model["side"] = read_json(repository / "preprocessor_config.json")["size"]["shortest_edge"]
+        downloads = (*output.glob("model/**/*.*"), output / "library" / "onnxruntime.wasm")
+        megabytes = round(sum(path.stat().st_size for path in downloads) / 1e6)
+        model_name = get_publishable_model_or_dataset_name(model)
+        side = read_json(repository / "preprocessor_config.json")["size"]["shortest_edge"]
+        page_model = {"id": digest, "name": model_name, "megabytes": megabytes, "side": side}
         for path in (server.PAGE_FOLDER / "static").iterdir():
             copy_file(SOURCE_SCRIPT if path.name == SOURCE_SCRIPT.name else path, output / "static" / path.name)
         copy_file(CODE_ROOT / "LICENSE", output / "LICENSE")
         for language, (page, *_) in PAGE_FILES.items():
             write_text(output / page, render_static_page(language, page_model))
         license = read_model_license(source)
-        models = None if Path(model).is_dir() else [page_model["name"]]
+        models = None if Path(model).is_dir() else [model_name]
         version = read_json(library / LIBRARY_PACKAGE / "package.json", version=str)["version"]
         card_data = SPACE_CARD_DATA | {"models": models, "license": license or "other"}
-        values = {"name": page_model["name"], "model_license": license, "version": version}
-        write_space_card(output, "static", card_data, **values)
+        write_space_card(output, "static", card_data, name=model_name, model_license=license, version=version)
         for path in (*output.glob("*.*"), *output.glob("static/*")):
             check_file_for_secrets(path, path.name)
             check_paths(path, path.name)
