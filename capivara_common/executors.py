@@ -193,14 +193,11 @@ def _run_step_locally(step: PhaseStep, args: ExecutorArguments) -> LocalPipeline
         context.set_forkserver_preload([name for name in sys.modules if name.startswith(step.package) and name != main])
     # Workers are daemons, so that Ctrl-C ends them. The environment is passed explicitly, because the fork server may
     # have been started earlier, with other environment variables.
-    processes = [
-        context.Process(
-            target=_run_tasks_in_worker, args=(executor, index, workers, gpu, dict(os.environ)), daemon=True
-        )
-        for index, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False)
-    ]
-    for process in processes:
-        process.start()
+    processes = []
+    for index, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False):
+        arguments = (executor, index, workers, gpu, dict(os.environ))
+        processes.append(context.Process(target=_run_tasks_in_worker, args=arguments, daemon=True))
+        processes[-1].start()
     for process in processes:
         process.join()
     return executor

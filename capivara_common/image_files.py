@@ -423,11 +423,8 @@ def _read_file_bytes(
             raise PermissionError("paths are not followed here; the row must contain the bytes")
         if "://" in path:
             raise PermissionError("a URL, which is not downloaded")
-        inside = [
-            file
-            for file in (*(folder / path for folder in allowed_folders.folders), Path(path))
-            if allowed_folders.contains(file)
-        ]
+        files = [*(folder / path for folder in allowed_folders.folders), Path(path)]
+        inside = [file for file in files if allowed_folders.contains(file)]
         if not inside:
             raise PermissionError("lies outside the dataset's folder; allow other folders with --image_roots")
         existing = next((file for file in inside if file.is_file()), inside[0])

@@ -29,7 +29,6 @@ import numpy as np
 import pyarrow as pa
 
 from capivara_common.cli import make_coded_error
-from capivara_common.embedding_store import embed_batch_except_bad_images
 from capivara_common.image_files import DECODER_THREADS, BadImage
 from capivara_search.duplicates import compute_color_signature
 from capivara_search.folder_scan import RETRYABLE_REASONS, FileState, find_pictures_and_unreadable_files
@@ -370,7 +369,7 @@ class IndexWriter:
             self.progress(self.reported, len(self.plan.files))
             self.embed = self.model.tune_image_embedding(len(self.plan.files), self.batch_size)
         if new:
-            vectors |= dict(zip(new, embed_batch_except_bad_images(list(new.values()), self.embed), strict=True))
+            vectors |= zip(new, self.embed(list(new.values())), strict=True)
         self.report.embedded += len(new)
         for file, picture in pictures.items():
             self._add_row(file, picture, vectors[picture.digest])
@@ -577,9 +576,7 @@ def embed_files_without_indexing(
     vectors, read = {}, _make_reader(model, [os.path.realpath(folder)])
     for batch in prefetch_pictures(files, read, CLASSIFY_BATCH_SIZE):
         pictures = {file.path: result.image for file, result in batch if isinstance(result, Picture)}
-        vectors |= dict(
-            zip(pictures, embed_batch_except_bad_images(list(pictures.values()), model.embed_images), strict=True)
-        )
+        vectors |= zip(pictures, model.embed_images(list(pictures.values())), strict=True)
     return vectors
 
 
