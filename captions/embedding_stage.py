@@ -113,9 +113,9 @@ def embed_images_of_rows(
     """
     digests = [blake2b(row[args.image_column]["bytes"], digest_size=16).hexdigest() for row in rows]
     images = [
-        view
+        _make_view_or_bad_image(row[DECODED_KEY], digest, view, args)
         for row, digest in zip(rows, digests, strict=True)
-        for view in _get_image_or_augmented_views(row, digest, args)
+        for view in range(args.views)
     ]
     vectors = embed_batch_except_bad_images(images, embed, skip_refused=True)
     results: list[dict[str, Any] | BadRow] = []
@@ -130,19 +130,19 @@ def embed_images_of_rows(
     return results
 
 
-def _get_image_or_augmented_views(
-    row: dict[str, Any], digest: str, args: EmbedArguments
-) -> list[Image.Image | BadImage]:
-    """Return the images to embed for a row: the image itself, or `args.views` randomly augmented copies.
+def _make_view_or_bad_image(image: Image.Image, digest: str, view: int, args: EmbedArguments) -> Image.Image | BadImage:
+    """Return the image itself or, if `args.views` is above 1, an augmented copy. If this fails, return a BadImage.
 
-    If the image can't be augmented, a list with `args.views` times the same BadImage is returned.
+    Args:
+        image: Decoded image of a row.
+        digest: Digest of the image file.
+        view: Number of the augmented copy.
+        args: Flags of the stage.
     """
-    if args.views == 1:
-        return [row[DECODED_KEY]]
     try:
-        return [make_augmented_view(row[DECODED_KEY], digest, view, args.seed) for view in range(args.views)]
+        return image if args.views == 1 else make_augmented_view(image, digest, view, args.seed)
     except ValueError as error:
-        return [BadImage("unreadable image", str(error))] * args.views
+        return BadImage("unreadable image", str(error))
 
 
 def main(argv: list[str] | None = None) -> None:

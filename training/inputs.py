@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -131,10 +131,8 @@ class PairDataset:
             if self.augmented_views != 1:
                 image = make_augmented_view(image, self.table[pair]["digest"], view, self.seed)
             return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-        except BadImage as bad:
-            return bad
         except ValueError as error:
-            return BadImage("unreadable image", str(error))
+            return error if isinstance(error, BadImage) else BadImage("unreadable image", str(error))
 
     @cached_property
     def vectors(self) -> Dataset | None:
@@ -291,9 +289,8 @@ def _open_and_check_splits(args: RunArguments) -> Splits:
         ValueError: If a split or column is missing, or there are too few rows for a batch. The message about a missing
             split or column names the flags that choose splits and columns.
     """
-    requested = [
-        (name, args.train_split, _list_training_caption_columns(args), args.augmented_views) for name in args.dataset
-    ]
+    train_columns = _list_training_caption_columns(args)
+    requested = [(name, args.train_split, train_columns, args.augmented_views) for name in args.dataset]
     evaluated = [(args.validation_split, args.language), *((args.test_split, code) for code in args.eval_languages)]
     requested += [(args.evaluation_dataset, split, [_get_caption_column(args, code)], 1) for split, code in evaluated]
     splits: Splits = {}
@@ -385,9 +382,7 @@ def load_evaluation_pairs(
     pairs, split = {}, splits[args.evaluation_dataset, name]
     for language in languages:
         column = _get_caption_column(args, language)
-        table = load_or_build_pair_table(
-            split, [column], lambda row, c=column: _require_nonempty_captions(row[c]), {"whole": column}
-        )
+        table = load_or_build_pair_table(split, [column], partial(_get_nonempty_captions, column), {"whole": column})
         pairs[language] = PairDataset(split, table, processor, seed=args.seed)
         _check_no_bad_rows(pairs[language])
     return pairs
@@ -403,8 +398,9 @@ def _get_caption_column(args: RunArguments, language: str) -> str:
     return args.caption_column.replace("{language}", language)
 
 
-def _require_nonempty_captions(texts: list[str]) -> list[str]:
-    """Return the captions of a row unchanged. Raises ValueError if a caption is empty or not a text."""
+def _get_nonempty_captions(column: str, row: dict) -> list[str]:
+    """Return all captions in a column of a row. Raises ValueError if a caption is empty or not a text."""
+    texts = row[column]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         # The caller adds the number of the row to this message.
         raise ValueError(f"an empty caption in {texts!r}")
@@ -485,11 +481,9 @@ def prefetch_pixels(
         An iterator over the batches. A batch is a list that has for each image the pixels, (3, height, width), or a
         `BadImage` if the image can't be used.
     """
-    options = {}
     # Workers are started with "spawn". A forked process would inherit the locks of torch's threads and could wait for
     # them forever.
-    if workers:
-        options = {"multiprocessing_context": "spawn", "prefetch_factor": 4}
+    options = {"multiprocessing_context": "spawn", "prefetch_factor": 4} if workers else {}
     dataset = _ViewDataset(training)
     return iter(DataLoader(dataset, batch_sampler=items, num_workers=workers, collate_fn=list, **options))
 
@@ -576,8 +570,8 @@ def open_image_embedding_store(
         "augmentation": describe_augmentation(pairs.seed) if pairs.augmented_views != 1 else None,
         "precision": precision,
     }
-    is_default = args.image_embedding_cache in ("auto", "off")
-    root = cache_home() / "image_embeddings" if is_default else Path(args.image_embedding_cache)
+    folder = args.image_embedding_cache
+    root = cache_home() / "image_embeddings" if folder == "auto" else Path(folder)
     return EmbeddingStore(root, settings, args.embedding_batch_size, np.float16)
 
 
