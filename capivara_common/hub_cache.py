@@ -94,10 +94,8 @@ def find_cached_model(repo_id: str, revision: str | None = None) -> Path | None:
         copy. None if the model is not completely cached.
     """
     snapshot = _find_cached_hub_snapshot(repo_id, "config.json", revision)
-    if snapshot and is_complete_model(snapshot):
-        return snapshot
-    folder = _get_hub_model_conversion_folder(repo_id, revision or DEFAULT_BRANCH)
-    return folder if is_complete_model(folder) else None
+    converted = _get_hub_model_conversion_folder(repo_id, revision or DEFAULT_BRANCH)
+    return next((folder for folder in (snapshot, converted) if folder and is_complete_model(folder)), None)
 
 
 def is_model_reachable(repo_id: str) -> bool:

@@ -101,13 +101,11 @@ def load_images_with_prompt_class_labels(
     else:
         opened = open_split(source, split, image_column or "image", image_roots, max_pixels)
     opened = opened.limited(limit)
-    rows = opened.data
+    rows, features = opened.data, opened.features
     if opened.is_embedded:
         image_column = opened.image_column
     if image_column is None:
-        image_columns = [
-            name for name, feature in rows.features.items() if isinstance(feature, Image) or name == "image"
-        ]
+        image_columns = [name for name in features if isinstance(features[name], Image) or name == "image"]
         if len(image_columns) != 1:
             raise ValueError(
                 f"{source} has {len(image_columns)} image columns among {rows.column_names}; choose one with "
@@ -116,11 +114,10 @@ def load_images_with_prompt_class_labels(
         image_column = image_columns[0]
     label_column = label_column or next((name for name in LABEL_COLUMNS if name in rows.column_names), "label")
     opened.check_columns([image_column, label_column])
-    feature = getattr(rows.features[label_column], "feature", rows.features[label_column])
+    feature = getattr(features[label_column], "feature", features[label_column])
     names = feature.names if isinstance(feature, ClassLabel) else _read_or_download_class_names(source)
-    mapping = (
-        _map_labels_to_prompt_classes(names, class_names, source) if names else dict(enumerate(range(len(class_names))))
-    )
+    all_classes = range(len(class_names))
+    mapping = _map_labels_to_prompt_classes(names, class_names, source) if names else dict(enumerate(all_classes))
     labels = rows[label_column][:]
     label_lists = [label if isinstance(label, list) else [label] for label in labels]
     if kinds := {type(x).__name__ for label in label_lists for x in label} - {"int"}:
@@ -130,7 +127,7 @@ def load_images_with_prompt_class_labels(
             f"{source}: labels must be at least 0 and less than the number of class names, {len(mapping)}, got "
             f"{sorted(outside)[:10]}. Add the missing class names, or remove the rows with these labels."
         )
-    selected = range(len(class_names)) if class_indices is None else class_indices
+    selected = all_classes if class_indices is None else class_indices
     positions = {index: position for position, index in enumerate(selected)}
     classes = [[positions.get(mapping[x]) for x in label] for label in label_lists]
     kept_rows = [row for row, row_classes in enumerate(classes) if None not in row_classes]

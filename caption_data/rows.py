@@ -214,9 +214,8 @@ class CaptionChoice:
             return _deduplicate(texts)
         if strategy == "first":
             return _deduplicate(texts)[: len(_deduplicate(captions)) + self.caption_count]
-        similarities = _get_similarities_with_nan_as_minus_infinity(
-            row, language, len(captions), len(texts) - len(captions)
-        )
+        generated_count = len(texts) - len(captions)
+        similarities = _get_similarities_with_nan_as_minus_infinity(row, language, len(captions), generated_count)
         # The sort is stable, so ties keep the order of the row.
         ranked = sorted(range(len(texts)), key=lambda i: -similarities[i])
         if strategy == "rank":
