@@ -201,10 +201,8 @@ class EmbeddingStore:
             rows: Embeddings of the views of each row. A row is bad if it has no views, or a view is a `BadImage`.
         """
         faults = [next((view for view in views if isinstance(view, BadImage)), None) for views in rows]
-        good = [[] if fault else views for views, fault in zip(rows, faults, strict=True)]
-        vectors = np.array(list(itertools.chain(*good)), self.dtype)
-        ends = np.cumsum([0, *map(len, good)]) * (vectors.size // max(1, len(vectors)))
-        columns = {"vectors": pa.LargeListArray.from_arrays(ends, vectors.ravel())}
+        vectors = [np.array([] if bad else views, self.dtype).ravel() for views, bad in zip(rows, faults, strict=True)]
+        columns = {"vectors": pa.array(vectors, pa.large_list(pa.from_numpy_dtype(self.dtype)))}
         # The fault of a good row is None, so both columns are empty for a good row.
         columns |= {name: [getattr(fault, name, "") for fault in faults] for name in ("reason", "detail")}
         table = pa.table(columns)

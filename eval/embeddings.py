@@ -189,10 +189,9 @@ def write_result_file_with_model_metadata(
             becomes a key of the result file.
     """
     seconds, device = time.perf_counter() - start_time, describe_device(store.embedder.device)
-    shared = {"model": args.model, "device": device, "precision": store.embedder.precision, "seconds": seconds}
-    write_records_to_result_file(
-        args.output, records, **shared, **store.embedder.metadata, **store.result_metadata, **metadata
-    )
+    values = {"model": args.model, "device": device, "precision": store.embedder.precision, "seconds": seconds}
+    values |= store.embedder.metadata | store.result_metadata | metadata
+    write_records_to_result_file(args.output, records, **values)
 
 
 def run_evaluation_command(
