@@ -17,14 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from capivara_common.files import check_folder_for_outside_links_and_pipes, json_digest
 from capivara_common.image_files import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, ImageAccess
-from caption_data.sources import (
-    Split,
-    disable_decoding,
-    get_allowed_folders_of_dataset,
-    load_listed_files,
-    open_split,
-    select_split,
-)
+from caption_data import sources
 
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # names that the label column may have; WebDataset uses cls
 SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # {folder name: split name}
@@ -41,7 +34,7 @@ class LabeledImages:
             classes per image.
     """
 
-    images: Split
+    images: sources.Split
     labels: list[int] | list[list[int]]
 
     def fingerprint(self) -> str:
@@ -95,11 +88,11 @@ def load_images_with_prompt_class_labels(
     tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
     if path.is_dir() and not any(file for pattern in tables for file in path.glob(pattern)):
         column = image_column or "image"
-        access = ImageAccess(get_allowed_folders_of_dataset(source, image_roots), max_pixels)
-        rows = load_listed_files("imagefolder", _check_links_and_find_split_image_files(path, split), source)
-        opened = Split(source, split, column, disable_decoding(rows, column), access)
+        access = ImageAccess(sources.get_allowed_folders_of_dataset(source, image_roots), max_pixels)
+        rows = sources.load_listed_files("imagefolder", _check_links_and_find_split_image_files(path, split), source)
+        opened = sources.Split(source, split, column, sources.disable_decoding(rows, column), access)
     else:
-        opened = open_split(source, split, image_column or "image", image_roots, max_pixels)
+        opened = sources.open_split(source, split, image_column or "image", image_roots, max_pixels)
     opened = opened.limited(limit)
     rows, features = opened.data, opened.features
     if opened.is_embedded:
@@ -158,7 +151,8 @@ def _check_links_and_find_split_image_files(folder: Path, split: str) -> list[Pa
     check_folder_for_outside_links_and_pipes(folder)
     root, names = folder, [child.name for child in folder.iterdir() if child.is_dir()]
     if names and all(name.casefold() in SPLIT_FOLDERS for name in names):
-        root = select_split({SPLIT_FOLDERS[name.casefold()]: folder / name for name in names}, str(folder), split)
+        split_folders = {SPLIT_FOLDERS[name.casefold()]: folder / name for name in names}
+        root = sources.select_split(split_folders, str(folder), split)
     files = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     if not files:

@@ -46,23 +46,8 @@ from tqdm.auto import tqdm
 
 from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import AllowedFolders, check_folder_for_outside_links_and_pipes, read_json
-from capivara_common.image_files import (
-    MAX_IMAGE_PIXELS,
-    BadImage,
-    ImageAccess,
-    decode_image,
-    image_display_path,
-    read_image_bytes,
-)
-from caption_data.embedded import (
-    DIGEST_COLUMN,
-    EMBEDS_COLUMN,
-    EMBEDS_DTYPE,
-    ENCODER_COLUMN,
-    check_embeds_columns_and_get_shape,
-    find_invalid_embeds,
-    resolve_image_encoder_digest,
-)
+from capivara_common.image_files import BadImage, ImageAccess, decode_image, image_display_path, read_image_bytes
+from caption_data import embedded
 from caption_data.rows import SkippedRow
 from caption_data.tars_and_image_folders import load_rows_and_list_damaged_files
 
@@ -120,7 +105,7 @@ class Split:
     @property
     def is_embedded(self) -> bool:
         """True if the rows have precomputed image embeddings instead of images (see `caption_data.embedded`)."""
-        return self.image_column == EMBEDS_COLUMN
+        return self.image_column == embedded.EMBEDS_COLUMN
 
     @property
     def columns(self) -> list[str]:
@@ -183,7 +168,8 @@ class Split:
 
         Only for a split with embeddings instead of images. The first access reads the column `image_encoder`.
         """
-        return {str(encoder) for chunk in self.iter_column(ENCODER_COLUMN) for encoder in chunk.unique().to_pylist()}
+        chunks = self.iter_column(embedded.ENCODER_COLUMN)
+        return {str(encoder) for chunk in chunks for encoder in chunk.unique().to_pylist()}
 
     @cached_property
     def invalid_embeds(self) -> dict[int, str]:
@@ -191,8 +177,8 @@ class Split:
 
         Only for a split with embeddings instead of images. The first access reads all embeddings.
         """
-        _, width = check_embeds_columns_and_get_shape(self.features, self.display_name)
-        return find_invalid_embeds(self.iter_column(EMBEDS_COLUMN), width)
+        _, width = embedded.check_embeds_columns_and_get_shape(self.features, self.display_name)
+        return embedded.find_invalid_embeds(self.iter_column(embedded.EMBEDS_COLUMN), width)
 
     @property
     def stored_views(self) -> int:
@@ -201,7 +187,7 @@ class Split:
         1 means that a row has the embedding of the image itself. A larger number means that a row has the embeddings of
         this many views. A view is an augmented copy of the image.
         """
-        return check_embeds_columns_and_get_shape(self.features, self.display_name)[0]
+        return embedded.check_embeds_columns_and_get_shape(self.features, self.display_name)[0]
 
     def check_embeds(self, model: str, width: int, fingerprint: str = "", views: int = 1) -> None:
         """Check that a model can use the stored embeddings of this split in place of its own image encoder.
@@ -221,14 +207,14 @@ class Split:
                 the split lacks the needed views.
         """
         self.check_views(views)
-        encoders, encoder = sorted(self.image_encoders), resolve_image_encoder_digest(model, fingerprint)
+        encoders, encoder = sorted(self.image_encoders), embedded.resolve_image_encoder_digest(model, fingerprint)
         if encoders != [encoder]:
             raise ValueError(
                 f"{self.display_name} has embeddings of the image encoder {' and '.join(encoders)}, but the image "
                 f"encoder of {model} is {encoder}. Use the base model that the dataset card names, or embed the images "
                 f"again: python -m captions.embed --model {model} --dataset IMAGES --output FOLDER"
             )
-        _, stored_width = check_embeds_columns_and_get_shape(self.features, self.display_name)
+        _, stored_width = embedded.check_embeds_columns_and_get_shape(self.features, self.display_name)
         if stored_width != width:
             raise ValueError(
                 f"{self.display_name} has embeddings of width {stored_width}, but {model} has width {width}. The "
@@ -269,7 +255,7 @@ class Split:
         """
         if not self.is_embedded:
             return {}
-        return {"image_embeds": {"dtype": EMBEDS_DTYPE, "encoder": " ".join(sorted(self.image_encoders))}}
+        return {"image_embeds": {"dtype": embedded.EMBEDS_DTYPE, "encoder": " ".join(sorted(self.image_encoders))}}
 
     def load_image(self, row: int) -> PIL.Image.Image:
         """Return the decoded image of row number `row`, counted from 0.
@@ -312,7 +298,7 @@ class Split:
         a missing digest is "".
         """
         if self.is_embedded:
-            return [digest or "" for chunk in self.iter_column(DIGEST_COLUMN) for digest in chunk.to_pylist()]
+            return [digest or "" for chunk in self.iter_column(embedded.DIGEST_COLUMN) for digest in chunk.to_pylist()]
         digests, quiet = [], not get_or_init_distributed_state().is_main_process
         for row in tqdm(range(len(self)), desc="Reading images", unit="image", disable=quiet):
             try:
@@ -342,7 +328,7 @@ def open_split(
     split: str,
     image_column: str,
     image_roots: Sequence[Path] = (),
-    max_pixels: int = MAX_IMAGE_PIXELS,
+    max_pixels: int = ImageAccess.max_pixels,
     parquet_type: type[Split] | None = None,
 ) -> Split:
     """Open one split of a dataset, in any of the supported file formats.
@@ -392,9 +378,9 @@ def open_split(
         opened = parquet_type(dataset, split, image_column, data, access, paths)
     else:
         opened = Split(dataset, split, image_column, disable_decoding(data, image_column), access, paths, damaged)
-    if image_column not in opened.columns and EMBEDS_COLUMN in opened.columns:
-        check_embeds_columns_and_get_shape(opened.features, opened.display_name)
-        opened.image_column = EMBEDS_COLUMN
+    if image_column not in opened.columns and embedded.EMBEDS_COLUMN in opened.columns:
+        embedded.check_embeds_columns_and_get_shape(opened.features, opened.display_name)
+        opened.image_column = embedded.EMBEDS_COLUMN
     feature = opened.features.get(image_column)
     if isinstance(feature, dict) and "archive" in feature and (not paths or paths[0].suffix == ".parquet"):
         raise ValueError(

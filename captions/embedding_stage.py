@@ -18,14 +18,8 @@ from PIL import Image
 from capivara_common.cli import check_at_least, flag, run_main_and_report_user_errors
 from capivara_common.embedding_store import embed_batch_except_bad_images
 from capivara_common.image_files import BadImage, BadRow
+from caption_data import embedded
 from caption_data.augmentation import describe_augmentation, make_augmented_view
-from caption_data.embedded import (
-    DIGEST_COLUMN,
-    EMBEDS_COLUMN,
-    ENCODER_COLUMN,
-    embeds_feature,
-    resolve_image_encoder_digest,
-)
 from captions.stages import DECODED_KEY, EncoderStageArguments, RowStage, run_stage_command
 from modeling_capivara.two_towers import load_embedder
 
@@ -81,14 +75,14 @@ class EmbedArguments(EncoderStageArguments):
         embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
         settings = {
             "model": self.model,
-            "encoder": resolve_image_encoder_digest(self.model, embedder.fingerprint),
+            "encoder": embedded.resolve_image_encoder_digest(self.model, embedder.fingerprint),
             "width": embedder.width,
             "precision": embedder.precision,
             "views": self.views,
             "augmentation": describe_augmentation(self.seed) if self.views > 1 else None,
         }
-        columns = {EMBEDS_COLUMN: embeds_feature(embedder.width, self.views)}
-        columns |= dict.fromkeys((DIGEST_COLUMN, ENCODER_COLUMN), Value("string"))
+        columns = {embedded.EMBEDS_COLUMN: embedded.embeds_feature(embedder.width, self.views)}
+        columns |= dict.fromkeys((embedded.DIGEST_COLUMN, embedded.ENCODER_COLUMN), Value("string"))
         image_count = len(stage.source) * self.views
         embed = embedder.tune_image_embedding(image_count, self.embedding_batch_size, self.output)
         return columns, settings, lambda rows: embed_images_of_rows(embed, self, settings["encoder"], rows)
@@ -126,7 +120,9 @@ def embed_images_of_rows(
             continue
         embeds = [vector.numpy().astype(np.float16) for vector in views]
         embeds = embeds[0] if args.views == 1 else embeds
-        results.append({EMBEDS_COLUMN: embeds, DIGEST_COLUMN: digest, ENCODER_COLUMN: encoder})
+        results.append(
+            {embedded.EMBEDS_COLUMN: embeds, embedded.DIGEST_COLUMN: digest, embedded.ENCODER_COLUMN: encoder}
+        )
     return results
 
 

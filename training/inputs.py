@@ -47,16 +47,8 @@ from caption_data.pairs import (
 )
 from caption_data.rows import SkippedRow
 from caption_data.sources import Split, open_split
+from modeling_capivara import two_towers
 from modeling_capivara.loading import load_model, load_processor, weights_digest
-from modeling_capivara.two_towers import (
-    check_finite,
-    choose_fastest_precision,
-    compute_image_embeds,
-    embed_images,
-    embedding_width,
-    image_encoder_fingerprint,
-    move_to_device_in_chunks,
-)
 from training.arguments import RunArguments
 from training.batches import BatchPlanner, StepPlan, apportion_batch_to_datasets
 from training.trainable import freeze_parameters_and_add_adapters
@@ -217,7 +209,7 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
     base.to(accelerator.device).eval()
     for split in splits.values():
         if split.is_embedded:
-            split.check_embeds(args.model, embedding_width(base.config), views=split.stored_views)
+            split.check_embeds(args.model, two_towers.embedding_width(base.config), views=split.stored_views)
     validation = load_evaluation_pairs(args, splits, args.validation_split, [args.language], processor)[args.language]
     test = load_evaluation_pairs(args, splits, args.test_split, args.eval_languages, processor)
     training = load_training_pairs(args, splits, processor)
@@ -231,7 +223,7 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
 
     def load_embeds(pairs: PairDataset, title: str) -> Tensor:
         if pairs.vectors is None:
-            return embed_images(base, processor, pairs, args.embedding_batch_size, title)
+            return two_towers.embed_images(base, processor, pairs, args.embedding_batch_size, title)
         _check_no_bad_rows(pairs)
         return torch.from_numpy(vectors_to_array(pairs.table.data.column("vectors")).astype(np.float32))
 
@@ -523,8 +515,8 @@ def embed_pixels(
         ValueError: If an embedding is not finite.
     """
     with accelerator.autocast() if use_autocast else nullcontext():
-        parts = move_to_device_in_chunks(pixels, accelerator.device, chunk_images)
-        return check_finite(torch.cat([compute_image_embeds(model, part) for part in parts]))
+        parts = two_towers.move_to_device_in_chunks(pixels, accelerator.device, chunk_images)
+        return two_towers.check_finite(torch.cat([two_towers.compute_image_embeds(model, part) for part in parts]))
 
 
 def _add_stored_embeddings_column(pairs: PairDataset) -> PairDataset:
@@ -565,7 +557,7 @@ def open_image_embedding_store(
     """
     settings = {
         "pixels_version": PIXELS_VERSION,
-        "encoder": image_encoder_fingerprint(model, pairs.processor, precision),
+        "encoder": two_towers.image_encoder_fingerprint(model, pairs.processor, precision),
         "augmented_views": pairs.augmented_views,
         "augmentation": describe_augmentation(pairs.seed) if pairs.augmented_views != 1 else None,
         "precision": precision,
@@ -598,7 +590,7 @@ def _choose_embedding_precision(
     record = open_image_embedding_store(model, pairs, args, "auto").record_folder(pairs.table["digest"])
     # The main process chooses first and records its choice. The other processes then read it, so that all agree.
     with accelerator.main_process_first():
-        choice = choose_fastest_precision(model, pairs.processor, record)
+        choice = two_towers.choose_fastest_precision(model, pairs.processor, record)
     return "no" if choice == "float32" else precision
 
 
@@ -623,7 +615,7 @@ def embed_images_into_column(
     precision = _choose_embedding_precision(model, pairs, args, accelerator)
     store, views = open_image_embedding_store(model, pairs, args, precision), pairs.augmented_views
     if accelerator.is_main_process:
-        size = len(pairs) * views * embedding_width(model.config) * 2 / 1e6
+        size = len(pairs) * views * two_towers.embedding_width(model.config) * 2 / 1e6
         logger.info(f"Image-embedding cache: {len(pairs):,} images x {views} views, {size:,.1f} MB in {store.folder}.")
 
     def load(batches: Iterator[list[Place]]) -> Iterator[list[Tensor | BadImage]]:
