@@ -178,9 +178,8 @@ class TrainingInputs:
         tables[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation.table
         for code, pairs in self.test.items():
             tables[f"{args.evaluation_dataset} {args.test_split} {code}"] = pairs.table
-        return {"base model": self.base_digest} | {
-            name: load_or_compute_pair_content_digest(table) for name, table in tables.items()
-        }
+        digests = {name: load_or_compute_pair_content_digest(table) for name, table in tables.items()}
+        return {"base model": self.base_digest} | digests
 
 
 def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
@@ -232,8 +231,7 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
     test_embeds = load_embeds(with_vectors(test[args.language], uses_cache=False), "Images, test")
     validation = with_vectors(validation)
     validation_embeds = load_embeds(validation, "Images, validation")
-    training = list(map(with_vectors, training))
-    training, skipped = _split_usable_and_skipped_pairs(training, args)
+    training, skipped = _split_usable_and_skipped_pairs(list(map(with_vectors, training)), args)
     return TrainingInputs(
         processor=processor,
         training=training,
