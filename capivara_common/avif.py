@@ -162,9 +162,8 @@ def _frame_sizes(stream: bytearray | memoryview) -> Iterator[tuple[int, int]]:
                     if byte < 128:
                         break
             if header >> 3 & 15 == SEQUENCE_HEADER:
-                yield _read_size_from_sequence_header(
-                    stream[position : position + min(size, MAX_SEQUENCE_HEADER_BYTES)]
-                )
+                end = position + min(size, MAX_SEQUENCE_HEADER_BYTES)
+                yield _read_size_from_sequence_header(stream[position:end])
             position += size
 
 

@@ -16,7 +16,7 @@ machine. The embeddings of the measurement are discarded, so that all rows of th
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -104,8 +104,9 @@ def load_or_measure_fastest_setting(
     versions = {name: version for name, version in package_versions().items() if name in ("torch", "transformers")}
     identity = {"setting": setting, "device": describe_device(), "encoder": encoder, "versions": versions}
     cache_file = cache_home() / "embedding_speed" / f"{json_digest(identity)}.json"
-    # If several tasks start at the same time, the first task measures, and the other tasks wait for its choice.
-    with _create_and_lock_folder(cache_file.parent):
+    # If several tasks start at the same time, the first task measures, and the other tasks wait for its choice. If the
+    # folder can't be locked, several tasks may measure at the same time, which only costs time.
+    with locked_folder(cache_file.parent, wait=True):
         content = _read_choice(cache_file, candidates)
         if content is None:
             content = identity | _time_and_choose_candidate(candidates, MIN_COSINES[setting])
@@ -113,7 +114,7 @@ def load_or_measure_fastest_setting(
             with suppress(OSError):  # if the file can't be written, the next run measures again
                 write_json(cache_file, content)
     if output_file:
-        with _create_and_lock_folder(output_file.parent):
+        with locked_folder(output_file.parent, wait=True):
             # A task on another machine may have recorded its choice in the meantime.
             recorded = _read_choice(output_file, candidates)
             if recorded is None:
@@ -167,12 +168,3 @@ def _read_choice(path: Path, candidates: Mapping[Any, Any]) -> dict[str, Any] | 
         logger.warning("%s can't be used and is written again: %s", path, error)
         return None
     return content if content["choice"] in candidates else None
-
-
-def _create_and_lock_folder(folder: Path) -> AbstractContextManager[None]:
-    """Create a folder if necessary, and return a context manager that waits for the lock of the folder."""
-    # If the folder can't be created, there is no lock. Several tasks may then measure at the same time, which only
-    # costs time.
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return locked_folder(folder, wait=True)

@@ -5,8 +5,8 @@
     vectors = vectors_to_array(table.filter(pc.equal(table["reason"], "")))  # (good rows, width)
 
 This module knows neither models nor datasets. The caller gives it a function that loads items (images or texts) and a
-function that embeds a batch of loaded items. Training, evaluation, caption scoring and the search all embed images with
-`embed_batch_except_bad_images`; training and evaluation also keep the embeddings in an `EmbeddingStore`.
+function that embeds a batch of loaded items. Training and evaluation keep the embeddings in an `EmbeddingStore`. The
+stages `captions.score` and `captions.embed` only use `embed_batch_except_bad_images`.
 """
 
 import itertools
@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from tqdm.auto import tqdm
 
 from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import append_digest, atomic_file, json_digest, matches_appended_digest, write_json
-from capivara_common.image_files import DECODER_THREADS, BadImage
+from capivara_common.image_files import DECODER_THREADS, BadImage, BadRow
 from capivara_common.tasks import split_rows
 
 # Part of the settings that identify a store. Increase it when a code change alters embeddings or the file format.
@@ -36,22 +37,23 @@ logger = logging.getLogger("capivara")
 
 def embed_batch_except_bad_images(
     items: Sequence[Any], embed: Embed, skip_refused: bool = False
-) -> list[np.ndarray | BadImage]:
+) -> list[np.ndarray | BadRow]:
     """Embed a batch in which some images could not be loaded, so that a bad image does not stop the whole run.
 
     Args:
-        items: One entry per image: the loaded image, or a `BadImage` error if the image could not be loaded.
+        items: One entry per image: the loaded image, or the error if the image must be skipped. The error is a
+            `BadImage` if the image could not be loaded, or another `BadRow`.
         embed: Function that embeds a list of at least one loaded image. It raises ValueError if it refuses an image.
         skip_refused: What to do if `embed` raises ValueError. True: embed the images one by one, and return a
             `BadImage` error for each image that is refused. False: raise the error.
 
     Returns:
-        One entry per item: the embedding of shape (width,), or a `BadImage` error if the image can't be used.
+        One entry per item: the embedding of shape (width,), or the error if the image can't be used.
 
     Raises:
         ValueError: If `embed` refuses an image and `skip_refused` is False.
     """
-    good = [item for item in items if not isinstance(item, BadImage)]
+    good = [item for item in items if not isinstance(item, BadRow)]
     try:
         vectors = iter(embed(good) if good else ())
     except ValueError as error:
@@ -61,7 +63,7 @@ def embed_batch_except_bad_images(
             vectors = iter([BadImage("unreadable image", f"the model refuses it: {error}")])
         else:
             vectors = (vector for item in good for vector in embed_batch_except_bad_images([item], embed, skip_refused))
-    return [item if isinstance(item, BadImage) else next(vectors) for item in items]
+    return [item if isinstance(item, BadRow) else next(vectors) for item in items]
 
 
 class EmbeddingStore:
@@ -141,15 +143,12 @@ class EmbeddingStore:
             ValueError: If a shard has the wrong number of rows, or `embed` refuses an item.
             OSError: If the disk is full. Complete shards stay; call the method again to compute the rest.
         """
-        from tqdm.auto import tqdm  # imported here because the search imports this module and must start fast
-
-        parts, state = split_rows(len(items), rows_per_shard), get_or_init_distributed_state()
-        digests = (json_digest(list(items[part.start : part.stop])) for part in parts)
+        items, parts, state = list(items), split_rows(len(items), rows_per_shard), get_or_init_distributed_state()
+        digests = (json_digest(items[part.start : part.stop]) for part in parts)
         paths = [self.folder / f"{kind}s-{digest}.arrow" for digest in digests]
 
         def plan_batches(part: range) -> list[list[Place]]:
-            rows = zip(part, items[part.start : part.stop], strict=True)
-            places = [(row, view) for row, item in rows if item for view in range(views)]
+            places = [(row, view) for row in part if items[row] for view in range(views)]
             return [places[start : start + self.batch_size] for start in range(0, len(places), self.batch_size)]
 
         # Each process gets consecutive shards, because some datasets can only be read in order.
@@ -177,7 +176,7 @@ class EmbeddingStore:
         Args:
             paths: Files of the shards.
         """
-        # Imported here because this import loads torch. The search uses this module without torch, to start fast.
+        # Imported here because this import loads torch, which the flags of the caption stages do not need.
         from accelerate.utils import broadcast_object_list
 
         missing: list[int] | None = None
@@ -202,10 +201,8 @@ class EmbeddingStore:
             rows: Embeddings of the views of each row. A row is bad if it has no views, or a view is a `BadImage`.
         """
         faults = [next((view for view in views if isinstance(view, BadImage)), None) for views in rows]
-        good = [[] if fault else views for views, fault in zip(rows, faults, strict=True)]
-        vectors = np.array(list(itertools.chain(*good)), self.dtype)
-        ends = np.cumsum([0, *map(len, good)]) * (vectors.size // max(1, len(vectors)))
-        columns = {"vectors": pa.LargeListArray.from_arrays(ends, vectors.ravel())}
+        vectors = [np.array([] if bad else views, self.dtype).ravel() for views, bad in zip(rows, faults, strict=True)]
+        columns = {"vectors": pa.array(vectors, pa.large_list(pa.from_numpy_dtype(self.dtype)))}
         # The fault of a good row is None, so both columns are empty for a good row.
         columns |= {name: [getattr(fault, name, "") for fault in faults] for name in ("reason", "detail")}
         table = pa.table(columns)

@@ -154,14 +154,10 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
             continue
         executor = _run_step_locally(step, step_args) if args.executor == "local" else _run_step_on_ray(step, step_args)
         if failed := executor.get_incomplete_ranks(skip_completed=True):
-            reasons = read_task_failures(step.log_folder)
-            failures = "".join(
-                f"\n  task {rank}: {reasons.get(rank, UNKNOWN_OUTCOME_MESSAGE)}" for rank in failed[:MAX_NAMED_FAILURES]
-            )
-            raise ValueError(
-                f"{step}: {len(failed)} tasks have failed:{failures}\n"
-                f"Logs: {step.log_folder}. Run the same command again to do the rest."
-            )
+            reasons, named = read_task_failures(step.log_folder), failed[:MAX_NAMED_FAILURES]
+            failures = [f"task {rank}: {reasons.get(rank, UNKNOWN_OUTCOME_MESSAGE)}" for rank in named]
+            message = "\n  ".join([f"{step}: {len(failed)} tasks have failed:", *failures])
+            raise ValueError(f"{message}\nLogs: {step.log_folder}. Run the same command again to do the rest.")
     return args.executor != "slurm"
 
 
@@ -193,14 +189,11 @@ def _run_step_locally(step: PhaseStep, args: ExecutorArguments) -> LocalPipeline
         context.set_forkserver_preload([name for name in sys.modules if name.startswith(step.package) and name != main])
     # Workers are daemons, so that Ctrl-C ends them. The environment is passed explicitly, because the fork server may
     # have been started earlier, with other environment variables.
-    processes = [
-        context.Process(
-            target=_run_tasks_in_worker, args=(executor, index, workers, gpu, dict(os.environ)), daemon=True
-        )
-        for index, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False)
-    ]
-    for process in processes:
-        process.start()
+    processes = []
+    for index, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False):
+        arguments = (executor, index, workers, gpu, dict(os.environ))
+        processes.append(context.Process(target=_run_tasks_in_worker, args=arguments, daemon=True))
+        processes[-1].start()
     for process in processes:
         process.join()
     return executor

@@ -465,10 +465,11 @@ def acquire_folder_lock(folder: Path, wait: bool = False) -> int:
 def locked_folder(folder: Path, wait: bool = False) -> Iterator[None]:
     """Lock a folder during a `with` block, so that only one process at a time works in it.
 
-    If the folder can't be locked, for example because the file system has no locks, the block runs without a lock.
+    If the folder can't be created or locked, for example because the file system has no locks, the block runs without a
+    lock.
 
     Args:
-        folder: The folder to lock.
+        folder: The folder to lock. It is created if it does not exist.
         wait: What to do if another process holds the lock. True: wait until it is released. False: raise an error.
 
     Raises:
@@ -476,10 +477,11 @@ def locked_folder(folder: Path, wait: bool = False) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             stack.callback(os.close, acquire_folder_lock(folder, wait))
         except BlockingIOError:
             raise
-        except OSError:  # some file systems have no locks; go on without one
+        except OSError:  # for example, the file system has no locks
             pass
         yield
 

@@ -10,7 +10,6 @@ the previous conversion is removed.
 """
 
 import hashlib
-import json
 import logging
 import re
 import shutil
@@ -24,7 +23,7 @@ from huggingface_hub.utils import WeakFileLock
 
 from capivara_common.cli import make_coded_error
 from capivara_common.environment import cache_home
-from capivara_common.files import atomic_folder, read_json, write_json, write_text
+from capivara_common.files import atomic_folder, json_digest, read_json, write_json, write_text
 from capivara_common.model_kinds import get_supported_model_kind
 from capivara_common.weight_file import find_weight_files
 
@@ -95,10 +94,8 @@ def find_cached_model(repo_id: str, revision: str | None = None) -> Path | None:
         copy. None if the model is not completely cached.
     """
     snapshot = _find_cached_hub_snapshot(repo_id, "config.json", revision)
-    if snapshot and is_complete_model(snapshot):
-        return snapshot
-    folder = _get_hub_model_conversion_folder(repo_id, revision or DEFAULT_BRANCH)
-    return folder if is_complete_model(folder) else None
+    converted = _get_hub_model_conversion_folder(repo_id, revision or DEFAULT_BRANCH)
+    return next((folder for folder in (snapshot, converted) if folder and is_complete_model(folder)), None)
 
 
 def is_model_reachable(repo_id: str) -> bool:
@@ -287,10 +284,9 @@ def _get_or_convert_local_open_clip_model(path: Path, convert: Converter) -> Pat
     """
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     metadata = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    state = hashlib.blake2b(json.dumps(metadata).encode(), digest_size=16).hexdigest()
     name = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
     parent = cache_home() / "open_clip" / f"{path.name}-{name}"
-    folder = parent / state
+    folder = parent / json_digest(metadata)
     with lock_model_cache_folder(parent):
         if not is_complete_model(folder):
             _convert_open_clip_model(f"local-dir:{path}" if path.is_dir() else str(path), folder, convert)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from capivara_common.environment import cache_home
-from capivara_common.files import read_json, write_json
+from capivara_common.files import json_digest, read_json, write_json
 from capivara_common.model_kinds import KINDS, NATIVE_MODEL_TYPE
 from capivara_common.weight_file import WeightFile, find_weight_files
 
@@ -49,10 +49,9 @@ def image_encoder_digest(folder: Path) -> str:
     Raises:
         ValueError: If files of the model are missing or damaged.
     """
-    settings = (json.dumps(part, sort_keys=True) for part in _image_encoder_settings(folder).values())
-    return hashlib.blake2b(
-        "\0".join([_get_or_compute_weights_digest(folder), *settings]).encode(), digest_size=16
-    ).hexdigest()
+    settings = [json.dumps(part, sort_keys=True) for part in _image_encoder_settings(folder).values()]
+    identity = "\0".join([_get_or_compute_weights_digest(folder), *settings])
+    return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
 
 def image_processor_settings(folder: Path) -> dict[str, Any]:
@@ -87,15 +86,13 @@ def _image_encoder_settings(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         vision, processor = config.get("vision_config") or {}, _read_image_processor_settings(folder)
-        steps = {name: _normalize_image_size_setting(name, processor.get(name)) for name in IMAGE_PROCESSOR_FIELDS}
         kind = KINDS[config.get("model_type", NATIVE_MODEL_TYPE)]
         tower = kind.select_vision_settings(vision)
         if tower is None:
             tower = {name: value for name, value in vision.items() if name not in IGNORED_CONFIG_FIELDS}
-        if not kind.is_native:
-            steps = {
-                name: IMAGE_PROCESSOR_DEFAULTS.get(name) if value is None else value for name, value in steps.items()
-            }
+        defaults = {} if kind.is_native else IMAGE_PROCESSOR_DEFAULTS
+        values = defaults | {name: value for name, value in processor.items() if value is not None}
+        steps = {name: _normalize_image_size_setting(name, values.get(name)) for name in IMAGE_PROCESSOR_FIELDS}
         return {"vision_config": tower, "image_processor": steps}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"The settings of the model {folder} can't be read: {error!r}") from error
@@ -145,8 +142,7 @@ def _get_or_compute_weights_digest(folder: Path) -> str:
     # ctime is included because archives and `cp -p` can give the file of another model the same size and mtime.
     stats = [(path.stat(), path) for path in paths]
     metadata = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat, path in stats]
-    name = hashlib.blake2b(json.dumps(metadata).encode(), digest_size=16).hexdigest()
-    cache_file = cache_home() / "image_digests" / f"{name}-{DIGEST_VERSION}.json"
+    cache_file = cache_home() / "image_digests" / f"{json_digest(metadata)}-{DIGEST_VERSION}.json"
     with suppress(OSError, ValueError):  # if the file is missing or damaged, the digest is computed again
         cached = read_json(cache_file, weights=str)["weights"]
         if len(cached) == 32:
@@ -169,12 +165,9 @@ def _compute_weights_digest(paths: list[Path]) -> str:
     Raises:
         ValueError: If the files contain no image tower, or a file is damaged.
     """
-    tensors = {
-        name: file
-        for file in map(WeightFile, paths)
-        for name in file.tensors
-        if name.startswith(IMAGE_ENCODER_PREFIXES)
-    }
+    tensors: dict[str, WeightFile] = {}
+    for file in map(WeightFile, paths):
+        tensors |= {name: file for name in file.tensors if name.startswith(IMAGE_ENCODER_PREFIXES)}
     tensors.pop("vision_model.embeddings.position_ids", None)  # a constant; only older CLIP files have it
     if not tensors:
         raise ValueError(f"The weights of {paths[0].parent} contain no image tower.")

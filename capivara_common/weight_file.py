@@ -61,13 +61,11 @@ class WeightFile:
             raise ValueError(
                 f"The weights {path} can't be read: {error!s:.300}. Download or write them again."
             ) from error
-        self.tensors = {
-            name: TensorInfo(
-                entry["dtype"], tuple(entry["shape"]), *(start + offset for offset in entry["data_offsets"])
-            )
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        header.pop("__metadata__", None)
+        self.tensors = {}
+        for name, entry in header.items():
+            first, end = entry["data_offsets"]
+            self.tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), start + first, start + end)
 
     def raw_bytes(self, name: str) -> memoryview:
         """Return the bytes of the tensor `name` as they are stored in the file, without copying them."""

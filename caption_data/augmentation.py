@@ -15,12 +15,7 @@ from capivara_common.image_files import to_8_bit
 
 # Settings of the CAPIVARA paper (arXiv 2310.13683, section 4): image and crop sizes in pixels, range of the share of
 # the image that a crop covers, and strength of the augmentation AugMix.
-AUGMENTATION = {
-    "resize": 250,
-    "crop": 224,
-    "scale": [0.9, 1.0],
-    "augmix_severity": 2,
-}
+AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}
 
 
 def derive_seed(*numbers: int) -> int:

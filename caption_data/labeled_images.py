@@ -17,14 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from capivara_common.files import check_folder_for_outside_links_and_pipes, json_digest
 from capivara_common.image_files import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, ImageAccess
-from caption_data.sources import (
-    Split,
-    disable_decoding,
-    get_allowed_folders_of_dataset,
-    load_listed_files,
-    open_split,
-    select_split,
-)
+from caption_data import sources
 
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # names that the label column may have; WebDataset uses cls
 SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # {folder name: split name}
@@ -41,7 +34,7 @@ class LabeledImages:
             classes per image.
     """
 
-    images: Split
+    images: sources.Split
     labels: list[int] | list[list[int]]
 
     def fingerprint(self) -> str:
@@ -95,19 +88,17 @@ def load_images_with_prompt_class_labels(
     tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
     if path.is_dir() and not any(file for pattern in tables for file in path.glob(pattern)):
         column = image_column or "image"
-        access = ImageAccess(get_allowed_folders_of_dataset(source, image_roots), max_pixels)
-        rows = load_listed_files("imagefolder", _check_links_and_find_split_image_files(path, split), source)
-        opened = Split(source, split, column, disable_decoding(rows, column), access)
+        access = ImageAccess(sources.get_allowed_folders_of_dataset(source, image_roots), max_pixels)
+        rows = sources.load_listed_files("imagefolder", _check_links_and_find_split_image_files(path, split), source)
+        opened = sources.Split(source, split, column, sources.disable_decoding(rows, column), access)
     else:
-        opened = open_split(source, split, image_column or "image", image_roots, max_pixels)
+        opened = sources.open_split(source, split, image_column or "image", image_roots, max_pixels)
     opened = opened.limited(limit)
-    rows = opened.data
+    rows, features = opened.data, opened.features
     if opened.is_embedded:
         image_column = opened.image_column
     if image_column is None:
-        image_columns = [
-            name for name, feature in rows.features.items() if isinstance(feature, Image) or name == "image"
-        ]
+        image_columns = [name for name in features if isinstance(features[name], Image) or name == "image"]
         if len(image_columns) != 1:
             raise ValueError(
                 f"{source} has {len(image_columns)} image columns among {rows.column_names}; choose one with "
@@ -116,11 +107,10 @@ def load_images_with_prompt_class_labels(
         image_column = image_columns[0]
     label_column = label_column or next((name for name in LABEL_COLUMNS if name in rows.column_names), "label")
     opened.check_columns([image_column, label_column])
-    feature = getattr(rows.features[label_column], "feature", rows.features[label_column])
+    feature = getattr(features[label_column], "feature", features[label_column])
     names = feature.names if isinstance(feature, ClassLabel) else _read_or_download_class_names(source)
-    mapping = (
-        _map_labels_to_prompt_classes(names, class_names, source) if names else dict(enumerate(range(len(class_names))))
-    )
+    all_classes = range(len(class_names))
+    mapping = _map_labels_to_prompt_classes(names, class_names, source) if names else dict(enumerate(all_classes))
     labels = rows[label_column][:]
     label_lists = [label if isinstance(label, list) else [label] for label in labels]
     if kinds := {type(x).__name__ for label in label_lists for x in label} - {"int"}:
@@ -130,7 +120,7 @@ def load_images_with_prompt_class_labels(
             f"{source}: labels must be at least 0 and less than the number of class names, {len(mapping)}, got "
             f"{sorted(outside)[:10]}. Add the missing class names, or remove the rows with these labels."
         )
-    selected = range(len(class_names)) if class_indices is None else class_indices
+    selected = all_classes if class_indices is None else class_indices
     positions = {index: position for position, index in enumerate(selected)}
     classes = [[positions.get(mapping[x]) for x in label] for label in label_lists]
     kept_rows = [row for row, row_classes in enumerate(classes) if None not in row_classes]
@@ -161,7 +151,8 @@ def _check_links_and_find_split_image_files(folder: Path, split: str) -> list[Pa
     check_folder_for_outside_links_and_pipes(folder)
     root, names = folder, [child.name for child in folder.iterdir() if child.is_dir()]
     if names and all(name.casefold() in SPLIT_FOLDERS for name in names):
-        root = select_split({SPLIT_FOLDERS[name.casefold()]: folder / name for name in names}, str(folder), split)
+        split_folders = {SPLIT_FOLDERS[name.casefold()]: folder / name for name in names}
+        root = sources.select_split(split_folders, str(folder), split)
     files = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     if not files:

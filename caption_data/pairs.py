@@ -124,10 +124,8 @@ def load_or_build_pair_table(
 
     access = split.image_access
     limits = [access.max_pixels, access.allowed_folders and list(map(str, access.allowed_folders.folders))]
-    key = json_digest(
-        [PAIR_TABLE_VERSION, _get_row_and_image_state_for_cache_key(split), limits, list(caption_columns), settings],
-        sort_keys=True,
-    )
+    state = _get_row_and_image_state_for_cache_key(split)
+    key = json_digest([PAIR_TABLE_VERSION, state, limits, list(caption_columns), settings], sort_keys=True)
     path = cache_home() / "pairs" / f"{key}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
     return _load_or_build_and_prune_cache(path, make_table, has_recovered)
@@ -172,9 +170,8 @@ def list_skipped_rows_and_damaged_archives(table: Dataset, split: Split) -> list
         split: Split from which the table was built.
     """
     invalid = table.select(np.flatnonzero(pc.not_equal(table.data.column("reason"), "")))
-    return [
-        SkippedRow(split.name, split.split, row["row"], row["reason"], row["detail"]) for row in invalid
-    ] + split.damaged_archives
+    skipped = [SkippedRow(split.name, split.split, row["row"], row["reason"], row["detail"]) for row in invalid]
+    return skipped + split.damaged_archives
 
 
 def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float) -> None:

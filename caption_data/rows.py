@@ -202,9 +202,7 @@ class CaptionChoice:
         """
         strategy, captions = self.caption_strategy, _get_required_list(row, f"captions-{language}")
         if self.min_pair_similarity is not None:
-            generated = row.get(f"generated-captions-{language}")
-            generated_count = None if generated is None else len(generated)
-            similarities = _get_similarities_with_nan_as_minus_infinity(row, language, len(captions), generated_count)
+            similarities = _get_similarities_with_nan_as_minus_infinity(row, language)
             if not captions or similarities[0] < self.min_pair_similarity:
                 return []
         if strategy == "none":
@@ -214,9 +212,7 @@ class CaptionChoice:
             return _deduplicate(texts)
         if strategy == "first":
             return _deduplicate(texts)[: len(_deduplicate(captions)) + self.caption_count]
-        similarities = _get_similarities_with_nan_as_minus_infinity(
-            row, language, len(captions), len(texts) - len(captions)
-        )
+        similarities = _get_similarities_with_nan_as_minus_infinity(row, language)
         # The sort is stable, so ties keep the order of the row.
         ranked = sorted(range(len(texts)), key=lambda i: -similarities[i])
         if strategy == "rank":
@@ -238,17 +234,13 @@ def _get_required_list(row: dict, name: str) -> list:
     return row[name]
 
 
-def _get_similarities_with_nan_as_minus_infinity(
-    row: dict, language: str, caption_count: int, generated_count: int | None
-) -> list[float]:
+def _get_similarities_with_nan_as_minus_infinity(row: dict, language: str) -> list[float]:
     """Return the similarities of a row, with minus infinity instead of NaN and None.
 
     Args:
-        row: A row with the column `similarities-<language>`.
-        language: Language code at the end of the column name.
-        caption_count: Number of original captions of the row.
-        generated_count: Number of generated captions of the row. None if the row has no column of generated captions;
-            the row may then have more similarities than original captions.
+        row: A row with the columns `captions-<language>` and `similarities-<language>`. If it has no column
+            `generated-captions-<language>`, it may have more similarities than original captions.
+        language: Language code at the end of the column names.
 
     Returns:
         First the similarities of the original captions, then the similarities of the generated captions.
@@ -257,11 +249,12 @@ def _get_similarities_with_nan_as_minus_infinity(
         ValueError: If the column is missing, or it does not hold one similarity per caption.
     """
     name = f"similarities-{language}"
-    similarities, needed = _get_required_list(row, name), caption_count + (generated_count or 0)
-    if len(similarities) < needed or (generated_count is not None and len(similarities) > needed):
+    captions, generated = row[f"captions-{language}"], row.get(f"generated-captions-{language}")
+    similarities, needed = _get_required_list(row, name), len(captions) + len(generated or [])
+    if len(similarities) < needed or (generated is not None and len(similarities) > needed):
         raise ValueError(
-            f"{name!r} has {len(similarities)} numbers for {needed} captions ({caption_count} original, "
-            f"{generated_count or 0} generated); it must hold one number for each caption, in that order. Run "
+            f"{name!r} has {len(similarities)} numbers for {needed} captions ({len(captions)} original, "
+            f"{len(generated or [])} generated); it must hold one number for each caption, in that order. Run "
             "captions.score again, or choose a caption strategy that needs no similarities: none, first or all."
         )
     return [-math.inf if value is None or math.isnan(value) else value for value in similarities]

@@ -25,6 +25,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -45,24 +46,8 @@ from tqdm.auto import tqdm
 
 from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import AllowedFolders, check_folder_for_outside_links_and_pipes, read_json
-from capivara_common.image_files import (
-    MAX_IMAGE_PIXELS,
-    BadImage,
-    ImageAccess,
-    decode_image,
-    decode_row_images,
-    image_display_path,
-    read_image_bytes,
-)
-from caption_data.embedded import (
-    DIGEST_COLUMN,
-    EMBEDS_COLUMN,
-    EMBEDS_DTYPE,
-    ENCODER_COLUMN,
-    check_embeds_columns_and_get_shape,
-    find_invalid_embeds,
-    resolve_image_encoder_digest,
-)
+from capivara_common.image_files import BadImage, ImageAccess, decode_image, image_display_path, read_image_bytes
+from caption_data import embedded
 from caption_data.rows import SkippedRow
 from caption_data.tars_and_image_folders import load_rows_and_list_damaged_files
 
@@ -76,6 +61,7 @@ STAGE_FILE = "stage.json"  # file in each folder that a stage of `captions` writ
 PART_NAME_RE = re.compile(r"-(\d{9})-(\d{9})$")
 DATASET_INFO_TIMEOUT_S = 20  # seconds to wait for the Hub to answer whether a dataset exists
 PARQUET_BATCH_ROWS = 16  # rows that are decoded at the same time; few, because each may hold a large image
+DECODE_CHUNK_IMAGES = 64  # decoded images in memory at the same time; a photograph of 12 megapixels takes 36 MB
 COLUMN_CHUNK_ROWS = 4096  # rows that are read at the same time if a single column without images is read
 # Parquet stores a repeated value once, so a malicious file of 1 kB can expand to gigabytes of text. Parquet reduces the
 # size of captions to about a tenth, and hardly reduces the size of images, so valid files stay far below this limit.
@@ -119,7 +105,7 @@ class Split:
     @property
     def is_embedded(self) -> bool:
         """True if the rows have precomputed image embeddings instead of images (see `caption_data.embedded`)."""
-        return self.image_column == EMBEDS_COLUMN
+        return self.image_column == embedded.EMBEDS_COLUMN
 
     @property
     def columns(self) -> list[str]:
@@ -182,7 +168,8 @@ class Split:
 
         Only for a split with embeddings instead of images. The first access reads the column `image_encoder`.
         """
-        return {str(encoder) for chunk in self.iter_column(ENCODER_COLUMN) for encoder in chunk.unique().to_pylist()}
+        chunks = self.iter_column(embedded.ENCODER_COLUMN)
+        return {str(encoder) for chunk in chunks for encoder in chunk.unique().to_pylist()}
 
     @cached_property
     def invalid_embeds(self) -> dict[int, str]:
@@ -190,8 +177,8 @@ class Split:
 
         Only for a split with embeddings instead of images. The first access reads all embeddings.
         """
-        _, width = check_embeds_columns_and_get_shape(self.features, self.display_name)
-        return find_invalid_embeds(self.iter_column(EMBEDS_COLUMN), width)
+        _, width = embedded.check_embeds_columns_and_get_shape(self.features, self.display_name)
+        return embedded.find_invalid_embeds(self.iter_column(embedded.EMBEDS_COLUMN), width)
 
     @property
     def stored_views(self) -> int:
@@ -200,7 +187,7 @@ class Split:
         1 means that a row has the embedding of the image itself. A larger number means that a row has the embeddings of
         this many views. A view is an augmented copy of the image.
         """
-        return check_embeds_columns_and_get_shape(self.features, self.display_name)[0]
+        return embedded.check_embeds_columns_and_get_shape(self.features, self.display_name)[0]
 
     def check_embeds(self, model: str, width: int, fingerprint: str = "", views: int = 1) -> None:
         """Check that a model can use the stored embeddings of this split in place of its own image encoder.
@@ -220,14 +207,14 @@ class Split:
                 the split lacks the needed views.
         """
         self.check_views(views)
-        encoders, encoder = sorted(self.image_encoders), resolve_image_encoder_digest(model, fingerprint)
+        encoders, encoder = sorted(self.image_encoders), embedded.resolve_image_encoder_digest(model, fingerprint)
         if encoders != [encoder]:
             raise ValueError(
                 f"{self.display_name} has embeddings of the image encoder {' and '.join(encoders)}, but the image "
                 f"encoder of {model} is {encoder}. Use the base model that the dataset card names, or embed the images "
                 f"again: python -m captions.embed --model {model} --dataset IMAGES --output FOLDER"
             )
-        _, stored_width = check_embeds_columns_and_get_shape(self.features, self.display_name)
+        _, stored_width = embedded.check_embeds_columns_and_get_shape(self.features, self.display_name)
         if stored_width != width:
             raise ValueError(
                 f"{self.display_name} has embeddings of width {stored_width}, but {model} has width {width}. The "
@@ -268,7 +255,7 @@ class Split:
         """
         if not self.is_embedded:
             return {}
-        return {"image_embeds": {"dtype": EMBEDS_DTYPE, "encoder": " ".join(sorted(self.image_encoders))}}
+        return {"image_embeds": {"dtype": embedded.EMBEDS_DTYPE, "encoder": " ".join(sorted(self.image_encoders))}}
 
     def load_image(self, row: int) -> PIL.Image.Image:
         """Return the decoded image of row number `row`, counted from 0.
@@ -281,18 +268,26 @@ class Split:
         return decode_image(self.data[row][self.image_column], self.image_access)
 
     def decode_images(self, rows: Sequence[int]) -> Iterator[PIL.Image.Image | BadImage]:
-        """Decode the images of several rows with a pool of threads.
+        """Decode the images of several rows with up to eight threads.
 
         Args:
             rows: Numbers of the rows, counted from 0.
 
-        Returns:
-            Iterator over the images, in the order of `rows`. A missing or invalid image does not end the iteration: a
-            `BadImage` error takes its place. The text of this error does not show the folder of the image file.
+        Yields:
+            The images, in the order of `rows`. A missing or invalid image does not end the iteration: a `BadImage`
+            error takes its place. The text of this error does not show the folder of the image file.
         """
-        return decode_row_images(
-            rows, lambda row: self.data[row][self.image_column], self.image_access, self.describe_image_error
-        )
+
+        def load(row: int) -> PIL.Image.Image | BadImage:
+            try:
+                return self.load_image(row)
+            except BadImage as bad:
+                return BadImage(bad.reason, self.describe_image_error(row, bad))
+
+        cpus = (os.cpu_count() or 2) // get_or_init_distributed_state().num_processes
+        with ThreadPoolExecutor(max(1, min(8, cpus))) as threads:
+            for start in range(0, len(rows), DECODE_CHUNK_IMAGES):
+                yield from threads.map(load, rows[start : start + DECODE_CHUNK_IMAGES])
 
     @cached_property
     def image_digests(self) -> list[str]:
@@ -303,7 +298,7 @@ class Split:
         a missing digest is "".
         """
         if self.is_embedded:
-            return [digest or "" for chunk in self.iter_column(DIGEST_COLUMN) for digest in chunk.to_pylist()]
+            return [digest or "" for chunk in self.iter_column(embedded.DIGEST_COLUMN) for digest in chunk.to_pylist()]
         digests, quiet = [], not get_or_init_distributed_state().is_main_process
         for row in tqdm(range(len(self)), desc="Reading images", unit="image", disable=quiet):
             try:
@@ -333,7 +328,7 @@ def open_split(
     split: str,
     image_column: str,
     image_roots: Sequence[Path] = (),
-    max_pixels: int = MAX_IMAGE_PIXELS,
+    max_pixels: int = ImageAccess.max_pixels,
     parquet_type: type[Split] | None = None,
 ) -> Split:
     """Open one split of a dataset, in any of the supported file formats.
@@ -367,25 +362,25 @@ def open_split(
     check_stage_is_finished(path)
     if (path / "dataset_dict.json").is_file():
         data = select_split(check_paths_and_load_saved_dataset(path, image_roots), dataset, split)
-        access = ImageAccess(AllowedFolders(path, image_roots), max_pixels)
+        allowed_folders = AllowedFolders(path, image_roots)
     elif not path.exists() and not glob.has_magic(dataset):
         data = select_split(_load_from_hub(dataset), dataset, split)
-        access = ImageAccess(get_allowed_folders_of_dataset(dataset, image_roots), max_pixels)
+        allowed_folders = get_allowed_folders_of_dataset(dataset, image_roots)
     else:
         paths, allowed_folders = _find_split_files_and_allowed_folders(dataset, split, image_roots)
-        access = ImageAccess(allowed_folders, max_pixels)
         if paths[0].suffix != ".parquet":
             data, damages = _call_loader(dataset, load_rows_and_list_damaged_files, paths, image_column)
         elif parquet_type is None:
             data = load_listed_files("parquet", paths, dataset)
+    access = ImageAccess(allowed_folders, max_pixels)
     damaged = [SkippedRow(dataset, split, row, "damaged archive", detail) for row, detail in damages]
     if data is None:
         opened = parquet_type(dataset, split, image_column, data, access, paths)
     else:
         opened = Split(dataset, split, image_column, disable_decoding(data, image_column), access, paths, damaged)
-    if image_column not in opened.columns and EMBEDS_COLUMN in opened.columns:
-        check_embeds_columns_and_get_shape(opened.features, opened.display_name)
-        opened.image_column = EMBEDS_COLUMN
+    if image_column not in opened.columns and embedded.EMBEDS_COLUMN in opened.columns:
+        embedded.check_embeds_columns_and_get_shape(opened.features, opened.display_name)
+        opened.image_column = embedded.EMBEDS_COLUMN
     feature = opened.features.get(image_column)
     if isinstance(feature, dict) and "archive" in feature and (not paths or paths[0].suffix == ".parquet"):
         raise ValueError(
@@ -604,14 +599,12 @@ def _check_decoded_size_of_parquet_files(paths: Sequence[str | Path]) -> None:
     for path in paths:
         with open_parquet(path) as file:
             groups = (file.metadata.row_group(number) for number in range(file.num_row_groups))
-            sizes = (
-                sum(map(_compute_decoded_array_size, batch.columns)) for batch in file.iter_batches(PARQUET_BATCH_ROWS)
-            )
             is_too_large = sum(group.total_byte_size for group in groups) > limit
-            while not is_too_large and (size := next(sizes, None)) is not None:
-                decoded += size
-                is_too_large = decoded > limit
-            if is_too_large:
+            for batch in () if is_too_large else file.iter_batches(PARQUET_BATCH_ROWS):
+                decoded += sum(map(_compute_decoded_array_size, batch.columns))
+                if decoded > limit:
+                    break
+            if is_too_large or decoded > limit:
                 raise ValueError(
                     f"{path} is too large after decoding: parquet files may expand to {MAX_PARQUET_EXPANSION} times "
                     f"their size, or to {UNLIMITED_EXPANSION_BYTES / 1e6:.0f} MB; these files have {stored:,} bytes. "

@@ -180,9 +180,7 @@ def _iter_table_rows(paths: list[Path], image_column: str, features: Features) -
     """
     for row in _iter_rows(paths, image_column):
         image = row.pop(image_column, None)
-        values = {
-            name: _cast_value_or_none(row.get(name), kind) for name, kind in features.items() if name != image_column
-        }
+        values = {name: _cast_value_or_none(row.get(name), kind) for name, kind in features.items()}
         yield values | {image_column: image}
 
 
@@ -219,17 +217,13 @@ def _iter_tar_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
         `row` is a dict that contains it as "cls". `image` is `{"path": name in the tar, "archive": path of the tar,
         "offset": first byte, "size": number of bytes}`; None if the sample has no image.
     """
+    archive = os.path.abspath(path)
     with path.open("rb") as file:
         for sample in _iter_tar_sample_positions(path):
             image, row = None, {}
             if "image" in sample:
                 name, offset, size = sample["image"]
-                image = {
-                    "path": replace_surrogates(name),
-                    "archive": os.path.abspath(path),
-                    "offset": offset,
-                    "size": size,
-                }
+                image = {"path": replace_surrogates(name), "archive": archive, "offset": offset, "size": size}
             if "json" in sample:
                 row = _read_json_at_offset(file, *sample["json"][1:])
             if "cls" in sample:  # index of the class of the image, as in the tars of the tool clip-benchmark

@@ -18,14 +18,8 @@ from PIL import Image
 from capivara_common.cli import check_at_least, flag, run_main_and_report_user_errors
 from capivara_common.embedding_store import embed_batch_except_bad_images
 from capivara_common.image_files import BadImage, BadRow
+from caption_data import embedded
 from caption_data.augmentation import describe_augmentation, make_augmented_view
-from caption_data.embedded import (
-    DIGEST_COLUMN,
-    EMBEDS_COLUMN,
-    ENCODER_COLUMN,
-    embeds_feature,
-    resolve_image_encoder_digest,
-)
 from captions.stages import DECODED_KEY, EncoderStageArguments, RowStage, run_stage_command
 from modeling_capivara.two_towers import load_embedder
 
@@ -81,14 +75,14 @@ class EmbedArguments(EncoderStageArguments):
         embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
         settings = {
             "model": self.model,
-            "encoder": resolve_image_encoder_digest(self.model, embedder.fingerprint),
+            "encoder": embedded.resolve_image_encoder_digest(self.model, embedder.fingerprint),
             "width": embedder.width,
             "precision": embedder.precision,
             "views": self.views,
             "augmentation": describe_augmentation(self.seed) if self.views > 1 else None,
         }
-        columns = {EMBEDS_COLUMN: embeds_feature(embedder.width, self.views)}
-        columns |= dict.fromkeys((DIGEST_COLUMN, ENCODER_COLUMN), Value("string"))
+        columns = {embedded.EMBEDS_COLUMN: embedded.embeds_feature(embedder.width, self.views)}
+        columns |= dict.fromkeys((embedded.DIGEST_COLUMN, embedded.ENCODER_COLUMN), Value("string"))
         image_count = len(stage.source) * self.views
         embed = embedder.tune_image_embedding(image_count, self.embedding_batch_size, self.output)
         return columns, settings, lambda rows: embed_images_of_rows(embed, self, settings["encoder"], rows)
@@ -113,9 +107,9 @@ def embed_images_of_rows(
     """
     digests = [blake2b(row[args.image_column]["bytes"], digest_size=16).hexdigest() for row in rows]
     images = [
-        view
+        _make_view_or_bad_image(row[DECODED_KEY], digest, view, args)
         for row, digest in zip(rows, digests, strict=True)
-        for view in _get_image_or_augmented_views(row, digest, args)
+        for view in range(args.views)
     ]
     vectors = embed_batch_except_bad_images(images, embed, skip_refused=True)
     results: list[dict[str, Any] | BadRow] = []
@@ -126,23 +120,25 @@ def embed_images_of_rows(
             continue
         embeds = [vector.numpy().astype(np.float16) for vector in views]
         embeds = embeds[0] if args.views == 1 else embeds
-        results.append({EMBEDS_COLUMN: embeds, DIGEST_COLUMN: digest, ENCODER_COLUMN: encoder})
+        results.append(
+            {embedded.EMBEDS_COLUMN: embeds, embedded.DIGEST_COLUMN: digest, embedded.ENCODER_COLUMN: encoder}
+        )
     return results
 
 
-def _get_image_or_augmented_views(
-    row: dict[str, Any], digest: str, args: EmbedArguments
-) -> list[Image.Image | BadImage]:
-    """Return the images to embed for a row: the image itself, or `args.views` randomly augmented copies.
+def _make_view_or_bad_image(image: Image.Image, digest: str, view: int, args: EmbedArguments) -> Image.Image | BadImage:
+    """Return the image itself or, if `args.views` is above 1, an augmented copy. If this fails, return a BadImage.
 
-    If the image can't be augmented, a list with `args.views` times the same BadImage is returned.
+    Args:
+        image: Decoded image of a row.
+        digest: Digest of the image file.
+        view: Number of the augmented copy.
+        args: Flags of the stage.
     """
-    if args.views == 1:
-        return [row[DECODED_KEY]]
     try:
-        return [make_augmented_view(row[DECODED_KEY], digest, view, args.seed) for view in range(args.views)]
+        return image if args.views == 1 else make_augmented_view(image, digest, view, args.seed)
     except ValueError as error:
-        return [BadImage("unreadable image", str(error))] * args.views
+        return BadImage("unreadable image", str(error))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -101,17 +101,15 @@ def _compute_caption_similarities(
     # The captions of a row come from several columns. Their similarities are stored in the order of these columns.
     columns, size = args.required_columns(), args.embedding_batch_size
     captions = [[text for column in columns for text in row.get(column) or []] for row in rows]
-    captioned = [number for number, texts in enumerate(captions) if any(map(str.strip, texts))]
-    results = [BadRow("no caption", f"all of {', '.join(columns)} are empty")] * len(rows)
-    distinct = sorted({text for number in captioned for text in captions[number] if text.strip()}, key=len)
+    distinct = sorted({text for texts in captions for text in texts if text.strip()}, key=len)
     embeds = embedder.embed_texts(distinct, 2 * size) if distinct else []
     text_embeds = dict(zip(distinct, embeds, strict=True))  # caption -> its embedding (width,)
-    images = [rows[number][DECODED_KEY] for number in captioned]
-    image_embeds = embed_batch_except_bad_images(
-        images, partial(embedder.embed_images, batch_size=size), skip_refused=True
-    )
-    for number, embed in zip(captioned, image_embeds, strict=True):
-        results[number] = embed
+    bad_row = BadRow("no caption", f"all of {', '.join(columns)} are empty")
+    captioned_rows = zip(rows, captions, strict=True)
+    images = [row[DECODED_KEY] if any(map(str.strip, texts)) else bad_row for row, texts in captioned_rows]
+    embed_images = partial(embedder.embed_images, batch_size=size)
+    results = embed_batch_except_bad_images(images, embed_images, skip_refused=True)
+    for number, embed in enumerate(results):
         if not isinstance(embed, BadRow):
             cosines = [float(text_embeds[text] @ embed) if text in text_embeds else None for text in captions[number]]
             results[number] = {f"similarities-{args.language}": cosines}

@@ -93,9 +93,9 @@ class CachedEmbedder:
     result_metadata: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._temporary = None if self.cache_folder else tempfile.TemporaryDirectory(prefix="capivara-embeddings-")
-        # All processes use the temporary folder of the main process, so that they share one cache.
         if self.cache_folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="capivara-embeddings-")
+            # All processes use the temporary folder of the main process, so that they share one cache.
             self.cache_folder = Path(broadcast_object_list([self._temporary.name])[0])
 
     def embed_images(self, images: Split, description: str = "Images") -> EmbeddedImages:
@@ -172,9 +172,8 @@ def load_embedder_with_cache(args: ModelArguments) -> CachedEmbedder:
         ValueError, OSError, ImportError: If the model can't be loaded.
     """
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision)
-    if args.cache_dir == "off":
-        return CachedEmbedder(embedder, None, args.batch_size)
-    return CachedEmbedder(embedder, cache_home() if args.cache_dir == "auto" else Path(args.cache_dir), args.batch_size)
+    folders = {"auto": cache_home(), "off": None}
+    return CachedEmbedder(embedder, folders.get(args.cache_dir, Path(args.cache_dir)), args.batch_size)
 
 
 def write_result_file_with_model_metadata(
@@ -195,10 +194,9 @@ def write_result_file_with_model_metadata(
             becomes a key of the result file.
     """
     seconds, device = time.perf_counter() - start_time, describe_device(store.embedder.device)
-    shared = {"model": args.model, "device": device, "precision": store.embedder.precision, "seconds": seconds}
-    write_records_to_result_file(
-        args.output, records, **shared, **store.embedder.metadata, **store.result_metadata, **metadata
-    )
+    values = {"model": args.model, "device": device, "precision": store.embedder.precision, "seconds": seconds}
+    values |= store.embedder.metadata | store.result_metadata | metadata
+    write_records_to_result_file(args.output, records, **values)
 
 
 def run_evaluation_command(

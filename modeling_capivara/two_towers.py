@@ -585,7 +585,7 @@ def move_to_device_in_chunks(
 
 
 def compute_image_embeds_in_chunks(
-    model: nn.Module, pixel_values: Tensor, device: torch.device, chunk_images: int = CHUNK_SIZES[0]
+    model: nn.Module, pixel_values: Tensor, device: torch.device, chunk_images: int = embedding_speed.CHUNK_SIZES[0]
 ) -> Tensor:
     """Compute the embeddings of preprocessed images without gradients, as fast as possible.
 

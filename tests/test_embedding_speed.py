@@ -311,7 +311,7 @@ def test_training_embeds_in_float32_where_it_is_faster(
 ):
     monkeypatch.setattr(training.inputs, "LONG_PASS_IMAGES", 8)
     records = []
-    monkeypatch.setattr(training.inputs, "choose_fastest_precision", lambda *args: records.append(args[2]) or choice)
+    monkeypatch.setattr(two_towers, "choose_fastest_precision", lambda *args: records.append(args[2]) or choice)
     pairs, options = pairs_of(tiny_dataset_folder, tiny_processor), cache_options(tmp_path)
     options.has_auto_precision = is_auto
     AcceleratorState._reset_state()

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -47,15 +47,8 @@ from caption_data.pairs import (
 )
 from caption_data.rows import SkippedRow
 from caption_data.sources import Split, open_split
+from modeling_capivara import two_towers
 from modeling_capivara.loading import load_model, load_processor, weights_digest
-from modeling_capivara.two_towers import (
-    check_finite,
-    choose_fastest_precision,
-    compute_image_embeds_in_chunks,
-    embed_images,
-    embedding_width,
-    image_encoder_fingerprint,
-)
 from training.arguments import RunArguments
 from training.batches import BatchPlanner, StepPlan, apportion_batch_to_datasets
 from training.trainable import freeze_parameters_and_add_adapters
@@ -130,10 +123,8 @@ class PairDataset:
             if self.augmented_views != 1:
                 image = make_augmented_view(image, self.table[pair]["digest"], view, self.seed)
             return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-        except BadImage as bad:
-            return bad
         except ValueError as error:
-            return BadImage("unreadable image", str(error))
+            return error if isinstance(error, BadImage) else BadImage("unreadable image", str(error))
 
     @cached_property
     def vectors(self) -> Dataset | None:
@@ -187,9 +178,8 @@ class TrainingInputs:
         tables[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation.table
         for code, pairs in self.test.items():
             tables[f"{args.evaluation_dataset} {args.test_split} {code}"] = pairs.table
-        return {"base model": self.base_digest} | {
-            name: load_or_compute_pair_content_digest(table) for name, table in tables.items()
-        }
+        digests = {name: load_or_compute_pair_content_digest(table) for name, table in tables.items()}
+        return {"base model": self.base_digest} | digests
 
 
 def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
@@ -218,7 +208,7 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
     base.to(accelerator.device).eval()
     for split in splits.values():
         if split.is_embedded:
-            split.check_embeds(args.model, embedding_width(base.config), views=split.stored_views)
+            split.check_embeds(args.model, two_towers.embedding_width(base.config), views=split.stored_views)
     validation = load_evaluation_pairs(args, splits, args.validation_split, [args.language], processor)[args.language]
     test = load_evaluation_pairs(args, splits, args.test_split, args.eval_languages, processor)
     training = load_training_pairs(args, splits, processor)
@@ -232,7 +222,7 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
 
     def load_embeds(pairs: PairDataset, title: str) -> Tensor:
         if pairs.vectors is None:
-            return embed_images(base, processor, pairs, args.embedding_batch_size, title)
+            return two_towers.embed_images(base, processor, pairs, args.embedding_batch_size, title)
         _check_no_bad_rows(pairs)
         return torch.from_numpy(vectors_to_array(pairs.table.data.column("vectors")).astype(np.float32))
 
@@ -241,8 +231,7 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
     test_embeds = load_embeds(with_vectors(test[args.language], uses_cache=False), "Images, test")
     validation = with_vectors(validation)
     validation_embeds = load_embeds(validation, "Images, validation")
-    training = list(map(with_vectors, training))
-    training, skipped = _split_usable_and_skipped_pairs(training, args)
+    training, skipped = _split_usable_and_skipped_pairs(list(map(with_vectors, training)), args)
     return TrainingInputs(
         processor=processor,
         training=training,
@@ -290,9 +279,8 @@ def _open_and_check_splits(args: RunArguments) -> Splits:
         ValueError: If a split or column is missing, or there are too few rows for a batch. The message about a missing
             split or column names the flags that choose splits and columns.
     """
-    requested = [
-        (name, args.train_split, _list_training_caption_columns(args), args.augmented_views) for name in args.dataset
-    ]
+    train_columns = _list_training_caption_columns(args)
+    requested = [(name, args.train_split, train_columns, args.augmented_views) for name in args.dataset]
     evaluated = [(args.validation_split, args.language), *((args.test_split, code) for code in args.eval_languages)]
     requested += [(args.evaluation_dataset, split, [_get_caption_column(args, code)], 1) for split, code in evaluated]
     splits: Splits = {}
@@ -384,9 +372,7 @@ def load_evaluation_pairs(
     pairs, split = {}, splits[args.evaluation_dataset, name]
     for language in languages:
         column = _get_caption_column(args, language)
-        table = load_or_build_pair_table(
-            split, [column], lambda row, c=column: _require_nonempty_captions(row[c]), {"whole": column}
-        )
+        table = load_or_build_pair_table(split, [column], partial(_get_nonempty_captions, column), {"whole": column})
         pairs[language] = PairDataset(split, table, processor, seed=args.seed)
         _check_no_bad_rows(pairs[language])
     return pairs
@@ -402,8 +388,9 @@ def _get_caption_column(args: RunArguments, language: str) -> str:
     return args.caption_column.replace("{language}", language)
 
 
-def _require_nonempty_captions(texts: list[str]) -> list[str]:
-    """Return the captions of a row unchanged. Raises ValueError if a caption is empty or not a text."""
+def _get_nonempty_captions(column: str, row: dict) -> list[str]:
+    """Return all captions in a column of a row. Raises ValueError if a caption is empty or not a text."""
+    texts = row[column]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         # The caller adds the number of the row to this message.
         raise ValueError(f"an empty caption in {texts!r}")
@@ -484,11 +471,9 @@ def prefetch_pixels(
         An iterator over the batches. A batch is a list that has for each image the pixels, (3, height, width), or a
         `BadImage` if the image can't be used.
     """
-    options = {}
     # Workers are started with "spawn". A forked process would inherit the locks of torch's threads and could wait for
     # them forever.
-    if workers:
-        options = {"multiprocessing_context": "spawn", "prefetch_factor": 4}
+    options = {"multiprocessing_context": "spawn", "prefetch_factor": 4} if workers else {}
     dataset = _ViewDataset(training)
     return iter(DataLoader(dataset, batch_sampler=items, num_workers=workers, collate_fn=list, **options))
 
@@ -528,7 +513,8 @@ def embed_pixels(
         ValueError: If an embedding is not finite.
     """
     with accelerator.autocast() if use_autocast else nullcontext():
-        return check_finite(compute_image_embeds_in_chunks(model, pixels, accelerator.device, chunk_images))
+        embeds = two_towers.compute_image_embeds_in_chunks(model, pixels, accelerator.device, chunk_images)
+        return two_towers.check_finite(embeds)
 
 
 def _add_stored_embeddings_column(pairs: PairDataset) -> PairDataset:
@@ -569,13 +555,13 @@ def open_image_embedding_store(
     """
     settings = {
         "pixels_version": PIXELS_VERSION,
-        "encoder": image_encoder_fingerprint(model, pairs.processor, precision),
+        "encoder": two_towers.image_encoder_fingerprint(model, pairs.processor, precision),
         "augmented_views": pairs.augmented_views,
         "augmentation": describe_augmentation(pairs.seed) if pairs.augmented_views != 1 else None,
         "precision": precision,
     }
-    is_default = args.image_embedding_cache in ("auto", "off")
-    root = cache_home() / "image_embeddings" if is_default else Path(args.image_embedding_cache)
+    folder = args.image_embedding_cache
+    root = cache_home() / "image_embeddings" if folder == "auto" else Path(folder)
     return EmbeddingStore(root, settings, args.embedding_batch_size, np.float16)
 
 
@@ -602,7 +588,7 @@ def _choose_embedding_precision(
     record = open_image_embedding_store(model, pairs, args, "auto").record_folder(pairs.table["digest"])
     # The main process chooses first and records its choice. The other processes then read it, so that all agree.
     with accelerator.main_process_first():
-        choice = choose_fastest_precision(model, pairs.processor, record)
+        choice = two_towers.choose_fastest_precision(model, pairs.processor, record)
     return "no" if choice == "float32" else precision
 
 
@@ -627,7 +613,7 @@ def embed_images_into_column(
     precision = _choose_embedding_precision(model, pairs, args, accelerator)
     store, views = open_image_embedding_store(model, pairs, args, precision), pairs.augmented_views
     if accelerator.is_main_process:
-        size = len(pairs) * views * embedding_width(model.config) * 2 / 1e6
+        size = len(pairs) * views * two_towers.embedding_width(model.config) * 2 / 1e6
         logger.info(f"Image-embedding cache: {len(pairs):,} images x {views} views, {size:,.1f} MB in {store.folder}.")
 
     def load(batches: Iterator[list[Place]]) -> Iterator[list[Tensor | BadImage]]:
