@@ -123,8 +123,9 @@ def find_invalid_embeds(chunks: Iterable[pa.ChunkedArray], width: int) -> dict[i
     faults, start = {}, 0
     for chunk in chunks:
         is_valid = np.array(chunk.is_valid())
-        vectors = vectors_to_array(chunk.drop_null()).reshape(int(is_valid.sum()), -1, width)
-        is_valid[is_valid] = has_unit_length(vectors)
+        if is_valid.any():
+            vectors = vectors_to_array(chunk.drop_null()).reshape(int(is_valid.sum()), -1, width)
+            is_valid[is_valid] = has_unit_length(vectors)
         faults |= {start + int(row): f"{EMBEDS_COLUMN} must have unit length" for row in np.flatnonzero(~is_valid)}
         start += len(chunk)
     return faults

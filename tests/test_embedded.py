@@ -31,6 +31,7 @@ from caption_data.embedded import (
     ENCODER_COLUMN,
     INVALID_EMBEDDING,
     embeds_feature,
+    find_invalid_embeds,
     has_unit_length,
 )
 from caption_data.parquet_split import open_in_place
@@ -392,6 +393,13 @@ def test_invalid_embeddings_are_skipped_and_listed(copy, saved_tiny_folder, tmp_
     change_rows(copy, "validation", image_embeds=lambda number, vector: [0.0] * 24)
     message = error_of(flags(saved_tiny_folder, copy, tmp_path / "bad", max_bad_share=0.4, **options))
     assert "row 0" in message and INVALID_EMBEDDING in message
+
+
+def test_rows_of_a_chunk_without_any_embedding_are_invalid():
+    kind = pa.list_(pa.float16(), 2)
+    unit = pa.array([np.array([1, 0], np.float16)], kind)
+    chunks = [pa.chunked_array([pa.nulls(2, kind)]), pa.chunked_array([unit])]
+    assert list(find_invalid_embeds(chunks, 2)) == [0, 1]
 
 
 def test_only_finite_vectors_of_unit_length_are_valid():
