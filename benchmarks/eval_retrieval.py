@@ -34,7 +34,7 @@ class EvalRetrievalArguments:
     runs: int = flag(5, "How often each program is timed; the programs take turns.")
     worker: bool = flag(False, "Measure only the time and memory of this project, without clip-benchmark.")
     output: Path | None = flag(
-        None, "JSON file for the results. Only its key `scores` is replaced, or `large` with --worker."
+        None, "JSON file for the results. Other keys than `scores` (with --worker: `large`) are kept."
     )
 
 

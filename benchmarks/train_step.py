@@ -240,7 +240,8 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
         peer, before = measured.get((part, PEER_PROGRAM)), measured.get((part, name + BEFORE_SUFFIX, *pairs))
         summary = _summarize_runs(runs, peer, before)
         if part == "recipe":
-            # The larger batch is measured last. Its result is combined with the earlier one of the smaller batch.
+            # The smaller batch comes first. When the result of the larger batch is there, the memory for the requested
+            # batch is extrapolated from both.
             key, step = part + name.removeprefix(RECOMPUTED_PROGRAM), requested[part, name, *pairs] | summary
             results[key] = _add_seconds_and_extrapolated_memory_to_step(step, results.get(key))
         else:

@@ -6,7 +6,7 @@
 
 This module knows neither models nor datasets. The caller gives it a function that loads items (images or texts) and a
 function that embeds a batch of loaded items. Training and evaluation keep the embeddings in an `EmbeddingStore`. The
-stages `captions.score` and `captions.embed` only use `embed_batch_except_bad_images`.
+stages `captions.score` and `captions.embed`, and the search, only use `embed_batch_except_bad_images`.
 """
 
 import itertools
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
 
 from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import append_digest, atomic_file, json_digest, matches_appended_digest, write_json
@@ -143,6 +142,8 @@ class EmbeddingStore:
             ValueError: If a shard has the wrong number of rows, or `embed` refuses an item.
             OSError: If the disk is full. Complete shards stay; call the method again to compute the rest.
         """
+        from tqdm.auto import tqdm  # imported here because the search imports this module and must start fast
+
         items, parts, state = list(items), split_rows(len(items), rows_per_shard), get_or_init_distributed_state()
         digests = (json_digest(items[part.start : part.stop]) for part in parts)
         paths = [self.folder / f"{kind}s-{digest}.arrow" for digest in digests]
@@ -176,7 +177,7 @@ class EmbeddingStore:
         Args:
             paths: Files of the shards.
         """
-        # Imported here because this import loads torch, which the flags of the caption stages do not need.
+        # Imported here because this import loads torch. The search uses this module without torch, to start fast.
         from accelerate.utils import broadcast_object_list
 
         missing: list[int] | None = None

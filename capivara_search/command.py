@@ -39,7 +39,13 @@ from capivara_common.progress import set_progress_bar_timing
 from capivara_search import command_line as cli
 from capivara_search.csv_output import write_csv
 from capivara_search.messages import COMMAND_NAMES, Messages, make_error_from_code
-from capivara_search.results import DEFAULT_LABEL_TEMPLATE, DUPLICATE_MIN_SIMILARITY, IndexReport, IndexStatus
+from capivara_search.results import (
+    DEFAULT_LABEL_TEMPLATE,
+    DUPLICATE_MIN_SIMILARITY,
+    IndexReport,
+    IndexStatus,
+    SkippedFile,
+)
 from capivara_search.terminal import (
     align_columns,
     open_valid_pictures_in_viewer,
@@ -148,7 +154,8 @@ def index(
         messages: Texts to print, in the user's language.
         folders: Folders to add. If it is empty, all folders that were added on this machine are updated.
         exclude: Patterns of files and folders to ignore, in the syntax of a .gitignore file.
-        include: Stored `exclude` patterns to remove, and paths removed by `capivara forget` to index again.
+        include: Exclusions to undo: `exclude` patterns that the index should no longer use, and paths that
+            `capivara forget` removed and that should be indexed again.
         batch_size: Number of pictures per forward pass of the model.
     """
     pictures = _open_index()
@@ -223,7 +230,7 @@ def _format_report(report: IndexReport, picture_count: int, messages: Messages) 
     if report.skipped_files:
         parts.append(messages.format_count("skipped_files", len(report.skipped_files)))
     yield f"{', '.join(parts)} ({tqdm.format_interval(report.seconds)}){':' if report.skipped_files else '.'}"
-    for line in _format_skipped_files(report, messages)[:MAX_SHOWN_SKIPPED_FILES]:
+    for line in _format_skipped_files(report.skipped_files[:MAX_SHOWN_SKIPPED_FILES], messages):
         yield f"  {line}"
     if (more := len(report.skipped_files) - MAX_SHOWN_SKIPPED_FILES) > 0:
         yield "  " + messages("and_more", n=more)
@@ -232,9 +239,8 @@ def _format_report(report: IndexReport, picture_count: int, messages: Messages) 
     yield messages.format_count("in_index", picture_count) + "."
 
 
-def _format_skipped_files(state: IndexReport | IndexStatus, messages: Messages) -> list[str]:
+def _format_skipped_files(files: Sequence[SkippedFile], messages: Messages) -> list[str]:
     """Return one line of text for each skipped file: its path, and the reason why it was skipped."""
-    files = state.skipped_files
     return [f"{shorten_and_escape_path(file.path)}: {messages.skip_reason(file.code, file.reason)}" for file in files]
 
 
@@ -490,7 +496,7 @@ def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str
         "folders": folders,
         "ignored": [_format_ignored_counts(state.ignored_counts, messages)] if state.ignored_counts else [],
         "rules": rules,
-        "skipped_files": summary + _format_skipped_files(state, messages),
+        "skipped_files": summary + _format_skipped_files(state.skipped_files, messages),
     }
 
 

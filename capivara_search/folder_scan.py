@@ -80,9 +80,9 @@ def to_absolute_path(folder: str | Path) -> Path:
 def to_absolute_path_with_disk_case(folder: str | Path) -> Path:
     """Return the absolute path of a folder or file, with upper and lower case as on the disk.
 
-    `~` and `..` are resolved, but symbolic links are not. The case matters only on Windows, where a user can write a
-    path in any case: a folder then has the same path in every command. This function looks the path up on the disk, so
-    do not pass it a path from a visitor of the web page.
+    `~` and `..` are resolved, but symbolic links are not. The case matters only on Windows, where a user can write the
+    same path in upper or lower case. With the case of the disk, a folder always has the same path in the index. This
+    function looks the path up on the disk, so do not pass it a path from a visitor of the web page.
 
     Args:
         folder: Absolute path, or path relative to the working directory.

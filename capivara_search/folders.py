@@ -55,7 +55,8 @@ def record_requested_folders(
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.
-        folders: Dictionary `{path of the folder: its real path when the user named it}`.
+        folders: Dictionary `{path of the folder: its real path, in which symbolic links are resolved, at the time when
+            the user added it}`.
         moved_from: Old path of a folder that was moved. This folder and the folders inside it are removed from the
             record. None: nothing is removed.
     """

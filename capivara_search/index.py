@@ -806,8 +806,11 @@ class PictureIndex:
         Returns:
             Dictionary `{path: vector (width,)}`. Vectors are float32 and have unit length.
         """
-        rows = self._table.rows_of_paths(["path", "model", vector_column(self.model.width)], list(paths))
-        rows = rows.filter(pc.equal(rows["model"], self.model.image_digest))
+        if not self._table.exists():
+            return {}
+        column = vector_column(self.model.width)
+        rows = self._table.rows_of_paths(["path", "model", column], list(paths))
+        rows = rows.filter(pc.and_(pc.equal(rows["model"], self.model.image_digest), rows[column].is_valid()))
         vectors = extract_unit_vectors_of_model_or_zeros(self.model, rows)
         return dict(zip(rows["path"].to_pylist(), vectors, strict=True))
 

@@ -40,7 +40,7 @@ class WorkerArguments(ExecutorArguments):
     where: str = flag(..., "Folder or address of the index. All machines must be able to reach it.")
     folders: list[str] = flag([], "Folders of pictures. Default: the folders that were added on this machine before.")
     exclude: list[str] = flag([], "Patterns of files and folders to ignore from now on, in the syntax of .gitignore.")
-    include: list[str] = flag([], "Stored patterns to remove, and forgotten paths to index again.")
+    include: list[str] = flag([], "Exclusions to undo: --exclude patterns, and paths that `capivara forget` removed.")
     model: str | None = flag(None, "Folder or Hub id of the model. Default: the model that the index was built with.")
     device: str | None = flag(None, "Device of the model, for example cuda:1. Default: the GPU if there is one.")
     batch_size: int = flag(32, "Pictures per batch of the model.")

@@ -606,9 +606,9 @@ def _check_decoded_size_of_parquet_files(paths: Sequence[str | Path]) -> None:
                     break
             if is_too_large or decoded > limit:
                 raise ValueError(
-                    f"{path} is too large after decoding: parquet files may expand to {MAX_PARQUET_EXPANSION} times "
-                    f"their size, or to {UNLIMITED_EXPANSION_BYTES / 1e6:.0f} MB; these files have {stored:,} bytes. "
-                    "If you trust the files, write them again without compression and dictionary encoding."
+                    f"{path} is too large after decoding: the limit is {MAX_PARQUET_EXPANSION} times the size on disk, "
+                    f"here {stored:,} bytes, and at least {UNLIMITED_EXPANSION_BYTES / 1e6:.0f} MB. If you trust the "
+                    "data, write the files again without compression and dictionary encoding."
                 )
 
 

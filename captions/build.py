@@ -199,8 +199,8 @@ def read_build_plan(
     translations = translations or [("0-read", {})]
     chains = {train: chain} | dict.fromkeys(evaluation, translations)
     steps = {
-        split: _build_stage_arguments(content, chain, split, executor_flags or {}, config)
-        for split, chain in chains.items()
+        split: _build_stage_arguments(content, stages, split, executor_flags or {}, config)
+        for split, stages in chains.items()
     }
     if evaluation and any(isinstance(step, EmbedArguments) and step.views > 1 for step in steps[train]):
         raise ValueError(

@@ -73,6 +73,8 @@ class EmbedArguments(EncoderStageArguments):
             ValueError, OSError, ImportError: If the model can't be loaded.
         """
         embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
+        # Raises an error now if the image encoder is damaged. Otherwise every image would be skipped.
+        embedder.embed_images([Image.new("RGB", (32, 32))], 1)
         settings = {
             "model": self.model,
             "encoder": embedded.resolve_image_encoder_digest(self.model, embedder.fingerprint),

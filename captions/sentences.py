@@ -35,8 +35,8 @@ def map_caption_columns_to_translated_columns(present: Collection[str], where: s
         A dict `{caption column: new column}`, for example `{"captions-en": "captions-pt"}`.
 
     Raises:
-        ValueError: If the dataset already has translations, or similarities of image and caption, in the target
-            language.
+        ValueError: If the dataset already has a column with translations into the target language, or a column with
+            the similarities of images and such translations.
     """
     columns = {f"{kind}-{args.source_language}": f"{kind}-{args.language}" for kind in CAPTION_KINDS}
     columns = {column: target for column, target in columns.items() if column in present}

@@ -184,10 +184,10 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         """
 
     def describe_work(self, stage: "RowStage") -> list[str]:
-        """Estimate how many requests and tokens the stage will send to a server. A dry run prints this estimate.
+        """Return lines that say how many requests and tokens the stage would send to a server. A dry run prints them.
 
         Args:
-            stage: Access to the rows that the stage will process.
+            stage: The stage with these flags. Its rows are read for the estimate.
 
         Returns:
             Lines of text to print. The list is empty if the stage uses no server.

@@ -172,8 +172,9 @@ def load_embedder_with_cache(args: ModelArguments) -> CachedEmbedder:
         ValueError, OSError, ImportError: If the model can't be loaded.
     """
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision)
-    folders = {"auto": cache_home(), "off": None}
-    return CachedEmbedder(embedder, folders.get(args.cache_dir, Path(args.cache_dir)), args.batch_size)
+    if args.cache_dir == "off":
+        return CachedEmbedder(embedder, None, args.batch_size)
+    return CachedEmbedder(embedder, cache_home() if args.cache_dir == "auto" else Path(args.cache_dir), args.batch_size)
 
 
 def write_result_file_with_model_metadata(

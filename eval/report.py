@@ -117,7 +117,7 @@ def read_results_folder(folder: Path) -> ResultsFolder:
             elif not (path.parent / "config.json").is_file():
                 # Without a config.json next to it, the file is not part of a model's folder, which may have other JSON
                 # files than results.
-                raise ValueError("must contain the records of a measurement or the curve of a training run")
+                raise ValueError("must contain the records of a measurement, or the training curve of a run")
         except (OSError, ValueError) as error:
             results_folder.faults.append((name, getattr(error, "strerror", None) or str(error)))
     if not results_folder.results:

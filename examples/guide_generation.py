@@ -134,7 +134,7 @@ def convert_tensor_to_pil_image(pixels: Tensor) -> PIL.Image.Image:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: optimize an image for the sentence, and save the image and its similarities to sentences.
+    """Run the command: optimize an image to fit a sentence, and save it with its similarities to sentences.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

@@ -173,7 +173,7 @@ def _build_tower_config(name: str, config: dict | PreTrainedConfig | None, defau
     model_type = config.setdefault("model_type", defaults["model_type"])
     if model_type not in CONFIG_MAPPING:
         problem = f"{name}.model_type {model_type!r} is not known to this version of transformers"
-        raise ValueError(f"{problem}. Correct it (for instance {defaults['model_type']!r}) or upgrade transformers.")
+        raise ValueError(f"{problem}. Use a known type, such as {defaults['model_type']!r}, or upgrade transformers.")
     if model_type == defaults["model_type"]:
         config = {**defaults, **config}
     if model_type == "timm_wrapper":

@@ -265,13 +265,14 @@ def to_capivara_config(model_cfg: dict) -> CapivaraConfig:
         vision["num_attention_heads"] = vision["hidden_size"] // vision_cfg.get("head_width", 64)
         vision["intermediate_size"] = int(vision["hidden_size"] * vision_cfg.get("mlp_ratio", 4.0))
         vision["hidden_act"] = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
-        options = {"vision_config": vision, "text_config": _load_text_config(text_cfg.get("hf_model_name"))}
         projection_type = text_cfg.get("hf_proj_type", "mlp")
-        options |= {"projection_dim": model_cfg["embed_dim"], "text_projection_type": projection_type}
+        options = {"projection_dim": model_cfg["embed_dim"], "text_projection_type": projection_type}
         for name in ("logit_scale", "logit_bias"):
             if model_cfg.get(f"init_{name}") is not None:
                 options[f"{name}_init_value"] = float(model_cfg[f"init_{name}"])
-        return CapivaraConfig(**options)
+        # The text configuration may come from the Hub, so it is loaded after everything else has been checked.
+        text_config = _load_text_config(text_cfg.get("hf_model_name"))
+        return CapivaraConfig(vision_config=vision, text_config=text_config, **options)
     # These are errors about missing fields and wrong types, and the errors of transformers' configuration classes.
     except Exception as error:
         reason = " ".join(str(error).split())

@@ -154,7 +154,8 @@ def pad_batch(processor: ProcessorMixin, tokenized: Sequence[Mapping[str, list[i
         A dictionary with two tensors of shape (texts, tokens): "input_ids" (the token ids) and "attention_mask" (a 1
         for each token, a 0 for padding). For a SigLIP model it has only "input_ids".
     """
-    return dict(processor.tokenizer.pad([dict(row) for row in tokenized], return_tensors="pt"))
+    options = {"return_tensors": "pt", "return_attention_mask": not pads_to_max_length(processor)}
+    return dict(processor.tokenizer.pad([dict(row) for row in tokenized], **options))
 
 
 @dataclass

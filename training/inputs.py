@@ -560,8 +560,8 @@ def open_image_embedding_store(
         "augmentation": describe_augmentation(pairs.seed) if pairs.augmented_views != 1 else None,
         "precision": precision,
     }
-    folder = args.image_embedding_cache
-    root = cache_home() / "image_embeddings" if folder == "auto" else Path(folder)
+    is_default = args.image_embedding_cache in ("auto", "off")
+    root = cache_home() / "image_embeddings" if is_default else Path(args.image_embedding_cache)
     return EmbeddingStore(root, settings, args.embedding_batch_size, np.float16)
 
 

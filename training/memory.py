@@ -47,8 +47,8 @@ def measure_graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
         # The first result is kept alive during the second run. Otherwise new tensors could get the addresses of freed
         # tensors, and would not be counted, because `counted` already has these addresses.
         results = [run()]
-        # The first run also saves copies of the weights in autocast's precision. Autocast caches these copies, so the
-        # second run adds only the tensors of its own graph.
+        # The tensors that the first run saves for the backward pass include copies of the weights in autocast's
+        # precision. Autocast caches these copies, so that the second run makes none. Only its tensors are counted.
         shared = sum(sizes)
         results.append(run())
     return sum(sizes) - shared

@@ -175,7 +175,7 @@ def load_rotation(model: str | Path) -> Tensor | None:
     try:
         return None if path is None else load_file(path)["rotation"]
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Download the model again, or repeat the rotation.") from error
+        raise ValueError(f"{path} is damaged: {error}. Download or rotate the model again.") from error
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ LINE_RE = re.compile(r"^\s*(\d+)\s*[.):\]-]\s*(.*\S)\s*$")
 USAGE_FIELDS = ("retried", "prompt_tokens", "completion_tokens")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
     """One caption or translation that a language model has written, with its problem and its cost.
 

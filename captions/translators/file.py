@@ -176,7 +176,8 @@ class FileFlags:
         if describe_stage_record_differences(record, stage.record | current):
             # Not only the table has changed. `write_or_check_stage_record` will raise an error with the differences.
             return None
-        translations = self.read_table().translations(self.check_source_rows(stage))
+        sentences = self.check_source_rows(stage)  # reads the table, too, and must forget it before the next line
+        translations = self.read_table().translations(sentences)
         answers = {sentence: Answer(translation) for sentence, translation in translations.items()}
         columns = map_caption_columns_to_translated_columns(stage.features, stage.source.display_name, self)
         names = [*columns, *columns.values(), f"quality-{self.language}"]
@@ -221,8 +222,8 @@ class FileTranslator(Translator):
         Raises:
             ValueError: If the table has other sentences than the rows, or a sentence has no translation.
         """
-        identity = args.known_settings()["translator"]
-        return cls(args.read_table().translations(args.check_source_rows(stage)), identity)
+        identity, sentences = args.known_settings()["translator"], args.check_source_rows(stage)
+        return cls(args.read_table().translations(sentences), identity)
 
     def translate(self, sentences: list[str]) -> list[str]:
         """Look up the translations of sentences, and return one translation per sentence, in order."""

@@ -303,7 +303,8 @@ def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -
         if not len(items):
             raise ValueError(f"Every query needs a relevant item, but query {query} has none.")
         if not all(0 <= item < scores.shape[1] for item in items):
-            raise ValueError(f"Items must be from 0 to {scores.shape[1] - 1}, got {list(items)} for query {query}.")
+            highest = scores.shape[1] - 1
+            raise ValueError(f"Relevant items must be from 0 to {highest}, got {list(items)} for query {query}.")
         is_relevant[query, list(items)] = True
     return _compute_ranks_with_mask(scores, is_relevant)
 

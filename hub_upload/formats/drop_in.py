@@ -227,7 +227,12 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: i
 
 
 def _render_card(
-    source: Path, config: PreTrainedConfig, metadata: dict[str, Any], repo_id: str | None, length: int, open_clip: bool
+    source: Path,
+    config: PreTrainedConfig,
+    metadata: dict[str, Any],
+    repo_id: str | None,
+    length: int,
+    has_open_clip: bool,
 ) -> str:
     """Render the card (README.md) of an exported text encoder.
 
@@ -239,7 +244,7 @@ def _render_card(
         metadata: Content of drop_in.json.
         repo_id: Hub id that the code examples load. None: the examples load the current folder.
         length: Maximum number of tokens in a text.
-        open_clip: Whether the file for open_clip was written.
+        has_open_clip: Whether the file for open_clip was written.
 
     Returns:
         The text of the card.
@@ -253,7 +258,7 @@ def _render_card(
     tags = ["clip", library] if is_capivara else [config.model_type]
     license = model_card["license"] if model_card.get("license") in card_values.HUB_LICENSES else None
     card_data = {"library_name": library, "license": license}
-    card_data["tags"] = ["capivara", *tags, "onnx", *["open_clip"] * open_clip]
+    card_data["tags"] = ["capivara", *tags, "onnx", *["open_clip"] * has_open_clip]
     texts = [f"{number} text in {card_values.escape_value_for_markdown(language)}" for number in ("a", "another")]
     names = ("model", "base", "image_digest")
     return card_values.MARKDOWN_TEMPLATES.get_template("drop_in.md.j2").render(
@@ -262,6 +267,6 @@ def _render_card(
         repo_id=repo_id,
         is_capivara=is_capivara,
         length=length,
-        open_clip=open_clip,
+        open_clip=has_open_clip,
         examples=card_values.select_code_example_inputs(language, texts)["texts"],
     )

@@ -115,7 +115,7 @@ def _convert_normalizer(normalizer: dict[str, Any] | None) -> dict[str, Any] | N
     if normalizer["type"] == "Sequence":
         return normalizer | {"normalizers": [_convert_normalizer(step) for step in normalizer["normalizers"]]}
     if normalizer["type"] == "Nmt":
-        return {"type": "Sequence", "normalizers": NMT_STEPS}
+        return {"type": "Sequence", "normalizers": [*NMT_STEPS]}
     if normalizer["type"] not in NORMALIZER_TYPES:
         raise ValueError(
             f"transformers.js does not support the normalizer {normalizer['type']} in tokenizer.json, so the model "
