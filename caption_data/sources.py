@@ -25,7 +25,6 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -46,7 +45,14 @@ from tqdm.auto import tqdm
 
 from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import AllowedFolders, check_folder_for_outside_links_and_pipes, read_json
-from capivara_common.image_files import BadImage, ImageAccess, decode_image, image_display_path, read_image_bytes
+from capivara_common.image_files import (
+    BadImage,
+    ImageAccess,
+    decode_image,
+    decode_row_images,
+    image_display_path,
+    read_image_bytes,
+)
 from caption_data import embedded
 from caption_data.rows import SkippedRow
 from caption_data.tars_and_image_folders import load_rows_and_list_damaged_files
@@ -61,7 +67,6 @@ STAGE_FILE = "stage.json"  # file in each folder that a stage of `captions` writ
 PART_NAME_RE = re.compile(r"-(\d{9})-(\d{9})$")
 DATASET_INFO_TIMEOUT_S = 20  # seconds to wait for the Hub to answer whether a dataset exists
 PARQUET_BATCH_ROWS = 16  # rows that are decoded at the same time; few, because each may hold a large image
-DECODE_CHUNK_IMAGES = 64  # decoded images in memory at the same time; a photograph of 12 megapixels takes 36 MB
 COLUMN_CHUNK_ROWS = 4096  # rows that are read at the same time if a single column without images is read
 # Parquet stores a repeated value once, so a malicious file of 1 kB can expand to gigabytes of text. Parquet reduces the
 # size of captions to about a tenth, and hardly reduces the size of images, so valid files stay far below this limit.
@@ -268,26 +273,18 @@ class Split:
         return decode_image(self.data[row][self.image_column], self.image_access)
 
     def decode_images(self, rows: Sequence[int]) -> Iterator[PIL.Image.Image | BadImage]:
-        """Decode the images of several rows with up to eight threads.
+        """Decode the images of several rows with a pool of threads.
 
         Args:
             rows: Numbers of the rows, counted from 0.
 
-        Yields:
-            The images, in the order of `rows`. A missing or invalid image does not end the iteration: a `BadImage`
-            error takes its place. The text of this error does not show the folder of the image file.
+        Returns:
+            Iterator over the images, in the order of `rows`. A missing or invalid image does not end the iteration: a
+            `BadImage` error takes its place. The text of this error does not show the folder of the image file.
         """
-
-        def load(row: int) -> PIL.Image.Image | BadImage:
-            try:
-                return self.load_image(row)
-            except BadImage as bad:
-                return BadImage(bad.reason, self.describe_image_error(row, bad))
-
-        cpus = (os.cpu_count() or 2) // get_or_init_distributed_state().num_processes
-        with ThreadPoolExecutor(max(1, min(8, cpus))) as threads:
-            for start in range(0, len(rows), DECODE_CHUNK_IMAGES):
-                yield from threads.map(load, rows[start : start + DECODE_CHUNK_IMAGES])
+        return decode_row_images(
+            rows, lambda row: self.data[row][self.image_column], self.image_access, self.describe_image_error
+        )
 
     @cached_property
     def image_digests(self) -> list[str]:
@@ -600,11 +597,12 @@ def _check_decoded_size_of_parquet_files(paths: Sequence[str | Path]) -> None:
         with open_parquet(path) as file:
             groups = (file.metadata.row_group(number) for number in range(file.num_row_groups))
             is_too_large = sum(group.total_byte_size for group in groups) > limit
-            for batch in () if is_too_large else file.iter_batches(PARQUET_BATCH_ROWS):
-                decoded += sum(map(_compute_decoded_array_size, batch.columns))
-                if decoded > limit:
-                    break
-            if is_too_large or decoded > limit:
+            if not is_too_large:
+                for batch in file.iter_batches(PARQUET_BATCH_ROWS):
+                    decoded += sum(map(_compute_decoded_array_size, batch.columns))
+                    if is_too_large := decoded > limit:
+                        break
+            if is_too_large:
                 raise ValueError(
                     f"{path} is too large after decoding: the limit is {MAX_PARQUET_EXPANSION} times the size on disk, "
                     f"here {stored:,} bytes, and at least {UNLIMITED_EXPANSION_BYTES / 1e6:.0f} MB. If you trust the "

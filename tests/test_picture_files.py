@@ -359,12 +359,10 @@ def test_avif_files_that_declare_too_few_pixels_take_little_memory():
         image_files.check_and_open_image_without_decoding(zlib.decompress(base64.b64decode(LYING_AVIF)), "a.avif")
     program = (
         "import base64, re, sys, zlib\n"
-        "from capivara_common.image_files import ImageAccess\n"
-        "from caption_data.sources import Split\n"
+        "from capivara_common.image_files import ImageAccess, decode_row_images\n"
         "data = zlib.decompress(base64.b64decode(sys.stdin.read()))\n"
-        "rows = [{'image': {'bytes': data, 'path': None}}] * 8\n"
-        "split = Split('', 'train', 'image', rows, ImageAccess(max_pixels=200_000_000))\n"
-        "images = list(split.decode_images(range(8)))\n"
+        "access = ImageAccess(max_pixels=200_000_000)\n"
+        "images = list(decode_row_images(range(8), lambda row: {'bytes': data, 'path': None}, access))\n"
         "peak = re.search(r'VmHWM: *(\\d+)', open('/proc/self/status').read().replace('\\t', ' '))\n"
         "print({image.size for image in images}, int(peak[1]) // 1024)\n"
     )
