@@ -53,11 +53,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(EmbeddedEvaluationArguments, __doc__, argv)
     with tempfile.TemporaryDirectory() as folder:
         embedded, result = Path(folder) / "embedded", Path(folder) / "result.json"
+        # The images are measured first, so that a language without captions is refused before they are embedded.
+        from_images = {name: _measure_retrieval(args, args.dataset, name, result) for name in args.languages}
         words = ["--model", args.model, "--dataset", args.dataset, "--split", args.split, "--output", str(embedded)]
         embed.main([*words, "--license", "unknown"])  # the embeddings are deleted at the end and never published
         measured = {}
         for language in args.languages:
-            images = _measure_retrieval(args, args.dataset, language, result)
+            images = from_images[language]
             embeddings = _measure_retrieval(args, str(embedded), language, result)
             difference = {name: embeddings[name] - value for name, value in images.items()}
             measured[language] = {"images": images, "embeddings": embeddings, "difference": difference}
