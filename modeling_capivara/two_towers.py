@@ -12,8 +12,10 @@ models also need the parameter `logit_scale`. Models with SigLIP's loss (arXiv 2
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -42,6 +44,7 @@ from .processing_capivara import CapivaraProcessor
 # How progress is reported: a string is the title of a progress bar, a function is called with the number of items in
 # each finished batch, and None reports nothing.
 ProgressOption = str | Callable[[int], object] | None
+PREPROCESSING_THREADS = 4
 
 
 def uses_sigmoid_loss(model: nn.Module) -> bool:
@@ -517,8 +520,15 @@ def embed_images(
         ValueError: If an image is invalid or an embedding is not finite.
     """
 
+    def preprocess(part: list[Image.Image]) -> Tensor:
+        return processor(images=part, return_tensors="pt")["pixel_values"]
+
     def encode(batch: list[Image.Image]) -> Tensor:
-        pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
+        # An image processor uses only one core, so each thread preprocesses a part of the batch.
+        part_size = math.ceil(len(batch) / PREPROCESSING_THREADS)
+        parts = [batch[start : start + part_size] for start in range(0, len(batch), part_size)]
+        with ThreadPoolExecutor(PREPROCESSING_THREADS) as threads:
+            pixel_values = torch.cat([*threads.map(preprocess, parts)])
         return compute_image_embeds_in_chunks(model, pixel_values, model.device, chunk_images)
 
     return _embed_in_batches(encode, images, batch_size, progress)
