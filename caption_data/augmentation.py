@@ -1,7 +1,7 @@
 """Augment images as in the CAPIVARA paper (arXiv 2310.13683, section 4), reproducibly.
 
-Two callers augment images: training, and `captions.embed`, which writes a dataset of embeddings for others to train on.
-For the same image, seed and view number, both get the same augmented image.
+An augmented copy of an image is called a view. Views are made by training, and by `captions.embed`, which writes a
+dataset of embeddings to train on. For the same image, seed and view number, both get the same view.
 """
 
 from importlib.metadata import version
@@ -19,22 +19,22 @@ AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severit
 
 
 def derive_seed(*numbers: int) -> int:
-    """Combine several non-negative integers, such as a seed and a view number, to one 63-bit random seed.
+    """Combine several non-negative integers, such as a seed and a step number, into one 63-bit random seed.
 
-    The same integers give the same seed on every machine.
+    The same integers in the same order give the same seed on every machine.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def describe_augmentation(seed: int) -> dict[str, Any]:
-    """Return all settings that determine how an image is augmented, to store them in result files and caches.
+    """Return all settings that determine how images are augmented, so that results can record them.
 
     Args:
         seed: Seed of the run or dataset.
 
     Returns:
-        The image sizes and other constants in `AUGMENTATION`, and also `{"torchvision": version of torchvision, "seed":
-        seed}`. All values can be written as JSON.
+        A dict of JSON values: the constants in `AUGMENTATION`, the version of torchvision (key "torchvision"), and the
+        seed (key "seed").
     """
     return AUGMENTATION | {"torchvision": version("torchvision"), "seed": seed}
 
@@ -42,8 +42,8 @@ def describe_augmentation(seed: int) -> dict[str, Any]:
 def make_augmented_view(image: PIL.Image.Image, digest: str, view: int, seed: int) -> PIL.Image.Image:
     """Return a randomly augmented copy of an image, called a view. The same arguments give the same view.
 
-    The random choices depend on the content of the image instead of its row number, because row numbers change when
-    other rows are skipped.
+    The random choices depend on the content of the image, given by `digest`. They do not depend on its row number,
+    because row numbers change when other rows are skipped.
 
     Args:
         image: Decoded image.

@@ -32,7 +32,8 @@ def embeds_feature(width: int, views: int = 1) -> List:
 
     Args:
         width: Width of an embedding.
-        views: Number of embeddings per row. More than 1 for several views, that is, augmented copies of the image.
+        views: Number of embeddings per row. 1: the embedding of the image itself. More than 1: the embeddings of this
+            many views, that is, augmented copies of the image.
 
     Returns:
         Feature (column type of `datasets`) for lists of shape (width,) or, for several views, (views, width).
@@ -79,8 +80,8 @@ def check_embeds_columns_and_get_shape(features: Features, name: str) -> tuple[i
 def resolve_image_encoder_digest(model: str, fingerprint: str) -> str:
     """Return the digest that identifies the image encoder of a model.
 
-    In a dataset of embeddings, the column `image_encoder` has the digest of the image encoder that computed them.
-    Comparing the digests shows whether a model can use the embeddings. For most models, the digest is computed from the
+    A dataset of embeddings stores the digest of the image encoder that computed them in the column `image_encoder`. A
+    model can use the embeddings only if its own digest is the same. For most models, the digest is computed from the
     model's files. For an open_clip model, it is `fingerprint`.
 
     Args:
@@ -118,7 +119,8 @@ def find_invalid_embeds(chunks: Iterable[pa.ChunkedArray], width: int) -> dict[i
         width: Width of the embeddings.
 
     Returns:
-        `{row number: description of the fault}` for each invalid row. Rows are counted from 0 over all chunks.
+        `{row number: description of the fault}` with an entry for each invalid row. Rows are counted from 0 over all
+        chunks.
     """
     faults, start = {}, 0
     for chunk in chunks:

@@ -19,8 +19,8 @@ from capivara_common.files import check_folder_for_outside_links_and_pipes, json
 from capivara_common.image_files import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, ImageAccess
 from caption_data import sources
 
-LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # names that the label column may have; WebDataset uses cls
-SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # {folder name: split name}
+LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # possible names of the label column; WebDataset uses cls
+SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # name of a folder of images -> split
 SPLIT_FOLDERS |= {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "val", "dev"), "validation")
 
 
@@ -38,7 +38,7 @@ class LabeledImages:
     labels: list[int] | list[list[int]]
 
     def fingerprint(self) -> str:
-        """Return a hex digest (BLAKE2b-128) that identifies the images and labels, so that results can record them.
+        """Return a hex digest (BLAKE2b-128) of the images and labels, with which results record the data they used.
 
         The first call reads all image files.
         """
@@ -60,13 +60,13 @@ def load_images_with_prompt_class_labels(
     """Load the images of a classification dataset, with labels that number the classes as the benchmark does.
 
     A benchmark has a prompt file, which lists the class names and the prompts for zero-shot classification. The dataset
-    may order its classes differently. Therefore, its class names are matched with the class names of the prompt file.
-    If the dataset has only label numbers, these numbers are used as indices into `class_names`.
+    may order its classes differently, so its class names are matched with the class names of the prompt file. If the
+    dataset has label numbers but no class names, the numbers are used as indices into `class_names`.
 
     Args:
         source: Folder, glob pattern or Hub id of the dataset.
         split: Name of the split.
-        class_names: English names of all classes of the dataset, in the order of the prompt file.
+        class_names: English names of all classes, in the order of the prompt file.
         image_column: Name of the image column. Default: the image column, if the dataset has exactly one.
         label_column: Name of the label column. Default: the first of `LABEL_COLUMNS` that exists.
         class_indices: Classes to distinguish, as indices into `class_names`. Images of other classes are skipped. For
@@ -81,8 +81,8 @@ def load_images_with_prompt_class_labels(
         position of the class in `class_names`.
 
     Raises:
-        ValueError: If the split or a column is missing, a label is invalid, or no image is left. Also if the class
-            names of the dataset and of the prompt file differ; the message then lists the classes that differ.
+        ValueError: If the split or a column is missing, a label is invalid, or no image is left. If the class names of
+            the dataset and of the prompt file differ; the message lists the classes that differ.
     """
     path = Path(source)
     tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
@@ -125,7 +125,10 @@ def load_images_with_prompt_class_labels(
     classes = [[positions.get(mapping[x]) for x in label] for label in label_lists]
     kept_rows = [row for row, row_classes in enumerate(classes) if None not in row_classes]
     if not kept_rows:
-        raise ValueError(f"{source} has no image of the {len(positions)} classes to distinguish.")
+        raise ValueError(
+            f"{source} has no image of the {len(positions)} classes to distinguish. Check that the dataset and the "
+            "split belong to this benchmark."
+        )
     images = replace(opened, image_column=image_column, data=rows.select(kept_rows))
     kept_labels = [classes[row] if isinstance(labels[row], list) else classes[row][0] for row in kept_rows]
     return LabeledImages(images, kept_labels)
@@ -176,8 +179,8 @@ def _read_or_download_class_names(source: str) -> list[str]:
     if not Path(source).is_dir():
         try:
             path = Path(hf_hub_download(source, path.name, repo_type="dataset"))
-        # Without a connection, it is unknown whether the Hub has this file. Without the file, the order of the classes
-        # would be a guess, and the labels could be wrong.
+        # If the Hub can't be reached, it is unknown whether the dataset has this file. The error must not be ignored:
+        # without the file, the order of the classes would be a guess, and the labels could be wrong.
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:

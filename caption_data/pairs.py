@@ -1,9 +1,9 @@
 """Build pair tables, which tell training and evaluation which captions of each image to use and which rows to skip.
 
-A pair is an image together with the captions that a run uses. A pair table has one row for each row of a dataset split:
-the digest of the image, the chosen captions, and the reason if the row can't be used. The table is built in a single
-pass over the split. It is stored as a memory-mapped Arrow file in the cache folder, so that a second run with the same
-data and settings starts immediately.
+A pair is an image together with the captions that a run uses. A pair table has one row for each row of a dataset split.
+It holds the digest of the image and the chosen captions or, if the row can't be used, the reason. The table is built in
+a single pass over the split. It is stored as a memory-mapped Arrow file in the cache folder, so that a second run with
+the same data and settings starts immediately.
 """
 
 import os
@@ -37,19 +37,20 @@ from caption_data.rows import (
 from caption_data.sources import Split
 from modeling_capivara import clean_text
 
-# Version in the cache key. Increase it if a code change makes different pairs from the same rows, so that cached tables
-# are built again.
+# Version of the pair tables, a part of their cache key. Increase it if a code change makes different pairs from the
+# same rows, so that cached tables are built again.
 PAIR_TABLE_VERSION = 2
 MAP_BATCH_ROWS = 128  # number of rows whose image files are in memory at the same time
-# The fingerprint of a table with fewer rows is not cached, because computing it at every start takes only a second or
-# two.
+# The content digest of a pair table is cached only if the table has at least this many rows. For a smaller table, it
+# is computed again at every start, which takes only a second or two.
 CACHED_FINGERPRINT_ROWS = 100_000
 UNUSED_TABLE_LIFETIME_S = 30 * 24 * 3600  # seconds after which a table that no run has read is deleted
 PAIR_TABLE_FEATURES = Features(
     {name: Value("string") for name in ("digest", "reason", "detail")}
     | {"row": Value("int64"), "captions": CAPTIONS_FEATURE}
 )
-# Values of the column `reason` that say nothing about the image file. All other values mean that it can't be used.
+# Values of the column `reason` that have nothing to do with the image file. Any other value means that the image file
+# could not be used.
 FILELESS_REASONS = ("", NOT_CHOSEN, "no caption", INVALID_EMBEDDING)
 IMAGE_KEYS = ("bytes", "path")  # keys of an encoded image in a row; at least one must be present
 ASCII_ALPHANUMERIC_RE = re.compile("[0-9A-Za-z]")
@@ -62,18 +63,18 @@ def load_or_build_pair_table(
     """Choose the captions of all rows of a split and check all images, or load the result from the cache.
 
     The result is called the pair table. It is built again if the rows, the image files, `caption_columns` or `settings`
-    change. It is also built again if other images are accepted (`max_pixels` and the allowed folders of the split). On
-    each machine, one process of a distributed launch builds the table while the other processes wait.
+    change, or the rules that say which images are accepted (`split.image_access`). In a distributed launch, one process
+    per machine builds the table while the other processes wait.
 
     Args:
         split: Dataset split with images, or embeddings of images, and captions.
-        caption_columns: Names of the columns that `choose` reads. Before `choose` is called, a single text in such a
-            column is converted to a list with one text. If the split lacks a caption column but has another one of
-            them, the missing column is replaced by empty lists.
+        caption_columns: Names of the caption and similarity columns that `choose` reads. `choose` always gets lists: a
+            single text becomes a list with one text. If the split has only some of the caption columns, the others are
+            empty lists.
         choose: Function that gets a row without its image, and returns the list of captions to use. It may raise
             ValueError.
-        settings: Everything besides the row that the result of `choose` depends on, as JSON values. It is part of the
-            cache key, so that changed settings give a new table.
+        settings: All settings on which the result of `choose` depends, as JSON values. They are part of the cache key,
+            so that changed settings give a new table.
 
     Returns:
         A table with one row for each row of the split, and these columns:
@@ -107,7 +108,8 @@ def load_or_build_pair_table(
         return {name: [pair[name] for pair in pairs] for name in PAIR_TABLE_FEATURES}
 
     def make_table() -> Dataset:
-        # The column of embeddings is not needed, and converting it to Python numbers would take most of the time.
+        # Leave out the column of embeddings: it is not needed here, and converting its values to Python numbers would
+        # take most of the time.
         data = split.data.remove_columns(EMBEDS_COLUMN) if split.is_embedded else split.data
         return data.map(
             make_pairs, with_indices=True, batched=True, batch_size=MAP_BATCH_ROWS, features=PAIR_TABLE_FEATURES,
@@ -116,8 +118,9 @@ def load_or_build_pair_table(
         )  # fmt: skip
 
     def has_recovered(table: Dataset) -> bool:
-        # The reasons are compared as an Arrow column, because reading millions of them as Python objects would take
-        # minutes at every start.
+        # Read those images again that could not be used when the table was built, and return True if one of them can
+        # be used now. These rows are found by the column `reason` of the table. It is compared as an Arrow column,
+        # because converting millions of rows to Python objects would take minutes at every start.
         is_fileless = pc.is_in(table.data.column("reason"), value_set=pa.array(FILELESS_REASONS))
         bad = map(int, np.flatnonzero(pc.invert(is_fileless)))
         return any(make_pair(number, split.data[number])["reason"] in FILELESS_REASONS for number in bad)
@@ -134,15 +137,16 @@ def load_or_build_pair_table(
 def find_missing_columns(columns: Sequence[str], present: Iterable[str]) -> list[str]:
     """Find out which columns a dataset lacks for choosing captions.
 
-    A dataset need not have all caption columns. If it has at least one of them, the others are not required. Columns of
-    similarities are always required.
+    At least one of the caption columns in `columns` is required, such as `captions-pt` or `generated-captions-pt`. All
+    columns of similarities in `columns` are required.
 
     Args:
         columns: Names of the columns that the caption strategy (rule that selects captions of a row) reads.
         present: Names of the columns that the dataset has.
 
     Returns:
-        Names of the missing columns, in the order of `columns`. Empty if nothing is missing.
+        Names of the missing columns, in the order of `columns`. If the dataset has no caption column at all, all
+        caption columns are listed. Empty if nothing required is missing.
     """
     caption_columns = [name for name in columns if not SIMILARITY_COLUMN_RE.fullmatch(name)]
     optional = set() if set(caption_columns).isdisjoint(present) else set(caption_columns)
@@ -252,12 +256,12 @@ def _load_or_build_and_prune_cache(
             table, is_valid = make_table(), False
         if not is_valid:
             append_digest(path)
-        # The digest of the file replaces the fingerprint that `datasets` computed, because
-        # `load_or_compute_pair_content_digest` uses the fingerprint as a cache key for the content of the table.
+        # Use the digest of the file as the fingerprint of the table, instead of the fingerprint that `datasets`
+        # computed: `load_or_compute_pair_content_digest` needs a cache key that depends on the content of the table.
         table._fingerprint = read_appended_digest(path)
         if state.is_local_main_process:
             os.utime(path)
-            for old in path.parent.iterdir():  # also finds temporary files of killed runs
+            for old in path.parent.iterdir():  # also the temporary files that killed runs have left
                 with suppress(OSError):  # another run may delete the same file, and `unlink` fails for folders
                     if time.time() - old.stat().st_mtime > UNUSED_TABLE_LIFETIME_S:
                         old.unlink()
@@ -330,7 +334,8 @@ def _get_row_and_image_state_for_cache_key(split: Split) -> list[Any]:
     states = [(name, state.st_size, state.st_mtime_ns) for name, state in tables]
     digest, images = blake2b(digest_size=16), split.data.select_columns([split.image_column]).with_format("arrow")
     feature = split.data.features[split.image_column]
-    # Images in tars need no separate check, because the fingerprint of their table covers size and time of each tar.
+    # Images in tars need no separate check: the fingerprint of the dataset already covers the size and modification
+    # time of each tar.
     has_files = not split.is_embedded and not (isinstance(feature, dict) and "archive" in feature)
     for batch in images.iter(10_000) if has_files else ():
         stored = batch.column(0)

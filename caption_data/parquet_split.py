@@ -1,8 +1,8 @@
 """Read the rows of parquet datasets directly from their files, and compute a digest that detects changed files.
 
-`open_split` copies parquet files to the cache of the library `datasets`, where random access is fast. The commands of
-the caption pipeline `captions` read each file only once and in order, so a copy would waste time and disk space. They
-use `open_in_place`, which reads the original files.
+By default, `open_split` copies parquet files to the cache of the library `datasets`, where random access is fast. The
+commands of the caption pipeline `captions` read each file only once and in order, so a copy would waste time and disk
+space. They use `open_in_place` instead, which reads the original files.
 """
 
 import bisect
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from caption_data.sources import COLUMN_CHUNK_ROWS, PARQUET_BATCH_ROWS, Split, open_parquet, open_split
 from caption_data.tars_and_image_folders import METADATA_SUFFIXES
 
-# The fingerprint of a large file covers `SAMPLE_COUNT` samples of `SAMPLE_BYTES` bytes, spread evenly over the file.
+# The digest of a large file covers only `SAMPLE_COUNT` samples of `SAMPLE_BYTES` bytes, spread evenly over the file.
 SAMPLE_COUNT, SAMPLE_BYTES = 64, 4096
 
 
@@ -29,8 +29,8 @@ SAMPLE_COUNT, SAMPLE_BYTES = 64, 4096
 class ParquetSplit(Split):
     """A dataset split that reads its parquet files directly, a few rows at a time, instead of copying them to a cache.
 
-    Reading rows in order is fast, but random access is slow. Opening the split reads only the metadata of the files. An
-    error in damaged rows is therefore raised only when these rows are read. `open_in_place` creates such a split.
+    Reading rows in order is fast, but random access is slow. Opening the split reads only the metadata of the files, so
+    damaged rows raise an error only when they are read. `open_in_place` creates such a split.
 
     Raises:
         ValueError: If a file is damaged, or the files have different columns or types.
@@ -61,7 +61,7 @@ class ParquetSplit(Split):
     def row(self, index: int) -> dict[str, Any]:
         """Return row number `index`, counted from 0, as `{column name: value}`. The image is not decoded.
 
-        This is slow for many rows; `rows` is fast.
+        To read many rows, use the method `rows`, which is much faster.
         """
         return next(self.rows(index))
 
@@ -88,7 +88,7 @@ class ParquetSplit(Split):
                     to_skip -= len(batch) - len(rows)
                     for row in rows:
                         image = row.get(self.image_column)
-                        # Files that other programs wrote may hold plain bytes or a path instead of a dict.
+                        # Parquet files of other programs may hold plain bytes or a path. Convert it to the usual dict.
                         if isinstance(image, bytes | str):
                             kind = "path" if isinstance(image, str) else "bytes"
                             row[self.image_column] = {"bytes": None, "path": None, kind: image}
@@ -116,8 +116,8 @@ open_in_place = partial(open_split, parquet_type=ParquetSplit)
 def compute_split_content_digest(source: Split) -> str:
     """Return a digest of the files of a dataset split, so that changed data can be detected.
 
-    The digest covers the name, size and content of each file, but not its folder. To save time, only some samples of a
-    large data file are read: `SAMPLE_COUNT` samples of `SAMPLE_BYTES` bytes each.
+    The digest covers the name, size and content of each file, but not its folder. To save time, only `SAMPLE_COUNT`
+    samples of `SAMPLE_BYTES` bytes each are read from a large data file, so that small changes in it can be missed.
 
     Args:
         source: The split.
@@ -133,7 +133,7 @@ def compute_split_content_digest(source: Split) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
         with path.open("rb") as file:
-            # Metadata files are digested completely, because a corrected caption may change a single byte.
+            # Read metadata files (JSON Lines or CSV) completely, because a corrected caption may change a single byte.
             is_whole = path.suffix in METADATA_SUFFIXES or size <= SAMPLE_COUNT * SAMPLE_BYTES
             if is_whole:
                 hashlib.file_digest(file, lambda: digest)

@@ -36,8 +36,8 @@ DATASET_HELP = (
     "Dataset: a saved Hugging Face dataset, a folder or glob pattern of parquet files or WebDataset tars, a folder of "
     "images with metadata.jsonl or metadata.csv, or a Hub id."
 )
-# `SkippedRow.reason` of a row that is skipped because the pair filter or the caption strategy chooses no caption of it.
-# Such a row does not count as bad, because its data is valid.
+# `SkippedRow.reason` of a row that is skipped because the pair filter or the caption strategy chooses none of its
+# captions. Such a row does not count as bad, because its data is valid.
 NOT_CHOSEN = "not chosen"
 STRATEGIES = ("none", "first", "all", "rank", "threshold", "diverse")
 SIMILARITY_STRATEGIES = ("rank", "threshold", "diverse")  # strategies that read the column `similarities-<language>`
@@ -50,13 +50,13 @@ TOKEN_PATTERN = r"[^\s!-/:-@\[-`{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u0964\u0965\u2
 class SkippedRow:
     """A dataset row that a command skipped, with the reason. Commands write these rows to the file `skipped.jsonl`.
 
-    A row is skipped if it can't be used, or if no caption of it was chosen. With the reason "damaged archive", one
-    object stands for all rows of a damaged tar or JSON Lines file after the damage.
+    A row is skipped if it can't be used, or if none of its captions was chosen. One object with the reason "damaged
+    archive" stands for all unreadable rows of a damaged tar or JSON Lines file.
 
     Attributes:
         source: Path, glob pattern or Hub id of the dataset.
         split: Name of the split.
-        row: Number of the row in the split, counted from 0.
+        row: Number of the row in the split, counted from 0. For a damaged archive: number of rows before the damage.
         reason: "not chosen", "no image", "unreadable image", "absurd image size", "invalid embedding", "no caption" or
             "damaged archive".
         detail: Description of the problem for the user.
@@ -70,11 +70,10 @@ class SkippedRow:
 
 
 def convert_to_caption_list(value: Any, column: str) -> list[str]:
-    """Convert the value of a caption column to a list of valid texts, whatever form the dataset uses.
+    """Convert the value of a caption column, which may be a text or a list, to a list of valid texts.
 
-    Each caption keeps its position in the list, because the list of similarities has the same order. Lone surrogates
-    (halves of a UTF-16 pair) are replaced by "?". JSON can contain lone surrogates, but tokenizers and Arrow files do
-    not accept them.
+    Each caption keeps its position, because the list of similarities has the same order. Lone surrogates (halves of a
+    UTF-16 pair) are replaced by "?": JSON can contain them, but tokenizers and Arrow files do not accept them.
 
     Args:
         value: Value of the column in one row: a text, a list whose entries are texts or None, or None.
@@ -126,11 +125,11 @@ def write_skipped_rows(path: Path, skipped: list[SkippedRow]) -> None:
 class CaptionChoice:
     """Command-line arguments that choose captions of an image; shared by all commands that select captions.
 
-    The help text of `caption_strategy` describes the strategies. The strategy `diverse` avoids captions that say the
-    same. It starts with the captions that `threshold` would choose, and goes through them from the most to the least
-    similar to the image. A caption is kept if it shares few words with each caption kept so far: the cosine of their
-    TF-IDF vectors must be at most `max_overlap`. If fewer than `min_kept` captions are kept, the most similar dropped
-    captions are added, up to `min_kept` captions in total.
+    The help text of `caption_strategy` describes the strategies. The strategy `diverse` needs more explanation: it
+    avoids captions that say the same. It goes through the captions that `threshold` would choose, from the most to the
+    least similar to the image. A caption is kept if it shares few words with each caption kept so far: the cosine of
+    their TF-IDF vectors must be at most `max_overlap`. If fewer than `min_kept` captions are kept, the dropped captions
+    that are most similar to the image are added, up to `min_kept` captions in total.
     """
 
     caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(
@@ -144,7 +143,9 @@ class CaptionChoice:
     caption_count: int = flag(5, "Number of captions, for the strategies first and rank.")
     min_similarity: float = flag(0.2, "Lowest image-caption cosine that the strategies threshold and diverse accept.")
     min_pair_similarity: float | None = flag(
-        None, "Skip images whose cosine with their first original caption is lower. Default: no such pair filter."
+        None,
+        "Pair filter: skip an image if its cosine with its first original caption is below this value. Default: no "
+        "filter.",
     )
     # Constants of the strategy `diverse`; no flag changes them.
     max_overlap, min_kept = 0.3, 3
@@ -163,7 +164,8 @@ class CaptionChoice:
     def strategy_columns(self, language: str) -> list[str]:
         """Return the names of the dataset columns that the caption strategy reads.
 
-        The pair filter (`min_pair_similarity`) may read one more column, which is not included here: the similarities.
+        If the pair filter (`min_pair_similarity`) is set, the column of similarities is needed, too. It is only
+        included here if the strategy reads it.
 
         Args:
             language: Language code at the end of the column names, such as "pt" for the column `captions-pt`.
@@ -179,8 +181,8 @@ class CaptionChoice:
         """Choose the captions of one dataset row that training or evaluation uses, by the values of the flags.
 
         First, the pair filter rejects the whole row if the similarity of its first original caption is below
-        `min_pair_similarity`. Then `caption_strategy` selects and orders the captions. A repeated caption is returned
-        once. The strategies are:
+        `min_pair_similarity`. Then `caption_strategy` selects and orders the captions. If the same caption occurs
+        several times, it is returned once. The strategies are:
 
         - `none` (only original captions), `first` (original captions and the first generated captions) and `all`
           (original and generated captions) keep the order of the row. Generated captions follow the original captions.

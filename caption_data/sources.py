@@ -13,11 +13,14 @@ Parquet files and datasets of the Hub are copied to the cache of `datasets`, whi
 image folders are read in place: the cache holds only a table of their rows, which is built again if the size or the
 modification time of a file changes. For security, no archive is extracted and no pickle file is loaded.
 
-The names of files and folders determine to which split a file belongs. If a folder above the file has the name of a
-split, the file belongs to this split. If several folders have such names, the innermost folder counts. Otherwise the
-start of the file name counts, for example `test-0001.parquet`. Names of splits are `SPLIT_NAMES` and the name of the
-requested split. If no folder and no file has the name of a split, all files belong to "train", as on the Hub. The
-dataset then has no "test" split, so that a model is never evaluated on its training data by mistake.
+The names of files and folders determine to which split a file belongs:
+
+- If a folder above the file has the name of a split, the file belongs to this split. The innermost such folder counts.
+- Otherwise, the start of the file name counts, for example `test-0001.parquet`.
+- If no folder and no file has the name of a split, all files belong to "train", as on the Hub. The dataset then has no
+  "test" split, so that a model is never evaluated on its training data by mistake.
+
+Names of splits are `SPLIT_NAMES` and the name of the requested split.
 """
 
 import glob
@@ -61,15 +64,17 @@ from caption_data.tars_and_image_folders import load_rows_and_list_damaged_files
 FILE_FORM_PATTERNS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$", r"^metadata\.csv$")
 # Names of splits that are recognized in the names of files and folders.
 SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
-STAGE_FILE = "stage.json"  # file in each folder that a stage of `captions` writes
-# Each stage of the caption pipeline `captions` writes its output as several parquet files. The name of such a file ends
-# with two numbers: the number of its first row, and the number of its last row plus 1.
+# Each stage (command) of the caption pipeline `captions` writes its output to a folder. The folder contains the file
+# `STAGE_FILE` with the settings of the stage, and several parquet files. The name of a parquet file ends with two
+# numbers: the number of its first row, and the number of its last row plus 1.
+STAGE_FILE = "stage.json"
 PART_NAME_RE = re.compile(r"-(\d{9})-(\d{9})$")
 DATASET_INFO_TIMEOUT_S = 20  # seconds to wait for the Hub to answer whether a dataset exists
 PARQUET_BATCH_ROWS = 16  # rows that are decoded at the same time; few, because each may hold a large image
 COLUMN_CHUNK_ROWS = 4096  # rows that are read at the same time if a single column without images is read
-# Parquet stores a repeated value once, so a malicious file of 1 kB can expand to gigabytes of text. Parquet reduces the
-# size of captions to about a tenth, and hardly reduces the size of images, so valid files stay far below this limit.
+# Protects against malicious files: parquet stores a repeated value once, so a file of 1 kB can expand to gigabytes of
+# text. Valid files stay far below this limit: captions expand to about ten times their size in the file, and images
+# hardly expand.
 MAX_PARQUET_EXPANSION = 100  # decoded bytes per byte of the parquet files
 UNLIMITED_EXPANSION_BYTES = 100_000_000  # up to this decoded size, any expansion is allowed
 
@@ -85,8 +90,7 @@ class Split:
         data: The rows as a `datasets.Dataset`. None in subclasses that read the rows without the library `datasets`.
         image_access: Rules for the image files: folders in which they may lie, and largest number of pixels.
         paths: Files that hold the rows. Empty for saved datasets and datasets of the Hub.
-        damaged_archives: One entry for each damaged tar or JSON Lines file. The rows after the damage are missing from
-            the split.
+        damaged_archives: One entry for each damaged tar or JSON Lines file. The split lacks the rows after the damage.
     """
 
     name: str
@@ -189,8 +193,8 @@ class Split:
     def stored_views(self) -> int:
         """Number of embeddings that each row has; only for a split with embeddings instead of images.
 
-        1 means that a row has the embedding of the image itself. A larger number means that a row has the embeddings of
-        this many views. A view is an augmented copy of the image.
+        1: each row has the embedding of the image itself. More than 1: each row has the embeddings of this many views,
+        that is, augmented copies of the image.
         """
         return embedded.check_embeds_columns_and_get_shape(self.features, self.display_name)[0]
 
@@ -203,13 +207,13 @@ class Split:
             model: Folder or Hub id of the model, or "open_clip:…" for a model of open_clip.
             width: Number of dimensions of the model's embeddings.
             fingerprint: String that identifies an open_clip model (`Embedder.fingerprint`). Ignored for other models.
-            views: Number of views, that is, augmented copies of each image, whose embeddings the caller needs. 1: no
-                views, but the embedding of the image itself.
+            views: 1: the caller needs the embedding of each image itself. More than 1: the caller needs the embeddings
+                of this many views, that is, augmented copies of each image.
 
         Raises:
-            ValueError: If another image encoder, or more than one image encoder, computed the embeddings. The message
-                names the digests of the image encoders. Also if the embeddings do not have the width of the model, or
-                the split lacks the needed views.
+            ValueError: If another image encoder computed some of the embeddings. The message names the digests of the
+                image encoders. If the embeddings do not have the width of the model, or the split lacks the needed
+                views.
         """
         self.check_views(views)
         encoders, encoder = sorted(self.image_encoders), embedded.resolve_image_encoder_digest(model, fingerprint)
@@ -232,8 +236,9 @@ class Split:
         A view is an augmented copy of an image. Views can't be made from embeddings, so they must be stored.
 
         Args:
-            views: Number of views that the caller needs. 1: no views, but the embedding of the image itself. 0: a new
-                view in each training step. This always fails, because stored embeddings can't provide new views.
+            views: 1: the caller needs the embedding of each image itself. More than 1: the caller needs the embeddings
+                of this many views. 0: the caller needs a new view in each training step, which always fails, because
+                stored embeddings can't provide new views.
 
         Raises:
             ValueError: If the split does not have these views.
@@ -290,9 +295,9 @@ class Split:
     def image_digests(self) -> list[str]:
         """Hex digests (BLAKE2b-128) that identify the content of the image files, one digest per row.
 
-        The first access reads all image files. For a missing or invalid image, the digest is computed from the error
-        message. If the split has embeddings instead of images, the digests are read from its column `image_digest`, and
-        a missing digest is "".
+        The first access reads all image files. For a missing or invalid image, the digest of the error message takes
+        the place of the digest. If the split has embeddings instead of images, the digests are read from its column
+        `image_digest`, and a missing digest is "".
         """
         if self.is_embedded:
             return [digest or "" for chunk in self.iter_column(embedded.DIGEST_COLUMN) for digest in chunk.to_pylist()]
@@ -301,7 +306,7 @@ class Split:
             try:
                 image = read_image_bytes(self.data[row][self.image_column], self.image_access)
             except BadImage as bad:
-                # The message does not contain the folder of the image, so that the digest is the same on every machine.
+                # This message does not name the folder of the image, so that its digest is the same on every machine.
                 image = self.describe_image_error(row, bad).encode("utf-8", "replace")
             digests.append(blake2b(image, digest_size=16).hexdigest())
         return digests
@@ -381,8 +386,8 @@ def open_split(
     feature = opened.features.get(image_column)
     if isinstance(feature, dict) and "archive" in feature and (not paths or paths[0].suffix == ".parquet"):
         raise ValueError(
-            f"{opened.display_name}: the images in column {image_column!r} are positions in tars that may have changed "
-            "since. Use the tars as the dataset, or store the bytes of the images in the dataset."
+            f"{opened.display_name}: column {image_column!r} does not contain the images, but only their positions in "
+            "tars, which may have changed since. Use the tars as the dataset, or store the bytes of the images in it."
         )
     if not len(opened):
         damage_details = "; ".join(damage.detail for damage in damaged[:3])
@@ -436,14 +441,14 @@ def count_missing_stage_rows_and_get_command(folder: Path) -> tuple[int, str]:
 
 
 def check_stage_is_finished(folder: Path) -> None:
-    """Check that a dataset folder is complete, if the caption pipeline `captions` has written it.
+    """Check that a dataset folder is complete, if a stage of the caption pipeline `captions` has written it.
 
-    Each stage of the pipeline, that is, one command such as translation, writes a folder with a file `stage.json`. A
-    folder without this file is accepted.
+    A stage is one command, such as translation. It writes a folder with a file `stage.json`. A folder without this file
+    was not written by a stage, and is accepted.
 
     Raises:
-        ValueError: If rows are missing from the folder. The message contains the command that writes them. Also if the
-            file `stage.json` is damaged.
+        ValueError: If rows are missing from the folder. The message contains the command that writes them. If the file
+            `stage.json` is damaged.
     """
     missing, command = count_missing_stage_rows_and_get_command(folder) if (folder / STAGE_FILE).is_file() else (0, "")
     if missing > 0:
@@ -473,8 +478,8 @@ def disable_decoding(data: Dataset, image_column: str) -> Dataset:
     fingerprint = data._fingerprint
     for column in [name for name in plain if plain[name] != data.features[name]]:
         data = data.cast_column(column, plain[column])
-    # The cast has changed the fingerprint, but not the rows. Outputs of earlier runs record the fingerprint without the
-    # cast.
+    # The cast has changed the fingerprint, but not the rows. Restore the fingerprint: outputs of earlier runs have
+    # recorded it, and would otherwise seem to come from other data.
     data._fingerprint = fingerprint
     return data
 
@@ -513,7 +518,7 @@ def _find_split_files_and_allowed_folders(
     paths = select_split(_group_by_split(root, files, split), dataset, split, rule)
     # For a glob pattern, images may lie in the folders of all matching files.
     folders = [root] if Path(dataset).exists() else sorted({path.parent for path in paths})
-    # If the dataset is a single file, the user chose it explicitly, so it may be a link to any folder.
+    # A single file that the user names explicitly may be a link to any folder.
     requested = [Path(dataset)] if Path(dataset).is_file() else []
     allowed_folders = AllowedFolders(folders[0], [*folders[1:], *requested, *image_roots])
     allowed_folders.check(paths)
@@ -542,7 +547,8 @@ def load_listed_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset
         return _call_loader(dataset, _load_dataset_with_size_check, form, data_files=names, split="train")
     except ValueError:
         if form == "parquet":
-            # The current error does not name a damaged file. If there is one, this check raises an error that does.
+            # This error does not name a damaged file. The check reads all files again. If one of them is damaged, it
+            # raises an error that names the file.
             _check_decoded_size_of_parquet_files(paths)
         raise
 
@@ -655,8 +661,8 @@ def check_paths_and_load_saved_dataset(folder: Path, image_roots: Sequence[Path]
 def get_allowed_folders_of_dataset(dataset: str, image_roots: Sequence[Path] = ()) -> AllowedFolders:
     """Return the folders from which files of a dataset may be read; paths to all other folders are refused.
 
-    These are the folder of the dataset, the folders `image_roots`, and the folder into which `datasets` unpacks
-    archives. For a Hub id, the folder of the dataset is its folder in the Hub's cache.
+    Files may be read from the folder of the dataset, the folders `image_roots`, and the folder into which the library
+    `datasets` unpacks archives. For a Hub id, the folder of the dataset is its folder in the Hub's cache.
 
     Args:
         dataset: Folder or Hub id of the dataset.
@@ -690,7 +696,7 @@ def open_parquet(path: str | Path, hint: str = "") -> Iterator[pq.ParquetFile]:
 
     Args:
         path: Path of the file.
-        hint: Advice to the user, added to the end of the error message.
+        hint: Advice to the user, added to the end of the error message. It begins with a blank or punctuation.
 
     Yields:
         The opened file.

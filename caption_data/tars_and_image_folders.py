@@ -1,9 +1,9 @@
 """Read datasets that are WebDataset tars or image folders with a metadata file, without copying their images.
 
-`open_split` calls this module to build one table of rows per split. The table holds the columns of the JSON or CSV
-files. For each image, it holds the path, or the offset and size in a tar. The image bytes stay in the original files
-and are read from there when needed. The table is stored in the cache of the library `datasets`. It is built again if
-one of the files changes.
+`caption_data.sources.open_split` calls this module to build one table of rows per split. The table has the columns of
+the JSON or CSV files. It also has an image column with the path of each image or, for a tar, its offset and size in the
+tar. The image bytes stay in the original files, and are read from there when needed. The table is stored in the cache
+of the library `datasets`, and is built again if one of the files changes.
 """
 
 import csv
@@ -29,12 +29,12 @@ IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
 MAX_ROW_JSON_BYTES = 1_000_000  # largest size of one row; twenty captions with similarities need less than 10 kB
 # {type of a JSON value: feature (column type of `datasets`)}
 JSON_FEATURES = {str: Value("string"), bool: Value("bool"), int: Value("int64"), float: Value("float64")}
-SCHEMA_SAMPLE_ROWS = 100  # number of rows from which column types are inferred, because JSON and CSV have no schema
-# Version in the fingerprint of a table. Increase it if a code change makes different rows from the same files, so that
-# cached tables are built again.
+SCHEMA_SAMPLE_ROWS = 100  # JSON and CSV have no schema, so column types are inferred from this many rows
+# Version of the tables, a part of their cache key. Increase it if a code change makes different rows from the same
+# files, so that cached tables are built again.
 FILE_TABLE_VERSION = 3
-# If a file is damaged, the stored table has one additional row after the last readable row of the file. This column
-# holds the description of the damage in the additional row, and is null in all other rows.
+# Column of the cached table that marks damaged files. After the last readable row of a damaged file, the table has an
+# additional row with the description of the damage in this column. In all other rows, the column is null.
 DAMAGE_COLUMN = "damaged archive"
 IMAGE_FIELDS = {"bytes": Value("binary"), "path": Value("string")}  # fields of an image that is not decoded yet
 # Additional fields of an image in a plain tar: path of the tar, and offset and size of the image in bytes.
@@ -54,12 +54,11 @@ def load_rows_and_list_damaged_files(paths: list[Path], image_column: str) -> tu
 
     Returns:
         The tuple (table, damages). The list `damages` has one tuple (row, description of the damage) for each damaged
-        file. `row` is the number of table rows that were read before the damage, from this file and all files before
-        it.
+        file. `row` says where rows are missing: it is the number of table rows before the damage.
 
     Raises:
-        ValueError: If a CSV file has an error. Also if a tar is compressed, because the members of a compressed tar
-            can't be read by their offset.
+        ValueError: If a CSV file has an error. If a tar is compressed, because images in a compressed tar can't be read
+            by their offset.
     """
     if compressed := [path for path in paths if path.suffix not in (".tar", *METADATA_SUFFIXES)]:
         raise ValueError(
@@ -116,7 +115,7 @@ def _iter_tar_sample_positions(path: Path) -> Iterator[dict[str, tuple[str, int,
                 key, extensions, sample = (folder, stem), set(), {}
             extensions.add(extension)
             kind = "image" if extension in IMAGE_EXTENSIONS else extension
-            # A file without a stem is hidden, for example `._a.jpg` of macOS.
+            # Skip hidden files, whose names begin with a dot (empty stem), for example `._a.jpg` of macOS.
             if stem and kind in ("image", "json", "cls"):
                 sample.setdefault(kind, (name, offset, size))
     except tarfile.TarError:
@@ -198,11 +197,12 @@ def _iter_rows(paths: list[Path], image_column: str) -> Iterator[dict[str, Any]]
         read = _iter_metadata_rows if path.suffix in METADATA_SUFFIXES else _iter_tar_rows
         try:
             for row, image in read(path):
-                row = row if isinstance(row, dict) else {}  # a JSON value that is not an object has no columns
+                row = row if isinstance(row, dict) else {}  # only a JSON object has columns
                 yield {name: row[name] for name in row if name != DAMAGE_COLUMN} | {image_column: image}
         # For a damaged header, `tarfile` also raises ValueError, LookupError and OverflowError.
         except (tarfile.TarError, ValueError, LookupError, OverflowError) as error:
-            # People write CSV files by hand, and a typo must not silently drop all rows after it.
+            # Stop at an error in a CSV file. People write CSV files by hand, and a typo should be corrected instead of
+            # silently dropping all rows after it.
             if path.suffix == ".csv":
                 raise ValueError(f"{path}: {error}.") from None
             ending = "; this line and all later lines are skipped" if path.suffix == ".jsonl" else ""
@@ -226,7 +226,7 @@ def _iter_tar_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
                 image = {"path": replace_surrogates(name), "archive": archive, "offset": offset, "size": size}
             if "json" in sample:
                 row = _read_json_at_offset(file, *sample["json"][1:])
-            if "cls" in sample:  # index of the class of the image, as in the tars of the tool clip-benchmark
+            if "cls" in sample:  # class index of the image; the tool clip-benchmark writes such tars
                 row = (row if isinstance(row, dict) else {}) | {"cls": _read_json_at_offset(file, *sample["cls"][1:])}
             yield row, image
 

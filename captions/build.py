@@ -9,11 +9,11 @@
 A build has up to five stages: generate captions, translate them, score them against their images, select the best, and
 replace the images by embeddings. The stages run in this order. A stage runs only if the config has a section for it.
 Each stage writes the folder OUTPUT/<number>-<stage>/<split>. The rows of the last stage are written to OUTPUT/dataset,
-as parquet files with a dataset card. --without_images adds the last stage, so that the dataset can be published without
-its images.
+as parquet files with a dataset card. The flag --without_images adds the stage that replaces the images by embeddings,
+so that the dataset can be published without its images.
 
 To continue an interrupted build, run the same command again. docs/how-to/your_language.md describes the config, and
-docs/how-to/cluster.md describes the executors.
+docs/how-to/cluster.md describes how to run a build on a cluster (--executor).
 """
 
 import itertools
@@ -79,8 +79,8 @@ STAGES = {
     "select": SelectArguments,
     "embed": EmbedArguments,
 }
-# Keys that a config may have besides its stages, keys of its section `card` (about the dataset card), and keys of each
-# entry of `sources` there. docs/how-to/your_language.md describes them.
+# Known keys of a config besides its stages (CONFIG_KEYS), of its section `card` about the dataset card (CARD_KEYS), and
+# of each entry in the list `sources` of this section (SOURCE_KEYS). docs/how-to/your_language.md describes them.
 REQUIRED_KEYS = ("dataset", "output", "language")
 CONFIG_KEYS = (*REQUIRED_KEYS, "source_language", "split", "evaluation_splits", "image_column", "rename", "card")
 CARD_KEYS = ("pretty_name", "description", "license", "license_name", "license_link", "sources", "attribution")
@@ -123,8 +123,8 @@ class BuildPlan:
     A stage is one step of the build, for example the translation of the captions.
 
     Attributes:
-        steps: Dict `{split name: flags of its stages}`. The stages are in the order in which they run.
-        output: Folder of the build.
+        steps: Dict `{split name: list with the flags of each stage}`, in the order in which the stages run.
+        output: Folder of the build, which contains the folders of all stages.
         language: Language code of the captions.
         card: Section `card` of the config. It states what the program can't find out, such as the license.
         dataset: Folder of the built dataset.
@@ -160,9 +160,10 @@ def read_build_plan(
         config: YAML file with the keys `CONFIG_KEYS` and one section per stage.
         executor_flags: Dict `{flag name: value}` with flags of `ExecutorArguments`, which choose where the tasks of all
             stages run. Values in the section of a stage take precedence.
-        without_images: True if the built dataset shall have embeddings instead of images. The stage `embed`, which
-            computes them, is then added if the config lacks it.
-        **overrides: Values that override the config's value of the same key. None keeps the value of the config.
+        without_images: True: the built dataset has embeddings instead of images; if the config has no stage `embed`,
+            the function adds it. False: only the config decides.
+        **overrides: Values that replace the config's value of the same key, for example `language="pt"`. None keeps the
+            value of the config.
 
     Returns:
         The plan of the build.
@@ -195,7 +196,8 @@ def read_build_plan(
     # Evaluation splits are translated and embedded, but skip all other stages, because captions that a model generates
     # or selects would change what an evaluation measures.
     translations = [(title, section) for title, section in chain if title.endswith(("translate", "embed"))]
-    # For an evaluation split that needs no translation or embeddings, the stage `read` only copies the rows.
+    # If the config has neither a stage `translate` nor a stage `embed`, evaluation splits get the stage `read`, which
+    # only copies the rows.
     translations = translations or [("0-read", {})]
     chains = {train: chain} | dict.fromkeys(evaluation, translations)
     steps = {
@@ -308,9 +310,7 @@ def _validate_card_section(card: Any, config: Path) -> dict[str, Any]:
         ValueError: If a key is unknown, or the license or a source is missing or invalid.
     """
     if not isinstance(card, dict):
-        raise ValueError(
-            f"{config} lacks the section `card`, which must state the license and the sources of the dataset."
-        )
+        raise ValueError(f"{config} lacks the section `card`. Add it, with the license and the sources of the dataset.")
     _check_keys(card, CARD_KEYS, f"{config}, section card")
     sources = [source if isinstance(source, dict) else {} for source in _as_list(card.get("sources") or {})]
     for source in sources:
@@ -357,7 +357,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
 
     Raises:
         ManualStepRequired: If people must first fill a translation table.
-        ValueError: If the config is invalid, the output folder of a stage was made with other settings, or tasks
+        ValueError: If the config is invalid. If the output folder of a stage was made with other settings. If tasks
             failed.
         ImportError: If a stage needs a package that is not installed.
         OSError: If the disk is full. The same command can be run again to continue.
@@ -399,7 +399,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
         phases.append(PhaseStep(Phase(write_dataset), plan, logs, "dataset"))
     try:
         is_complete = not phases or run_phases(phases, args)
-    # Log the row counts before the error is raised, because they can explain it: a filter may have dropped all rows.
+    # If tasks have failed, also log the row counts. They can explain the error: a filter may have dropped all rows.
     except ValueError:
         _log_counts(plan)
         raise
@@ -482,9 +482,9 @@ def _log_counts(plan: BuildPlan) -> None:
             filters, dropped, total, unit = "drop_flagged", quality["flagged"], quality["captions"], "translations"
         if dropped > total / 2:
             logger.warning(
-                f"WARNING: {step.title}: {filters} dropped {dropped:,} of {total:,} {unit}, more than half. If it "
-                f"dropped good captions, change the setting, remove {step.output.parent}, the folders of the stages "
-                f"after it and {plan.dataset}, and run the same command again. A base model that was not trained on "
+                f"WARNING: {step.title}: {filters} dropped {dropped:,} of {total:,} {unit}, more than half. If good "
+                f"captions were dropped, change the setting, remove {step.output.parent}, the folders of all later "
+                f"stages and {plan.dataset}, and run the same command again. A base model that was not trained on "
                 "the language gives low similarities to good captions as well."
             )
 
@@ -551,8 +551,8 @@ def _get_stage_status(step: StageArguments) -> str:
 def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
     """Write the folder of the built dataset, which contains the rows of each split and the dataset card.
 
-    The rows come from the last stage of each split. All stages must be complete. If the dataset exists already, it does
-    not change.
+    The rows come from the last stage of each split. All stages must be complete. If the dataset exists already and was
+    made from the same stages, it does not change.
 
     Args:
         plan: Plan of the build.
@@ -560,8 +560,8 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
         world_size: Number of tasks; not used.
 
     Raises:
-        ValueError: If a stage is not complete, or no row is left. Also if the existing dataset was made with other
-            settings or data, or if a column has different types in two splits.
+        ValueError: If a stage is not complete, or no row is left. If the existing dataset was made with other settings
+            or data. If a column has different types in two splits.
     """
     output = plan.dataset
     last_stages = {split: steps[-1].output for split, steps in plan.steps.items()}
@@ -569,7 +569,8 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
     if output.is_dir() and any(output.iterdir()):
         if not (output / BUILD_FILE).is_file() or read_json(output / BUILD_FILE).get("stages_digest") != digests:
             raise ValueError(
-                f"{output} was built with other data or settings than its stages have now. Remove it, then run again."
+                f"{output} was built with other data or settings than the stages have now. Remove this folder, and run "
+                "the same command again."
             )
         return
     files = {split: _group_parts_into_dataset_files(split, stage) for split, stage in last_stages.items()}
@@ -685,7 +686,7 @@ def _summarize_stage_for_card(step: StageArguments) -> dict[str, Any]:
     if quality.is_file():
         report_of_quality = read_json(quality, captions=int, flagged=int)
         quality_counts = {key: report_of_quality[key] for key in ("captions", "flagged")}
-        # Only backends that call a language model on a server report their use of tokens.
+        # "usage" has the numbers of tokens. Only backends that call a language model on a server report them.
         if usage := report_of_quality.get("usage"):
             flags = {name: flag["captions"] for name, flag in report_of_quality["flags"].items() if flag["captions"]}
             quality_counts |= {"flags": flags, "usage": usage}
@@ -778,8 +779,8 @@ def _describe_settings(settings: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command: build a caption dataset from a config.
 
-    If people must first fill translation tables, the command prints which ones, and returns without an error. If tasks
-    failed, it exits with status 1.
+    If people must first fill translation tables, the command prints the paths of these tables, and ends without an
+    error. If tasks failed, the command exits with status 1.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

@@ -4,13 +4,13 @@ r"""Replace the images of a dataset by their embeddings, so that others can trai
         --output data/openmoji/embedded
     python train_accelerate.py --config configs/openmoji.yaml --dataset data/openmoji/embedded
 
-The output is a dataset with a card, which `datasets.load_dataset` opens and `hub_upload.push` publishes. It has all
-columns of the source dataset except the image. Instead of the image, a row has its embedding, the digest of the image
-file, and the digest of the image encoder (`caption_data.embedded`). Commands that read images can read this dataset
-instead, if their model has the same image encoder.
+The output is a dataset with a card. `datasets.load_dataset` opens it, and `hub_upload.push` publishes it. It has all
+columns of the source dataset except the image. Instead of the image, each row has the embedding of the image, a hash of
+the image file, and a hash of the image encoder (`caption_data.embedded`). Commands that would embed the images, such as
+the training, can use this dataset instead, if their model has the same image encoder.
 
-Rows whose image can't be used are skipped, and listed in skipped.jsonl. The folder OUTPUT.parts holds the rows that
-are finished. To continue an interrupted run, run the same command again.
+Rows whose image can't be used are skipped, and listed in skipped.jsonl. During the run, finished rows are stored in the
+folder OUTPUT.parts. To continue an interrupted run, run the same command again.
 """
 
 import glob
@@ -62,14 +62,14 @@ def _read_inherited_card_values(args: EmbedCommandArguments) -> dict[str, Any]:
     Raises:
         ValueError: If neither the flags nor the card of the dataset state a license. A license is never guessed.
     """
-    path, url, hint = Path(args.dataset), None, "State it with --license."
+    path, url, hint = Path(args.dataset), None, "Set it with --license."
     card_path = (path if path.is_dir() else path.parent) / "README.md"
     if not path.exists() and not glob.has_magic(args.dataset):
         url = f"{constants.ENDPOINT}/datasets/{args.dataset}"
         try:
             card_path = Path(hf_hub_download(args.dataset, "README.md", repo_type="dataset"))
         except (OSError, ValueError):
-            hint = "There is no such folder or file, and the Hub gave no card. Check --dataset, or give --license."
+            hint = "There is no such folder or file, and the Hub gave no card. Check --dataset, or set --license."
     card = read_card_metadata(card_path)
     license_id = args.license or card.get("license")
     if not isinstance(license_id, str) or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license_id):
@@ -101,7 +101,7 @@ def _plan_phases(args: EmbedCommandArguments, parts: Path) -> list[PhaseStep]:
         the dataset.
 
     Raises:
-        ValueError: If the license is missing, the model or the dataset can't be used, or the output folder has other
+        ValueError: If the license is missing. If the model or the dataset can't be used. If the output folder has other
             files.
     """
     card = _read_inherited_card_values(args)

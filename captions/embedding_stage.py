@@ -2,8 +2,8 @@ r"""Replace the images of one dataset split by their embeddings, so that others 
 
     python -m captions.embedding_stage --model data/openmoji/base --dataset data/openmoji/dataset --output embedded
 
-The output is a folder of parquet files, as for every stage of a build. The commands `captions.embed` and
-`captions.build` run this stage, and make a dataset with a card from such folders.
+The output is a folder of parquet files without a dataset card. Users normally run `captions.embed` or `captions.build`
+instead. These commands run this stage for each split, and make a dataset with a card from the folders.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,7 @@ class EmbedArguments(EncoderStageArguments):
     stage_name = "embed"
     # Language code -> "human" or "machine": who translated the captions in this language, for the dataset card.
     translations: ClassVar[dict[str, str]] = {}
-    # Command that the user must run if rows are missing, for error messages. If empty, the messages show the command of
-    # this stage.
+    # Command that writes missing rows, for error messages. If it is empty, the messages show the command of this stage.
     rerun_command: ClassVar[str] = ""
     views: int = flag(
         1,
@@ -54,7 +53,8 @@ class EmbedArguments(EncoderStageArguments):
     def command(self) -> str:
         """Return the shell command that a user must run to write missing rows. Error messages show it.
 
-        If another command runs this stage, `rerun_command` is the command that is returned.
+        This is the command of the stage itself. If `captions.embed` runs the stage, it is the command in
+        `rerun_command` instead.
         """
         return self.rerun_command or super().command()
 
@@ -73,7 +73,8 @@ class EmbedArguments(EncoderStageArguments):
             ValueError, OSError, ImportError: If the model can't be loaded.
         """
         embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
-        # Raises an error now if the image encoder is damaged. Otherwise every image would be skipped.
+        # Embed a test image, so that a damaged image encoder raises an error now. Otherwise, every image would be
+        # skipped as unreadable.
         embedder.embed_images([Image.new("RGB", (32, 32))], 1)
         settings = {
             "model": self.model,
@@ -96,16 +97,16 @@ def embed_images_of_rows(
     """Embed the images of dataset rows, and return the columns that replace the images.
 
     Args:
-        embed: Function that embeds a list of images.
+        embed: Function that takes a list of images and returns their embeddings.
         args: Flags of the stage. With `views` above 1, that many randomly augmented copies of each image are embedded
             instead of the image itself.
         encoder: Digest of the model's image encoder.
         rows: Rows with an image file, and its decoded image under the key `DECODED_KEY`.
 
     Returns:
-        One element per row: a dict `{"column name": value}` with the embedding, the digest of the image file, and the
-        digest of the image encoder. The element is instead a `BadImage`, which holds the reason, if the image can't be
-        used.
+        One element per row: a dict `{"column name": value}` with the embedding of shape (width,) or (views, width), the
+        digest of the image file, and the digest of the image encoder. If the image can't be used, the element is
+        instead a `BadImage`, an exception object that holds the reason.
     """
     digests = [blake2b(row[args.image_column]["bytes"], digest_size=16).hexdigest() for row in rows]
     images = [

@@ -5,9 +5,10 @@
     python -m captions.generate --dataset data/images --output data/generated --captioner chat \
         --base_url http://localhost:8000/v1 --model Qwen/Qwen2.5-VL-7B-Instruct --caption_language pt
 
-BLIP-2 (`--captioner blip2`) writes English captions to the column `generated-captions-en`, one per prefix. A model on a
-server (`--captioner chat`) writes captions directly in the language `--caption_language`, one per prompt, for example
-to the column `generated-captions-pt`; docs/how-to/captions_server.md describes it.
+BLIP-2 (`--captioner blip2`) writes English captions to the column `generated-captions-en`. Each caption completes a
+prefix such as "a photo of". A model on a server (`--captioner chat`) writes captions directly in the language
+`--caption_language`, one per prompt, for example to the column `generated-captions-pt`.
+docs/how-to/captions_server.md describes how to use a server.
 
 Rows whose image can't be used are skipped, and listed in *.skipped.jsonl files. To finish an interrupted run, run the
 same command again; finished captions do not change.
@@ -94,8 +95,8 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
             A tuple (columns, settings, process, prepare, prepared_rows) for the method `RowStage.run`. `columns` is a
             dict `{new column: feature}`, where a feature is a column type of `datasets`. `settings` is a dict that is
             recorded in the file `stage.json`. `process` is a function that captions a list of rows. `prepare` is a
-            function that is called before each parquet file of the output is written. `prepared_rows` is 1, so that
-            each file gets a call of its own.
+            function that prepares the captioner for one parquet file of the output. `prepared_rows` is 1, so that
+            `prepare` is called before each file.
 
         Raises:
             ValueError, OSError, ImportError: If the captioner can't be used.
@@ -111,8 +112,8 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
     def phases(self) -> dict[str, Phase]:
         """The steps in which the stage runs, as a dict `{name: phase}` in the order in which they run.
 
-        The phase "rows" generates the captions. The phase "report" summarizes their problems. It exists only if the
-        captioner writes a report.
+        The phase "rows" generates the captions. If the captioner writes a report, the phase "report" counts the
+        captions that look wrong.
         """
         phases = super().phases
         return phases if CAPTIONERS[self.captioner].has_report else {"rows": phases["rows"]}

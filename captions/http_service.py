@@ -1,7 +1,7 @@
-"""Rules for all backends that call an HTTP service: retries, API keys and addresses.
+"""Define how translators and captioners call HTTP services: when to retry, and which addresses and API keys are valid.
 
-`Retries` decides whether a failed request is repeated, how often, and after which time. It does not send requests or
-wait itself, so that synchronous and asynchronous clients can use it:
+`Retries` decides whether a failed request is repeated, how often, and after which time. The caller sends the requests
+and waits, so that synchronous and asynchronous clients can use the same class:
 
     retries = Retries("Google")
     while True:
@@ -22,8 +22,8 @@ from email.utils import parsedate_to_datetime
 
 # Largest number of attempts per request. The time between attempts doubles each time, with a random factor.
 MAX_TRIES = 8
-# Shortest and longest time between two attempts, in seconds. One minute is long enough, because quotas are usually per
-# minute (see cloud.google.com/translate/quotas for Google).
+# First and longest time between two attempts, in seconds, before the random factor. One minute is long enough, because
+# most services limit the requests per minute (for Google, see cloud.google.com/translate/quotas).
 FIRST_WAIT_S, MAX_WAIT_S = 1.0, 60.0
 MAX_RETRY_AFTER_S = 600.0  # longest wait that a service may ask for with the header Retry-After
 RETRYABLE_STATUS_CODES = {408, 429, 500, 502, 503, 504}  # HTTP status codes of failures that may be temporary
@@ -68,7 +68,7 @@ class Retries:
             failure: Why the attempt failed.
 
         Raises:
-            ValueError: If the service refuses the request, so that another attempt would be useless.
+            ValueError: If the failure is not temporary, so that another attempt would be useless.
             ConnectionError: If the request has failed `max_tries` times.
         """
         self.failed += 1
@@ -121,19 +121,20 @@ def is_loopback(url: str) -> bool:
 
 
 def check_service_url(url: str, name: str, allow_http: bool = False) -> None:
-    """Check that the address of an HTTP service is valid, protects the data, and contains no secret.
+    """Check the address of an HTTP service: it must be valid, begin with https:// unless it is local, and have no key.
 
     Args:
         url: The address.
         name: Name of the flag, with which error messages begin.
-        allow_http: Allow unencrypted requests to other machines.
+        allow_http: True: also accept unencrypted addresses (http) of other machines. False: accept http only for this
+            machine.
 
     Raises:
-        ValueError: If the address is not a URL, or is not encrypted (https) although it leads to another machine. Also
-            if it contains a user name, a key or a query, because addresses appear in logs.
+        ValueError: If the address is not a URL. If it leads to another machine without encryption. If it contains a
+            user name, a key or a query, because addresses appear in logs.
     """
     parts = urllib.parse.urlsplit(url)
-    # The error message does not show the address, because it may contain an API key.
+    # This error message does not show the address, because the address may contain an API key.
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError(
             f"{name} must not contain a user name, a key or a query. Set API keys as environment variables instead."
@@ -150,7 +151,8 @@ def check_key(key: str, variable: str, purpose: str) -> None:
     Args:
         key: The API key.
         variable: Name of the environment variable that holds the key, for the error message.
-        purpose: Beginning of the error message, which says what needs the key.
+        purpose: First words of the error message. They say what needs the key, for example "--backend google needs a
+            key of the Google Cloud Translation API".
 
     Raises:
         ValueError: If the key is missing, or contains blanks or special characters. The message does not show the key.

@@ -1,4 +1,4 @@
-"""Append JSON records to a file, one per line, so that a killed process loses no record. The file is a journal."""
+"""Append JSON records to a journal, a file with one record per line. If the process is killed, no record is lost."""
 
 import json
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class Journal:
-    """A file to which one process appends JSON records, one per line. Killed processes lose no appended record.
+    """A file of JSON records, one per line. If the process that appends them is killed, the appended records survive.
 
-    The file does not exist before the first record is appended.
+    Only one process appends records to a journal. The file is created when the first record is appended.
 
     Args:
         path: Path of the file.
@@ -21,8 +21,8 @@ class Journal:
     def append(self, record: dict[str, Any]) -> None:
         """Append a record to the file.
 
-        The record is written at once. It survives if the process is killed, and only a crash of the machine can lose
-        it. Raises OSError if the disk is full.
+        The record is written at once, so it survives if the process is killed. Only a crash of the machine can lose it.
+        Raises OSError if the disk is full.
 
         Args:
             record: Dict of JSON values.
@@ -30,8 +30,8 @@ class Journal:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab", buffering=0)
-        # Begin with a line break. If a killed process has left an incomplete line, the new record would otherwise be
-        # appended to it, and could not be read.
+        # Begin with a line break, because the file may end with an incomplete line, which an interrupted write has
+        # left. On the same line as this fragment, the new record could not be read.
         self._file.write(b"\n" + json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
 
     def remove(self) -> None:
@@ -45,7 +45,7 @@ class Journal:
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """Iterate over the JSON records of a journal, a file that `Journal` has written.
 
-    Incomplete lines, which killed processes leave, are skipped. There are no records if the file does not exist.
+    Incomplete lines, which killed processes leave, are skipped. If the file does not exist, there are no records.
     """
     if not path.is_file():
         return

@@ -1,7 +1,7 @@
-"""Language codes: compare the codes of different programs, and name languages in English.
+"""Find the codes that translators use for a language, and the English names of languages.
 
-Each translator has its own language codes. For Portuguese, which is `pt` in the column name `captions-pt`, the code can
-be `por`, `por_Latn`, `pt_XX` or `pt`.
+Each translator has its own language codes. For example, Portuguese is `pt` in the column name `captions-pt`, but `por`,
+`por_Latn`, `pt_XX` or `pt` for different translators.
 """
 
 import difflib
@@ -22,7 +22,7 @@ def parse_language(code: str) -> Language | None:
         code: BCP 47 code such as "pt-BR", or the code of a translator such as "por_Latn".
 
     Returns:
-        The parsed code; None if the code is invalid.
+        The parsed code, with the attributes `language`, `script` and `territory` (region). None if the code is invalid.
     """
     try:
         return Language.get(code.strip()).prefer_macrolanguage()
@@ -39,8 +39,8 @@ def find_translator_language_code(language: str, codes: Iterable[str], translato
         translator_name: Name of the translator, for the error message.
 
     Returns:
-        A code for the same language in the same script. Several codes may match. A code that is spelled like `language`
-        is then preferred, next a code with the same region, and next a code without a region.
+        A code for the same language in the same script. If several codes match, a code that is spelled like `language`
+        comes first, then a code with the same region, then a code without a region.
 
     Raises:
         ValueError: If no code matches. The message lists the most similar codes.
@@ -81,7 +81,7 @@ def language_name(code: str) -> str:
     language = parse_language(code)
     if language is None or language.language in NAMELESS_CODES or "Unknown" in language.display_name("en"):
         raise ValueError(
-            f"The language code {code!r} has no English name, which prompts need. Use the code of a language, "
+            f"The language code {code!r} has no English name, but prompts need this name. Use the code of a language, "
             "optionally with script or region, such as pt, pt-BR or zh-Hant."
         )
     return language.display_name("en")

@@ -1,7 +1,7 @@
-"""Find translations and captions that look wrong, with simple heuristics. A quality flag is the name of a problem.
+"""Find translations and captions that look wrong, with simple rules. A quality flag is the name of a problem.
 
-The thresholds are chosen to accept translations by people, and to detect typical failures of translation models.
-Endless repetitions are detected only by the length of the translation.
+The thresholds are chosen to accept translations by people, and to detect typical failures of translation models. There
+is no rule for repeated words, so endless repetitions are detected only by the length of the translation.
 """
 
 import re
@@ -22,7 +22,8 @@ QUALITY_FILE = "quality.json"  # file with the number of texts with each quality
 # `captions.chat.answers` sets them.
 REFUSED, TRUNCATED = "refused", "truncated"
 QUALITY_FLAGS = ("empty", "copy", "wrong script", "length", "markup", REFUSED, TRUNCATED)
-# Longer generated captions get a flag, because they are probably no captions. CLIP reads only about 250 letters.
+# Generated captions with more characters get the flag "length", because such a text is probably not a caption. CLIP
+# reads only about 250 characters.
 MAX_CAPTION_LETTERS = 600
 # Texts of at most this number of words may be equal to their translation, because they may be names, for example "Rio
 # de Janeiro". An equal translation of a longer text is flagged as a copy.
@@ -32,8 +33,9 @@ MAX_NAME_WORDS = 3
 MIN_SCRIPT_SHARE = 0.3
 # Languages that are written in more than one script. If their code names no script, letters of any script are accepted.
 TWO_SCRIPT_LANGUAGES = ("az", "kk", "ku", "pa", "sr", "tk", "ug", "uz")
-# Script code of ISO 15924 -> characters of the script, for use in a regular expression. Only codes that Unicode does
-# not know as a script are listed: those of several Unicode scripts (Jpan), and variants of one (Hans).
+# Script code of ISO 15924 -> characters of the script, for use in a regular expression. Most codes are also names of
+# Unicode scripts. Only the other codes are listed here: combinations of several Unicode scripts (Jpan), and variants of
+# a Unicode script (Hans).
 SCRIPT_PATTERNS = {
     "Hans": r"\p{Hani}",
     "Hant": r"\p{Hani}",
@@ -113,7 +115,8 @@ def count_and_iter_row_qualities(report: dict[str, Any], output: Path, column: s
     """Iterate over the values of the quality column of all rows that a stage has written, and count them.
 
     Args:
-        report: Content of `quality.json`. Its numbers "rows", "captions" and "flagged" are increased.
+        report: Content of the file `quality.json`. The function adds each row to its numbers "rows", "captions" and
+            "flagged".
         output: Output folder of the stage.
         column: Name of the column. Its values have the keys "captions" (number of texts) and "flagged" (list of texts
             that look wrong).

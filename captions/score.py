@@ -71,8 +71,8 @@ class ScoreArguments(EncoderStageArguments):
             `stage.json`. `process` is a function that scores the captions of a list of rows.
 
         Raises:
-            ValueError, OSError, ImportError: If the model can't be loaded. Also if the dataset has embeddings instead
-                of images, and they were made with another image encoder.
+            ValueError, OSError, ImportError: If the model can't be loaded.
+            ValueError: If the dataset has embeddings instead of images, and another image encoder made them.
         """
         embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
         if stage.source.is_embedded:
@@ -98,7 +98,8 @@ def _compute_caption_similarities(
         For each row, a dict `{"similarities-<language>": numbers}`, or a BadRow if the row has no caption or its image
         can't be used.
     """
-    # The captions of a row come from several columns. Their similarities are stored in the order of these columns.
+    # The captions of a row come from up to two columns, captions and generated captions. The similarities have the same
+    # order: first those of the captions, then those of the generated captions.
     columns, size = args.required_columns(), args.embedding_batch_size
     captions = [[text for column in columns for text in row.get(column) or []] for row in rows]
     distinct = sorted({text for texts in captions for text in texts if text.strip()}, key=len)

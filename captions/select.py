@@ -4,15 +4,15 @@ r"""Select captions and images with a caption strategy and the pair filter, and 
         --caption_strategy rank --caption_count 5 --min_pair_similarity 0.2
 
 A caption strategy is a rule that selects captions of an image. The pair filter skips images whose first caption has
-a low similarity. Training has the same strategies, pair filter and flags (`caption_data.rows`). Selecting captions
-before training makes the dataset smaller, and the selection can be inspected.
+a low similarity to the image, as computed by `captions.score`. Training has the same strategies, pair filter and flags
+(`caption_data.rows`). Selecting captions before training makes the dataset smaller, and the selection can be inspected.
 
 In the output, `captions-<language>` holds the selected captions in the order of the strategy, `similarities-<language>`
 holds the similarities of these captions, and `generated-captions-<language>` is empty. Columns of other languages do
 not change. Images without a selected caption are skipped, and listed in *.skipped.jsonl files.
 
 The folder `report` in the output has an HTML page, `index.html`, with counts, a histogram and the images whose
-similarity is closest to the cutoff. The file `selection.json` has all numbers of the page.
+similarity is closest to the lowest accepted similarity. The file `selection.json` has all numbers of the page.
 """
 
 import itertools
@@ -53,7 +53,7 @@ MAX_SHOWN_CHARACTERS = 300  # longer captions are shortened on the HTML page
 DROPPED_COLOR = "#b9bec6"  # color of dropped captions in the histogram
 HISTOGRAM_BINS = 60
 EXAMPLE_IMAGE_SIDE = 240  # longest side of the example images, in pixels
-# Columns of the table of captions and their NumPy types. `_build_caption_similarity_frame` describes them.
+# Columns of the report's table of captions and their NumPy types. `_build_caption_similarity_frame` describes them.
 CAPTION_TYPES = [("row", "int64"), ("place", "int32"), ("first", bool), ("kept", bool), ("similarity", "float64")]
 
 
@@ -72,10 +72,10 @@ class SelectArguments(CaptionChoice, StageArguments):
 
     @property
     def strategy_cutoff(self) -> float | None:
-        """Lowest similarity to the image with which the caption strategy selects a caption. None: it has no limit.
+        """Lowest similarity of image and caption that the caption strategy accepts. None: the strategy has no limit.
 
-        A caption strategy is a rule that selects captions of an image. The strategies "threshold" and "diverse" have a
-        limit.
+        A caption strategy is a rule that selects captions of an image. Only the strategies "threshold" and "diverse"
+        have a limit.
         """
         return self.min_similarity if self.caption_strategy in ("threshold", "diverse") else None
 
@@ -91,9 +91,9 @@ class SelectArguments(CaptionChoice, StageArguments):
     def required_columns(self) -> list[str]:
         """Return the names of the columns that the selection can work on; the dataset must have at least one of them.
 
-        If the caption strategy or the pair filter reads similarities, the list contains only the column of
-        similarities. (The pair filter skips images whose first caption has a low similarity.) Otherwise, the list
-        contains the columns of captions and of generated captions.
+        The list contains the columns of captions and of generated captions. If the caption strategy or the pair filter
+        needs similarities, the list contains only the column of similarities instead. The pair filter skips images
+        whose first caption has a low similarity to the image.
         """
         *captions, similarities = self.columns()
         reads_similarities = similarities in self.strategy_columns(self.language)
@@ -121,9 +121,9 @@ class SelectArguments(CaptionChoice, StageArguments):
         return columns, settings, lambda rows: [select_row_captions(self, row) for row in rows]
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
-        """Write a report about the selection, an HTML page with counts and a histogram.
+        """Write a report about the selection: an HTML page with counts, a histogram and example images.
 
-        The report is in the folder `report` of the output. If it exists already, it does not change.
+        The report is in the folder `report` of the output. If the report exists already, it does not change.
 
         Args:
             rank: Number of the task; not used, because a single task writes the report.
@@ -172,8 +172,8 @@ def select_row_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str,
 
     Returns:
         A dict `{"column name": value}` with the new values of three columns: the selected captions, an empty list of
-        generated captions, and the similarities of the selected captions. If no caption is selected, a `BadRow`, so
-        that the image is skipped.
+        generated captions, and the similarities of the selected captions. If no caption is selected, the result is
+        instead a `BadRow`, an exception object that holds the reason, and the image is skipped.
     """
     try:
         scored, chosen = _get_similarities_and_chosen_captions(args, row)
@@ -203,8 +203,9 @@ def _write_selection_report(args: SelectArguments) -> None:
     kept_count = int(is_image_kept.sum())
     scored = captions.dropna(subset="similarity")
     first = scored[scored["first"]].assign(kept=lambda table: table["row"].map(is_image_kept).astype(bool))
-    # The pair filter drops an image if the similarity of its first caption is too low. If only this filter has a
-    # cutoff, show only first captions, because a strategy such as `rank` drops other captions for other reasons.
+    # Choose the captions that the histogram shows. The pair filter drops an image if the similarity of its first
+    # caption is too low. If only this filter has a cutoff, show only first captions, because a strategy such as `rank`
+    # drops the other captions for other reasons.
     by_first = args.min_pair_similarity is not None and args.strategy_cutoff is None
     shown, unit = (first, "images, by their first caption") if by_first else (scored, "captions")
     settings = ("split", "language", "caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
@@ -323,7 +324,7 @@ def plot_kept_and_dropped_similarities(
 ) -> None:
     """Draw a histogram of the similarities of kept and dropped captions to their images, for the selection report.
 
-    A vertical line marks the cutoff.
+    A vertical line marks the lowest similarity that the selection accepts.
 
     Args:
         sides: Dict `{"dropped": similarities, "kept": similarities}`.

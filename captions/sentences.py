@@ -27,7 +27,7 @@ def map_caption_columns_to_translated_columns(present: Collection[str], where: s
     """Determine which caption columns to translate, and in which new columns to write the translations.
 
     Args:
-        present: Names of the columns of the dataset, after the renaming with the flag `rename`.
+        present: Names of the columns of the dataset. The renames of the flag `rename` are already applied.
         where: Name of the dataset, with which the error message begins.
         args: Flags of `captions.translate`.
 
@@ -35,16 +35,16 @@ def map_caption_columns_to_translated_columns(present: Collection[str], where: s
         A dict `{caption column: new column}`, for example `{"captions-en": "captions-pt"}`.
 
     Raises:
-        ValueError: If the dataset already has a column with translations into the target language, or a column with
-            the similarities of images and such translations.
+        ValueError: If the dataset already has translations into the target language (for example the column
+            `captions-pt`), or their similarities to the images (`similarities-pt`).
     """
     columns = {f"{kind}-{args.source_language}": f"{kind}-{args.language}" for kind in CAPTION_KINDS}
     columns = {column: target for column, target in columns.items() if column in present}
     for name in (*columns.values(), f"similarities-{args.language}"):
         if name in present:
             raise ValueError(
-                f"{where} already has the column {name}, which must be created by or after the translation. Rename the "
-                f"old column with --rename {name}=old-{name}."
+                f"{where} already has the column {name}, but the translation or a later stage creates this column. "
+                f"Rename the old column with --rename {name}=old-{name}."
             )
     return columns
 
@@ -71,7 +71,7 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range] | No
         rows = itertools.islice(source.rows(part.start, column_names=columns), len(part))
         for row, column in ((row, column) for row in rows for column in columns):
             texts: list[str] = []
-            # Ignore invalid captions here. Their rows are skipped, and recorded, when the output is written.
+            # Ignore invalid captions here. When the output is written, their rows are skipped and listed with a reason.
             with suppress(BadRow):
                 texts = convert_to_caption_list(row.get(column), column)
             for sentence in filter(str.strip, texts):
@@ -84,7 +84,9 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range] | No
 def build_translation_and_quality_columns(
     args: Any, row: dict[str, Any], columns: dict[str, str], answers: dict[str, Answer]
 ) -> dict[str, Any]:
-    """Build the new columns of a row: its translated captions, and a list of those that look wrong.
+    """Build the new columns of a row: its translated captions, and a list of the translations that look wrong.
+
+    With the flag `drop_flagged`, the columns of translations do not contain translations that look wrong.
 
     Args:
         args: Flags of `captions.translate`.
@@ -94,9 +96,9 @@ def build_translation_and_quality_columns(
             name of a problem, such as "refused".
 
     Returns:
-        A dict `{column name: value}` with the columns of translations and the column `quality-<language>`. The value of
-        the latter is a dict with the keys "captions" (number of translated captions) and "flagged" (list of the
-        translations that look wrong).
+        A dict `{column name: value}` with the columns of translations and the column `quality-<language>`. A column of
+        translations has a list of texts. `quality-<language>` has a dict with the keys "captions" (number of translated
+        captions) and "flagged" (list of dicts that describe the translations that look wrong).
     """
     new_columns, caption_count, flagged = {}, 0, []
     for column, target in columns.items():

@@ -1,17 +1,18 @@
-"""Define the base class of all stages, which are the steps of building a caption dataset.
+"""Define the base class of all stages. A stage is one step of building a caption dataset, such as the translation.
 
-A stage reads dataset rows, and writes them with new columns, for example with translated captions.
+A stage reads the rows of a dataset, and writes them with new columns, for example with translated captions. The output
+folder of a stage is the dataset of the next stage.
 
 Example:
     StageArguments(dataset="images", output=Path("copy")).write_rows()  # copies the rows; subclasses add columns
 
-A stage writes its output in parts. A part is a parquet file of consecutive rows of the source. The file name contains
-the row numbers. Rows that can't be used are listed in a JSON Lines file next to the part. The parts are divided among
-the tasks (processes) of the stage. Task `rank` of `world_size` tasks writes its share.
+A stage writes its output in parts. A part is a parquet file with consecutive rows of the dataset. The file name states
+the row numbers. Rows that can't be used are listed in a JSON Lines file next to the part. The tasks (processes) of the
+stage divide the parts among them: task `rank` of `world_size` tasks writes its share.
 
 A part gets its final name only when it is complete, so the file names alone show which rows are done. A killed task can
-be run again, also with another number of tasks, and no row is lost or written twice. The output folder of a stage is
-the dataset of the next stage. Its parquet files are read in place, without a copy in the cache of `datasets`.
+be run again, also with another number of tasks, and no row is lost or written twice. The next stage reads the parquet
+files in place, without a copy in the cache of `datasets`.
 """
 
 import itertools
@@ -57,18 +58,19 @@ SPLIT_NAME_PATTERN = r"\w+([.-]\w+)*"  # regular expression of valid split names
 IMAGE_COLUMN = "image"  # name of the image column in every output, as in the datasets of the CAPIVARA authors
 DECODED_KEY = "decoded image"  # key under which a stage finds the decoded image in a row
 STAGE_VERSION = 1  # version of the format of output folders; increase it when the format of their files changes
-# Keys of `stage.json` whose values must be equal for all parts (parquet files) of an output folder. If they differ, the
-# parts do not fit together, and the stage raises an error.
+# Keys of the record file `stage.json` whose values must be equal for all parts (parquet files) of an output folder. If
+# a new run has other values than the file, its parts would not match the existing parts, so the stage raises an error.
 IDENTITY_KEYS = ("version", "source", "rows_per_part", "settings", "columns")
-# Keys of "source" in `stage.json` whose values may differ between runs. They contain the path of the source dataset,
-# which may be different on each machine.
+# Keys of "source" in `stage.json` whose values may differ between runs. They contain the path of the source dataset.
+# The path may be different on each machine.
 IGNORED_SOURCE_KEYS = ("name", "damaged")
 # Key of `stage.json` -> type of its value, to detect damaged files.
 RECORD_TYPES = {"version": int, "command": str, "source": dict, "rows_per_part": int}
 RECORD_TYPES |= {"settings": dict, "columns": dict, "versions": dict}
 MAX_ROWS = 10**9  # limit for datasets, because row numbers in file names have nine digits
 ROWS_PER_GROUP = 16  # number of rows in a parquet row group, the smallest unit that a reader decodes
-# A stage prepares at most this number of rows at a time, for example translates their captions, to limit the memory.
+# Largest number of rows that a stage prepares at a time, for example by translating their captions. It limits the
+# memory.
 MAX_PREPARED_ROWS = 50_000
 # Function that processes a batch of rows. For each row, it returns a dict with the values of the new columns, or a
 # BadRow if the row must be skipped.
@@ -93,14 +95,14 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     # `decodes_images` then gets the embedding of each row in place of the decoded image.
     accepts_embeds = True
     keeps_images = True  # False if the output has no images
-    import_file = None  # path of a translation table; only `captions.translate` has a flag for it
+    import_file = None  # path of a table that people fill with translations; only `captions.translate` has such a flag
     dataset: str = flag(..., f"{DATASET_HELP} Can be the output folder of another stage.")
     output: Path = flag(..., "Output folder. To finish an interrupted run, run the same command again.")
     split: str = flag("train", "Split to read; output files are named after it.")
     image_column: str = flag("image", "Name of the image column.")
     rename: list[str] = flag([], "Columns to rename, as OLD=NEW, for example caption=captions-en.")
     batch_rows: int = flag(16, "Rows to process at the same time.")
-    rows_per_part: int = flag(500, "Rows per output file. An interrupted task loses at most one file.")
+    rows_per_part: int = flag(500, "Rows per output file. An interrupted task loses at most its unfinished file.")
     dry_run: bool = flag(False, "Check the flags, the data and the server, print what would be done, and exit.")
 
     def __post_init__(self) -> None:
@@ -163,9 +165,9 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     def known_settings(self) -> dict[str, Any]:
         """Return the settings of the stage that are known without loading a model, as a dict `{"name": value}`.
 
-        The settings of a complete stage are recorded in the file `stage.json` of its output folder. `RowStage.is_done`
-        compares the returned settings with the recorded ones. A repeated command can therefore see that its work is
-        done before it loads the model.
+        With these settings, a repeated command sees that its work is done before it loads the model: `RowStage.is_done`
+        compares them with the settings in the file `stage.json` of the output folder. The base class knows no setting
+        and returns {}.
         """
         return {}
 
@@ -187,7 +189,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         """Return lines that say how many requests and tokens the stage would send to a server. A dry run prints them.
 
         Args:
-            stage: The stage with these flags. Its rows are read for the estimate.
+            stage: Access to the rows, which are read for the estimate.
 
         Returns:
             Lines of text to print. The list is empty if the stage uses no server.
@@ -226,7 +228,8 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
             (columns, settings, process[, prepare[, prepared_rows]]). `columns` is a dict `{new column: feature}`, where
             a feature is a column type of `datasets`. `settings` is a dict that is recorded in the file `stage.json`.
             `process` is a function that returns the new columns of a batch of rows. `prepare` is a function that is
-            called before rows are written. `prepared_rows` is the largest number of rows for one call of `prepare`.
+            called before a group of output files is written. `prepared_rows` is the largest number of rows for one call
+            of `prepare`.
         """
         return {}, {}, lambda rows: [{} for _ in rows]
 
@@ -243,8 +246,8 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
             The numbers of written and skipped rows of the task.
 
         Raises:
-            ValueError: If the dataset can't be used. Also if the output folder belongs to another stage, or was
-                written with other settings.
+            ValueError: If the dataset can't be used. If the output folder belongs to another stage, or was written with
+                other settings.
         """
         # Open the data before the model is loaded, so that errors in the data appear at once.
         stage = RowStage(self, rank, world_size)
@@ -270,8 +273,8 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     def phases(self) -> dict[str, Phase]:
         """The steps in which the stage runs, as a dict `{name: phase}` in the order in which they run.
 
-        The phase "rows" writes the rows, and is divided among all tasks. The phase "report" summarizes the output, and
-        a single task runs it. It exists only if the class has a method `report`.
+        The phase "rows" writes the rows. All tasks share its work. If the class has a method `report`, there is also
+        the phase "report", in which a single task summarizes the output.
         """
         rows = Phase(StageArguments.write_rows, is_parallel=True, uses_model=self.uses_model)
         return {"rows": rows} | ({"report": Phase(type(self).report)} if hasattr(self, "report") else {})
@@ -291,14 +294,15 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 class EncoderStageArguments(StageArguments):
     """Flags of a stage that embeds images with an image-text model that has two encoders, such as CLIP.
 
-    Raises ValueError if a flag is missing or invalid, and ImportError if an open_clip model needs a missing package.
+    Raises ValueError if a flag is missing or invalid. Raises ImportError if an open_clip model is chosen, but the
+    package open_clip is not installed.
     """
 
     uses_model = decodes_images = True
     model: str | None = flag(
         None,
-        "Model that embeds images (required): folder or Hub id of a CAPIVARA, SigLIP or CLIP model, "
-        "open_clip:NAME:PRETRAINED, or open_clip:local-dir:FOLDER.",
+        "Model that embeds images (required): folder or Hub id of a CAPIVARA, SigLIP or CLIP model; or an open_clip "
+        "model, as open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER.",
     )
     embedding_batch_size: int = flag(
         32, "Images to embed at the same time. Captions are embedded in batches of twice this size."
@@ -320,8 +324,8 @@ class EncoderStageArguments(StageArguments):
     def check_model(self) -> None:
         """Check that the model exists, without loading it. Raises ValueError if it does not exist.
 
-        Dry runs call this method. A build does not, because its data can be checked before the model has been
-        converted.
+        The dry run of a single stage and the command `captions.embed` call this method. `captions.build --dry_run` does
+        not call it, so that users can check their data before they have converted the model from open_clip.
         """
         # This import loads torch, which is slow and which other stages do not need.
         from modeling_capivara.two_towers import check_model_exists
@@ -342,8 +346,8 @@ def _check_and_get_copied_column_types(source: Split, args: StageArguments) -> F
         A dict `{column name in the output: feature}`, where a feature is a column type of `datasets`.
 
     Raises:
-        ValueError: If the source has no image column, or none of the columns in `args.required_columns()`. Also if it
-            has embeddings and the stage needs images, or if two columns would get the same name in the output.
+        ValueError: If the source has no image column, or none of the columns in `args.required_columns()`. If it has
+            embeddings and the stage needs images. If two columns would get the same name in the output.
     """
     names = args.column_renames() | ({} if source.is_embedded else {args.image_column: IMAGE_COLUMN})
     source.check_columns([*names, source.image_column])
@@ -391,7 +395,7 @@ class StageReport:
 
     @property
     def skip_reasons(self) -> str:
-        """The reasons with their numbers of rows, for example " (3 no caption)"; "" if no row was skipped."""
+        """Reasons for skipped rows with their numbers, to append to a message, such as " (3 no caption)", or ""."""
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.skipped.items())
         return f" ({reasons})" if reasons else ""
 
@@ -423,8 +427,8 @@ class RowStage:
         self.args, self.source, self.rank = args, args.source(), rank
         for damage in self.source.damaged_archives:
             logger.warning("Damaged archive; only the rows before the damage are read: %s", damage.detail)
-        # If the first file of the source can't be read, this line raises the error, before a model is loaded or a paid
-        # service is called.
+        # Read the first row now: if its file is damaged, the error appears before a model is loaded or a paid service
+        # is called.
         next(self.source.rows(), None)
         self.features = _check_and_get_copied_column_types(self.source, args)
         # Content of `stage.json`, without the keys that are only known after a model is loaded.
@@ -447,10 +451,11 @@ class RowStage:
 
     @property
     def is_done(self) -> bool:
-        """True if the task has nothing left to do: all its output files exist, with the current command and settings.
+        """True if the task has nothing left to do: all its output files exist, written with the current settings.
 
-        Only the names of the files are checked, not their content. The value is also False if the folder was written
-        with other settings. In this case, the method `run` raises an error that names the differences.
+        The command in the file `stage.json` must also have the current flags. Only the names of the output files are
+        checked, not their content. If the folder was written with other settings, the value is False, and the method
+        `run` raises an error that names the differences.
         """
         if not (self.args.output / STAGE_FILE).is_file():
             return False
@@ -571,8 +576,8 @@ class RowStage:
         rows = itertools.islice(source.rows(part.start), len(part))
         numbered = zip(part, rows, strict=True)  # `strict=True` raises an error if the source has lost rows
         while batch := list(itertools.islice(numbered, self.args.batch_rows)):
-            # Leave the `with` block, which ends the threads that decode images, before the model computes. Otherwise,
-            # these threads would slow down the threads of the model.
+            # End the threads that decode images before the model computes: the end of the `with` block does this.
+            # Otherwise, the decoding threads would slow down the threads of the model.
             with ThreadPoolExecutor(DECODER_THREADS) as threads:
                 results = list(threads.map(self._prepare_row, (row for _, row in batch)))
             valid_rows = [row for row in results if not isinstance(row, BadRow)]
@@ -680,13 +685,15 @@ def _skipped_path(path: Path) -> Path:
 
 
 def read_stage_record(output: Path | str) -> dict[str, Any]:
-    """Read the file `stage.json`, in which a stage records its source and settings in its output folder.
+    """Read the file `stage.json` in the output folder of a stage. It records the source and the settings of the stage.
 
     Raises ValueError if the file is missing or damaged.
     """
     path = Path(output) / STAGE_FILE
     if not path.is_file():
-        raise ValueError(f"{output} is not the output of a stage: it has no {STAGE_FILE}.")
+        raise ValueError(
+            f"{output} is not the output folder of a stage, such as captions.translate: it has no {STAGE_FILE}."
+        )
     try:
         record = read_json(path, **RECORD_TYPES)
         rows, split, size = record["source"].get("rows"), record["source"].get("split"), record["rows_per_part"]
@@ -709,8 +716,8 @@ def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
         record: Content of `stage.json` for the current run.
 
     Raises:
-        ValueError: If the folder was made with other settings; the message names the differences. Also if the folder
-            holds parquet files that no stage wrote.
+        ValueError: If the folder was made with other settings. The message names the differences. If the folder holds
+            parquet files that no stage wrote.
     """
     path = output / STAGE_FILE
     if not path.is_file():
@@ -724,14 +731,14 @@ def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
         # raises an error.
         write_json(path, record)
     recorded = read_stage_record(output)
-    # If the fingerprint is None, `delete_parts_of_changed_rows_and_fingerprint` has set it, to announce that the source
-    # has changed. The new fingerprint is then accepted instead of raising an error.
+    # The fingerprint (hash of the source data) is None if rows of the source were corrected:
+    # `delete_parts_of_changed_rows_and_fingerprint` has then set it. The new fingerprint is accepted without an error.
     is_invalidated = recorded["source"].get("fingerprint") is None
     if is_invalidated:
         recorded["source"]["fingerprint"] = record["source"]["fingerprint"]
     if differences := describe_stage_record_differences(recorded, record):
         raise ValueError(
-            f"{output} was made from {recorded['source'].get('name')} with other settings, and all parts of a folder "
+            f"{output} was made from {recorded['source'].get('name')} with other settings, and all files of a folder "
             f"must have the same settings. {differences}. Use the old values, choose another --output, or remove this "
             "folder and everything that was made from it."
         )
@@ -781,16 +788,17 @@ class Corrections:
         """
         for path in self.parts:
             path.unlink(missing_ok=True)
-        # Write the record last: as long as stage.json has the old record, the next run after an interruption finds the
-        # same corrections and deletes the remaining parts.
+        # Write stage.json last. It holds the digest of the corrected table. If this method is interrupted before, the
+        # file still has the digest of the old table, so the next run finds the same corrections and deletes the
+        # remaining files.
         write_json(self.output / STAGE_FILE, self.record)
 
 
 def delete_parts_of_changed_rows_and_fingerprint(output: Path, rows: Iterable[int]) -> None:
     """Delete the output files that are outdated because rows of the source changed, so that they are written again.
 
-    The fingerprint of the source in `stage.json` is set to None. `write_or_check_stage_record` then accepts the changed
-    source, although its fingerprint is different.
+    The fingerprint (hash) of the source in `stage.json` is set to None. In the next run, `write_or_check_stage_record`
+    then accepts the changed source, although its fingerprint is different.
 
     Args:
         output: Output folder of the stage.
@@ -805,10 +813,10 @@ def delete_parts_of_changed_rows_and_fingerprint(output: Path, rows: Iterable[in
 
 
 def identity_digest(record: dict[str, Any]) -> str:
-    """Compute a hex digest of everything that determines the output of a stage, to detect changed stages.
+    """Compute a hex digest of everything that determines the output of a stage, to detect that the output has changed.
 
-    The digest covers those values of `record`, the content of the file `stage.json`, that affect the output. Other
-    values, such as the path of the source, are not included.
+    `record` is the content of the file `stage.json`. The digest covers its values that affect the output, such as the
+    settings. Other values, such as the path of the source, are not included.
     """
     return json_digest(_get_fixed_stage_record_values(record), sort_keys=True)
 
@@ -866,8 +874,8 @@ def _count_written_and_skipped_rows(output: Path, record: dict[str, Any], parts:
         reasons = Counter(reason for _, reason in read_skipped_row_numbers_and_reasons(path))
         if written + sum(reasons.values()) != len(part):
             raise ValueError(
-                f"{path} has {written} rows, and its list of skipped rows has {sum(reasons.values())}; together they "
-                f"must have the {len(part)} rows of this part. Remove both files, {retry}"
+                f"{path} has {written} rows, and its list of skipped rows has {sum(reasons.values())}; together, they "
+                f"must have {len(part)} rows. Remove both files, {retry}"
             )
         rows, skipped = rows + written, skipped + reasons
     return StageReport(rows, dict(skipped.most_common()))
@@ -909,8 +917,8 @@ def run_stage_command(
         argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Returns:
-        The parsed flags if the stage is complete. None after a dry run, if a person must first fill a translation
-        table, or if the jobs were submitted to Slurm.
+        The parsed flags if the stage is complete. Otherwise None: after a dry run, if a person must first fill a
+        translation table, or if the jobs were submitted to Slurm.
     """
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
@@ -924,7 +932,10 @@ def run_stage_command(
         print("\n".join([f"{args.output}: {missing:,} rows are missing", *args.describe_work(stage)]))
         return None
     if args.pending_manual_step():
-        logger.info(f"Manual step: {args.request_manual_step()} Fill its last column, then run the same command again.")
+        logger.info(
+            f"Manual step: {args.request_manual_step()} Fill the last column of the table, then run the same command "
+            "again."
+        )
         return None
     if corrections := args.corrections():
         count = len(corrections.rows)

@@ -86,8 +86,8 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
     )
     batch_rows: int = flag(
         256,
-        "Rows to process at the same time. Translations are saved each time that eight times this number of captions "
-        "is translated.",
+        "Rows to process at the same time. New translations are saved in batches of eight times this number of "
+        "captions (google: after each request).",
     )
     rows_per_part: int = flag(1024, "Rows per output file.")
 
@@ -106,7 +106,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
             raise ValueError(f"language and source_language must differ, got {self.language!r} for both.")
         check_at_least(self, 1, "batch_size", "max_new_tokens")
         if TRANSLATORS[self.backend].needs_table != (self.import_file is not None):
-            raise ValueError("--backend file requires --import FILE.tsv; other backends do not use --import.")
+            raise ValueError("--backend file requires --import FILE.tsv. With another --backend, remove --import.")
         TRANSLATORS[self.backend].check_flags(self)
 
     def required_columns(self) -> list[str]:
@@ -138,7 +138,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
     def settings(self, translator: dict[str, Any]) -> dict[str, Any]:
         """Return everything that determines the translations, as a dict `{"name": value}` for the file `stage.json`.
 
-        An existing output folder is continued only if its recorded settings are equal.
+        The file is in the output folder. A new run continues an existing folder only if the settings in it are equal.
 
         Args:
             translator: Fingerprint of the translator: a dict with everything that affects a translation, except the
@@ -153,7 +153,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
     def translations(self) -> dict[str, str]:
         """Whether people or a machine translate, as a dict `{target language: "human" or "machine"}`.
 
-        Dataset cards and model cards state this.
+        The dataset card, and the cards of models that are trained on the dataset, contain this information.
         """
         return {self.language: "machine" if self.import_file is None else self.translated_by}
 
@@ -172,7 +172,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
             stage: Access to the rows whose captions are translated.
 
         Returns:
-            Lines of text to print. The list is empty if the backend does not count tokens.
+            Lines of text to print. The list is empty if the translator (`--backend`) does not count tokens.
         """
         translator = TRANSLATORS[self.backend]
         if not translator.counts_tokens:
@@ -245,7 +245,7 @@ def _open_memory(args: TranslateArguments, fingerprint: dict[str, Any]) -> Trans
 def _translate_with_memory(
     args: TranslateArguments, translator: Translator, sentences: set[str], shows_bar: bool
 ) -> dict[str, Answer]:
-    """Return the translations of sentences: stored translations if there are any, otherwise new translations.
+    """Return the translations of sentences. A sentence without a stored translation is translated now.
 
     New translations are stored in the translation memory after each batch, so that they are not lost if a later batch
     fails.
@@ -259,8 +259,8 @@ def _translate_with_memory(
     Returns:
         A dict `{sentence: answer}`. An answer holds the translation, and its fault if it is not usable.
     """
-    # The longest sentences come first, because they need the most memory: if it is insufficient, the error then appears
-    # at the start instead of after hours.
+    # The longest sentences come first, because they need the most memory. If the memory is insufficient, the error then
+    # appears at the start instead of after hours.
     missing = sorted(sentences, key=lambda text: (-len(text), text))
     if translator.needs_table:
         return dict(zip(missing, map(Answer, translator.translate(missing)), strict=True))

@@ -26,8 +26,8 @@ class TranslationMemory:
     """Store of finished translations on disk. All runs and tasks share it, and reuse the stored translations.
 
     Each translator has its own store. Translations are stored in parquet files that never change: `add` stores a batch
-    of translations as a new file. Before a batch is complete, `append` stores single answers in a temporary file, the
-    journal, so that a killed run does not lose them. `add` then deletes the journal.
+    of translations as a new file. While a batch is incomplete, `append` can store its single answers in a temporary
+    file, the journal, so that a killed run does not lose them. `add` then deletes the journal.
 
     Args:
         folder: Folder with the stores of all translators. Each translator has a subfolder.
@@ -44,8 +44,8 @@ class TranslationMemory:
     def find(self, sentences: Iterable[str]) -> dict[str, Answer]:
         """Look up sentences, and return their stored answers as a dict `{sentence: answer}`, without token counts.
 
-        Sentences without a stored answer are not in the dict. Each call reads all files of the store, so a single
-        call with many sentences is faster than many calls.
+        The dict contains only sentences with a stored answer. Each call reads all files of the store, so a single call
+        with many sentences is faster than many calls.
         """
         wanted, known = set(sentences), {}
         for record in self._records() if wanted else ():
@@ -74,7 +74,8 @@ class TranslationMemory:
             translations: Dict `{sentence: translation}`.
 
         Returns:
-            A dict `{sentence: answer}`, with the answers that `append` has stored for these sentences, if any.
+            A dict `{sentence: answer}` with one answer for each sentence. If `append` has stored an answer to the
+            sentence, this answer is returned. Otherwise, the answer contains only the translation.
 
         Raises:
             OSError: If the disk is full.

@@ -23,8 +23,9 @@ MAX_NAMED_ROWS = 5  # largest number of rows without a translation that a messag
 BLANK_CHARACTERS = " \xa0\u3000"  # a cell with only these characters looks empty
 MAX_QUOTED_CHARACTERS = 40  # largest number of characters of a sentence in an error message
 UNCHANGED_ROWS_HINT = (
-    "All rows must be the ones that were written, in the same order. Restore missing rows, sort by the number in the "
-    "id, and import the file into a spreadsheet without a text delimiter, which would change the source column."
+    "The table must have exactly the rows that were written, in the same order. Restore missing rows, and sort by "
+    "the number in the id. If you use a spreadsheet, import the file without a text delimiter; otherwise, the source "
+    "column changes."
 )
 # Characters that are escaped in addition to the escapes of JSON:
 # - `=`, `+`, `@` and `-` at the start of a cell, because a spreadsheet would run the cell as a formula;
@@ -54,7 +55,7 @@ def unescape_cell(text: str) -> str:
         return json.loads('"' + text.replace('"', '\\"') + '"', strict=False)
     except ValueError as error:
         raise ValueError(
-            f"{text[:MAX_QUOTED_CHARACTERS]!r} has a backslash that does not begin a JSON escape; write it twice"
+            f"{text[:MAX_QUOTED_CHARACTERS]!r} has a backslash that does not begin a JSON escape; double the backslash"
         ) from error
 
 
@@ -75,8 +76,8 @@ def write_blank_translation_table(path: Path, sentences: list[str], header: Sequ
     """Write a table of sentences with an empty last column, in which people will write the translations.
 
     The file is UTF-8 text. It has one sentence per line, and columns separated by tabs, without quoting. The first
-    column has an id with a part of the sentence's digest. With this id, `TranslationTable` detects if a
-    translation stands next to another sentence.
+    column has an id that contains a hash of the sentence. With this id, `TranslationTable` detects if a translation
+    stands next to the wrong sentence.
 
     Args:
         path: TSV file to write.
@@ -88,16 +89,17 @@ def write_blank_translation_table(path: Path, sentences: list[str], header: Sequ
 
 
 class TranslationTable:
-    """A table of sentences in which people fill the last column with translations. The whole file is read at once.
+    """A table of sentences and the translations that people have written next to them, read from a TSV file.
 
-    The file must be UTF-8, with or without a byte-order mark, and can have any line endings.
+    The whole file is read into memory. It must be UTF-8, with or without a byte-order mark, and can have any line
+    endings.
 
     Args:
         path: TSV file.
 
     Attributes:
         path: TSV file.
-        header: Dict `{column name: value}` from the first line: the columns "id" and "translation:pt", for example,
+        header: Dict `{column name: value}` from the first line. For example, the column names "id" and "translation:pt"
             become `{"id": "", "translation": "pt"}`.
         rows: List with a dict `{column name: text}` for each row.
 

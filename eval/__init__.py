@@ -1,4 +1,4 @@
-"""Zero-shot evaluation: metrics, benchmark commands, result files, tables and plots.
+"""Evaluate CLIP-like models: metrics, benchmark commands, result files, tables and plots.
 
 Import names from the modules of this package, for example `from eval.capivara_metrics.metrics import recall_at_k`. Do
 not write `import eval`, because it would hide Python's builtin function `eval`.

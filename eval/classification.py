@@ -53,13 +53,13 @@ class LabeledImageArguments(ModelArguments):
     model: str = flag(..., MODEL_HELP)
     benchmark: str = flag(
         ...,
-        "Name of a file in eval/prompts/pt, such as cifar-10, or path of a JSON file with your own classes "
-        "(docs/how-to/evaluation.md).",
+        "Class names and prompts: name of a file in eval/prompts/pt without .json, such as cifar-10, or path of a JSON "
+        "file with your own classes (docs/how-to/evaluation.md).",
     )
     images: str = flag(
         ...,
-        "Labeled images: a folder with one subfolder per class, a saved Hugging Face dataset, parquet files, tars with "
-        "classnames.txt, or a Hub id.",
+        "Labeled images: a folder with one subfolder per class, a saved Hugging Face dataset, parquet files, "
+        "WebDataset tars with classnames.txt, or a Hub id.",
     )
     output: Path = flag(..., "JSON file to write the result to.")
     image_column: str | None = flag(None, "Name of the image column. Default: the only column with images.")
@@ -78,7 +78,7 @@ class ClassificationArguments(LabeledImageArguments):
     authors_file: str | None = flag(
         None, "Path of portuguese_prompts.py of CAPIVARA's authors, for --protocol authors."
     )
-    seed: int | None = flag(None, "Seed of the training run, to be written to the records.")
+    seed: int | None = flag(None, "Seed with which the model was trained, to be stored in the result file.")
 
 
 def load_labeled_split(

@@ -1,10 +1,11 @@
-"""Compute and cache embeddings, and run the command line that all evaluation commands share.
+"""Embed images and texts with a cache on disk, and run the command line that all evaluation commands share.
 
-    store = CachedEmbedder(load_embedder("data/openmoji/base"), cache_home(), batch_size=32)
-    images = store.embed_images(open_split("data/openmoji/dataset", "test", "image"))
-    text_embeds = store.embed_texts(["uma foto de um gato"])
+    cached_embedder = CachedEmbedder(load_embedder("data/openmoji/base"), cache_home(), batch_size=32)
+    images = cached_embedder.embed_images(open_split("data/openmoji/dataset", "test", "image"))
+    text_embeds = cached_embedder.embed_texts(["uma foto de um gato"])
 
-The class `EmbeddingStore` of `capivara_common.embedding_store` caches the embeddings on disk. A cache file has the
+A `CachedEmbedder` combines a model with a cache of its embeddings, so that each embedding is computed only once. It
+reads and writes the cache with the class `EmbeddingStore` of `capivara_common.embedding_store`. A cache file has the
 embeddings of up to 256 images or 2048 texts.
 """
 
@@ -37,7 +38,7 @@ IMAGES_PER_SHARD = 256
 TEXTS_PER_SHARD = 2048
 # Description of the flag --model, shared by the commands that measure one model.
 MODEL_HELP = (
-    "Folder or Hub id of a CLIP-like model. With the role baseline, also open_clip:NAME:PRETRAINED or "
+    "Folder or Hub id of a CLIP-like model. With --role baseline, also open_clip:NAME:PRETRAINED or "
     "open_clip:local-dir:FOLDER."
 )
 
@@ -67,7 +68,9 @@ class ModelArguments(EmbeddingArguments):
     """Command-line arguments shared by the commands that measure one model on one dataset split."""
 
     role: Literal["baseline", "capivara"] = flag(
-        "capivara", "Role of the model in tables: capivara or baseline. An open_clip model must be a baseline."
+        "capivara",
+        "Role of the model in tables. capivara: the model under test. baseline: the model to compare it with. An "
+        "open_clip model must be a baseline.",
     )
     split: str = flag("test", "Split of the dataset to measure.")
 
@@ -88,8 +91,8 @@ class CachedEmbedder:
     embedder: Embedder
     cache_folder: Path | None = None  # folder of all caches; None: a temporary folder that is deleted with this object
     batch_size: int = 32  # images in a batch; a batch of texts is twice as large
-    # Additional keys for the result file, set by `embed_images`. They describe embeddings that come with the dataset
-    # instead of images.
+    # Keys to add to the result file. If a dataset has precomputed embeddings instead of images, `embed_images` stores
+    # their description here (number type and image encoder). Otherwise, the dict is empty.
     result_metadata: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -109,7 +112,7 @@ class CachedEmbedder:
             Embeddings of the images that can be read, and the reasons why other images can't be read.
 
         Raises:
-            ValueError: If no image can be read, or the split has embeddings that another image encoder made.
+            ValueError: If no image can be read. Also if the split has precomputed embeddings of another image encoder.
         """
 
         def load(batches: Iterator[list[Place]]) -> Iterator[list[PIL.Image.Image | BadImage]]:
@@ -126,7 +129,7 @@ class CachedEmbedder:
             skipped = {row: detail for row, detail in enumerate(table["detail"].to_pylist()) if detail}
             column = table["vectors"]
         if len(skipped) == len(images):
-            raise ValueError(f"At least one image must be readable, but none of {len(images)} is. First: {skipped[0]}.")
+            raise ValueError(f"None of the {len(images)} images can be read. The error of the first is: {skipped[0]}.")
         good = np.setdiff1d(np.arange(len(images)), [*skipped])
         embeds = vectors_to_array(column.take(good)).astype(np.float32)
         return EmbeddedImages(torch.from_numpy(embeds), torch.from_numpy(good), skipped)

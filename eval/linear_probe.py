@@ -5,8 +5,8 @@
 
 The strength of the L2 penalty is selected on the validation split, or on a fifth of the training images if there is no
 validation split. Then the regression is fitted to training and validation images together (ELEVATER, arXiv 2204.08790,
-section 4). Few-shot results are means over several random draws of training images. They do not use the validation
-split.
+section 4). With `--shots`, the result is the mean over several random draws of a few training images per class. Such
+few-shot results do not use the validation split.
 """
 
 import time
@@ -43,9 +43,9 @@ MAX_ITERATIONS = 1000  # largest number of iterations of scikit-learn's solver
 class LinearProbeArguments(LabeledImageArguments):
     """Command-line arguments of `eval.linear_probe`, which fits a linear classifier to frozen image embeddings."""
 
-    shots: list[int] = flag([], "Training images per class; with several numbers, each is measured. Default: all.")
+    shots: list[int] = flag([], "Training images per class. Several numbers: a measurement for each. Default: all.")
     draws: int = flag(3, "Random draws of training images to average over (with --shots).")
-    seed: int = flag(0, "Seed of the draws and of the validation fold.")
+    seed: int = flag(0, "Seed of the random draws, and of the choice of training images for validation.")
     train_split: str = flag("train", "Split to fit the logistic regression to.")
     validation_split: str | None = flag(
         None, "Split to select the L2 penalty on. Default: a fifth of the training split."

@@ -61,9 +61,9 @@ REPORT_TOLERANCE = 5e-4
 class ReportArguments:
     """Command-line arguments of `eval.report`, which writes an HTML report of results and training runs."""
 
-    results: Path = flag(..., "Folder with result files, which is searched recursively.", positional=True)
-    output: Path = flag(..., "Folder to write the report to: index.html and images. It must not exist, or be empty.")
-    overwrite_output_dir: bool = flag(False, "Replace an output folder that is not empty.")
+    results: Path = flag(..., "Folder with result files. Its subfolders are searched, too.", positional=True)
+    output: Path = flag(..., "Folder for the report: index.html and images. It must be empty or not exist yet.")
+    overwrite_output_dir: bool = flag(False, "Replace the output folder if it is not empty.")
 
 
 @dataclass
@@ -115,8 +115,8 @@ def read_results_folder(folder: Path) -> ResultsFolder:
             elif "curve" in content:
                 results_folder.runs.append((name, content))
             elif not (path.parent / "config.json").is_file():
-                # Without a config.json next to it, the file is not part of a model's folder, which may have other JSON
-                # files than results.
+                # The folder of a model has JSON files that are not results, such as tokenizer.json. It is recognized by
+                # its config.json, and its files are ignored. All other JSON files are reported.
                 raise ValueError("must contain the records of a measurement, or the training curve of a run")
         except (OSError, ValueError) as error:
             results_folder.faults.append((name, getattr(error, "strerror", None) or str(error)))
@@ -136,11 +136,12 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
         overwrite: Whether to replace an output folder that is not empty.
 
     Returns:
-        The result files and training runs that were read. `faults` lists all files that are not shown, with reasons.
+        The result files and training runs that were read. Its field `faults` lists all files that are not shown, with
+        reasons.
 
     Raises:
-        ValueError: If there is no result file, or the output folder contains the results. Also if the output folder is
-            not empty and `overwrite` is False.
+        ValueError: If there is no result file. If the output folder is not empty and `overwrite` is False. If the
+            output folder contains the results.
     """
     check_output_folder_and_clean_leftovers(output, overwrite)
     check_inputs_outside(output, results)

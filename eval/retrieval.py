@@ -64,7 +64,7 @@ class RetrievalArguments(ModelArguments):
     dim: int | None = flag(
         None, "Compare only the first DIM dimensions of the embeddings, normalized again. Default: all dimensions."
     )
-    seed: int | None = flag(None, "Seed of the training run, to be written to the records.")
+    seed: int | None = flag(None, "Seed with which the model was trained, to be stored in the result file.")
     dataset_name: str | None = flag(None, "Name of the dataset in the records. Default: the end of its path or Hub id.")
 
 

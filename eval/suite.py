@@ -6,13 +6,14 @@ r"""Run all benchmarks of the paper with one command and compare the results wit
     python -m eval.suite beyond --model capivara --only xm3600 --languages pt hi --data_dir data/benchmarks
 
 A suite is a set of benchmarks. The suite "paper" contains all benchmarks, including three that the paper does not have
-(XM3600, Flickr30k-200, Babel-ImageNet). The other suites are subsets of "paper". The data of a benchmark are first
-looked up in the folder --data_dir/KEY, then on the Hub if the Hub id is known. Each benchmark has a file
-eval/benchmarks/KEY.json, whose field `local_layout` describes the layout of the local folder. Benchmarks without data
-are listed as not run.
+(XM3600, Flickr30k-200, Babel-ImageNet). The other suites are subsets of "paper".
+
+Each benchmark has a key, such as "xm3600", and a file eval/benchmarks/KEY.json that describes it. Its data are first
+looked up in the folder --data_dir/KEY, then on the Hub if the file has a Hub id. The field `local_layout` of the file
+describes the layout of the local folder. Benchmarks without data are listed as not run.
 
 To continue an interrupted suite, repeat the command: embeddings are taken from --cache_dir. Use a separate output
-folder for each protocol.
+folder for each --protocol, because the result files have the same names.
 """
 
 import math
@@ -46,7 +47,7 @@ from eval.retrieval import RetrievalArguments, evaluate_retrieval_and_write_resu
 from modeling_capivara.two_towers import load_embedder
 
 SUMMARY_VERSION = 1
-# A cell of the table is the mean over all runs that have equal values in these columns.
+# Columns that identify a cell of the table. A cell shows the mean over all models (runs) that agree in these columns.
 GROUP_COLUMNS = ["benchmark", "language", "direction", "role"]
 TABLE_TEMPLATE = Path(__file__).parent / "suite.md.j2"
 
@@ -59,7 +60,10 @@ class SuiteArguments(EmbeddingArguments):
     model: str | None = flag(
         None, "Folder or Hub id of a CLIP-like model. With --runs, this model is added to the runs."
     )
-    runs: list[str] = flag([], "Models trained with different seeds, or their folder. The table has mean ± deviation.")
+    runs: list[str] = flag(
+        [],
+        "Models trained with different seeds, or the folder that holds them. The table has mean ± standard deviation.",
+    )
     baseline: str | None = flag(
         None, "Baseline: folder or Hub id, open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER."
     )
@@ -144,7 +148,7 @@ def _check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
         entry["base_published"] = find_model_name_in_published_results(base, "baseline", **model.metadata)
         models.append(entry)
     if len({model["fingerprint"] for model in models[-len(runs) :]}) < len(runs):
-        raise ValueError("--runs must be different models, but two of them have the same weights.")
+        raise ValueError("--runs must be different models, but two of them have the same weights. Remove one.")
     return models
 
 

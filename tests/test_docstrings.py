@@ -101,15 +101,19 @@ def test_public_functions_document_arguments_results_and_errors(package):
 def test_results_on_the_api_page_have_no_colon_inside_code():
     """Napoleon takes the text before the first colon of a result as its type, so no colon may be inside code."""
     modules = re.findall(r"automodule:: (\S+)", (ROOT / "docs/reference/api.md").read_text(encoding="utf-8"))
-    objects = [thing for name in modules for thing in vars(importlib.import_module(name)).values()]
-    functions = [thing for thing in objects if inspect.isfunction(thing)]
-    functions += [
-        item for cls in objects if inspect.isclass(cls) for item in vars(cls).values() if inspect.isfunction(item)
+    # A package may import a name of `__all__` only when it is used, so `vars` does not have it yet.
+    objects = [
+        getattr(module, name)
+        for module in map(importlib.import_module, modules)
+        for name in {*vars(module), *getattr(module, "__all__", ())}
     ]
+    members = [member for cls in objects if inspect.isclass(cls) for member in vars(cls).values()]
+    functions = [thing for thing in objects + members if inspect.isfunction(thing)]
+    functions += [member.fget for member in members if isinstance(member, property)]
     results = {
         f"{function.__module__}.{function.__qualname__}": sections(inspect.getdoc(function) or "").get("Returns", "")
         for function in functions
-        if function.__module__.split(".")[0] in (*PACKAGES, "eval", "training")
+        if function.__module__.split(".")[0] in (*PACKAGES, "eval", "training") and function.__name__[0] != "_"
     }
     assert len(results) > 50
     assert not [name for name, text in results.items() if text.partition(":")[0].count("`") % 2]

@@ -157,7 +157,7 @@ def test_benchmarks_without_data_are_not_run_and_never_zero(models, tmp_path, ca
     assert not any(row["benchmark"] == "elevater" for row in summary["rows"])
     table = capsys.readouterr().out
     assert "| Food-101 | accuracy | 65.06 ± 0.00 | – |  | 64.58 ± 0.01 | not run |  |" in table
-    assert re.search("food-101: not run: .*--data_dir as food-101", table)
+    assert re.search("food-101: not run: .*--data_dir/food-101", table)
     assert "cifar-10: not run: clip-benchmark/wds_vtab-cifar10" in table and "0.00 |  |" not in table
     assert re.search(r"ELEVATER average: .*\b0 of 20\b", table)
 

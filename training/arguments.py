@@ -32,7 +32,7 @@ class DataArguments:
     language: str = flag(
         "pt", "Code of the language to train on, such as pt: captions are read from the column captions-pt."
     )
-    eval_languages: list[str] = flag([], "Languages of the final evaluation, in addition to `language`.")
+    eval_languages: list[str] = flag([], "Codes of languages for the final evaluation, in addition to `language`.")
     evaluation_dataset: str | None = flag(None, "Dataset to evaluate on. Default: the first of `dataset`.")
     train_split: str = flag("train", "Name of the training split.")
     validation_split: str = flag("validation", "Name of the validation split, which is evaluated during training.")
@@ -103,8 +103,8 @@ class OptimizationArguments:
         "Precision of autocast; no is float32. auto: bf16 if the device supports it natively, otherwise no. fp16 needs "
         "a GPU. Pooling, loss, weights and the final evaluation are always in float32.",
     )
-    # Whether the user chose "auto" for `mixed_precision`. `train_accelerate.py` sets this, and then replaces "auto" by
-    # the precision that suits the device.
+    # Whether the user chose "auto" for `mixed_precision`. `train_accelerate.py` records this before it replaces "auto"
+    # by the precision that suits the device.
     has_auto_precision: ClassVar[bool] = False
     frozen_parameters: list[str] = flag(
         [],

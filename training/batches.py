@@ -104,8 +104,8 @@ def apportion_batch_to_datasets(batch_size: int, dataset_sizes: Sequence[int]) -
         )
     exact = [batch_size * size / pairs for size in dataset_sizes]
     counts = [int(share) for share in exact]
-    # Rounding down leaves some pairs of the batch over. The datasets whose shares lost the largest fractions get one
-    # more each.
+    # The shares were rounded down, so some pairs of the batch are not assigned yet. The datasets whose shares lost the
+    # largest fractions get one of them each.
     by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
     for i in by_remainder[: batch_size - sum(counts)]:
         counts[i] += 1
@@ -187,8 +187,8 @@ def sample_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, 
     Returns:
         One caption for each of `rows`, in their order.
     """
-    # Row shuffling in `batch_indices` also derives random numbers from the seed. The additional number 1 makes the
-    # numbers here independent of those.
+    # The row order in `batch_indices` also depends on random numbers from this seed. The additional number 1 makes the
+    # draws of captions independent of the row order.
     draws = np.random.default_rng([seed, step, 1]).random(len(rows))
     # A column of `datasets` is read in one call for all rows, which is much faster than row by row.
     choices = [captions[row] for row in rows] if isinstance(captions, list) else captions[rows.tolist()]
@@ -265,7 +265,7 @@ class BatchPlanner:
         """Return the plan of the optimizer step with the number `step`, counted from 0."""
         rows, texts = [], []
         for number, count in enumerate(self.pairs_per_dataset):
-            seed = self.seed + (number << 32)  # the first dataset is sampled exactly as if it were the only one
+            seed = self.seed + (number << 32)  # the first dataset has the seed of the run, every other its own
             rows.append(batch_indices(step, count, len(self.captions[number]), seed))
             texts += sample_captions(self.captions[number], rows[-1], step, seed)
         batches, order = tokenize_into_sorted_micro_batches(self.processor, texts, self.micro_batch_size)

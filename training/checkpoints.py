@@ -27,11 +27,11 @@ STATE_FILE = "trainer.json"
 # Checksums of all other files of a checkpoint, in the format of `sha256sum`. CPUs have instructions for SHA-256, which
 # make it faster than BLAKE2 here.
 CHECKSUM_FILE = "SHA256SUMS"
-# Endings of files that loading a checkpoint may read. If a checkpoint has an additional file with such an ending, which
-# is not in the list of checksums, it is refused.
+# Endings of files that Accelerate may read when it loads a checkpoint. A checkpoint is refused if it has a file with
+# such an ending that is not in its list of checksums, because this file could not be verified.
 LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".json")
-# Settings that may differ between a run and its continuation, because they do not affect the weights. `hub_strategy`
-# and `carbon_country` no longer exist, but runs of earlier versions still have them.
+# Settings that may change when a run is resumed, because they do not affect the weights. `hub_strategy` and
+# `carbon_country` no longer exist, but runs of earlier versions have stored them.
 CHANGEABLE_SETTINGS = {
     *("output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker"),
     *("loading_workers", "num_threads", "max_bad_share", "push_to_hub", "hub_model_id", "hub_private"),

@@ -61,8 +61,8 @@ SHARD_ROWS = 2048
 logger = logging.getLogger("capivara")
 DATA_FLAGS_HINT = (
     "--dataset and --train_split choose the training data; --evaluation_dataset, --validation_split and --test_split "
-    "the evaluation data; --image_column, --caption_column, --language and --eval_languages the columns. Without "
-    "similarities, use --caption_strategy none --min_pair_similarity null."
+    "the evaluation data; --image_column, --caption_column, --language and --eval_languages the columns. If the "
+    "data have no similarities of captions and images, use --caption_strategy none --min_pair_similarity null."
 )
 Splits = dict[tuple[str, str], Split]  # {(dataset, split name): opened split}
 
@@ -195,15 +195,15 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
         The usable training pairs, the validation and test pairs with image embeddings, and the skipped training rows.
 
     Raises:
-        ValueError: If data, columns or model are missing or invalid. Also if the usable pairs do not fill a batch. A
-            dataset with embeddings instead of images is refused if another image encoder made them.
+        ValueError: If data, columns or model are missing or invalid. If the usable pairs do not fill a batch. If a
+            dataset has embeddings instead of images, and they were computed with another image encoder.
     """
     # The data are opened before a model is loaded, so that missing data, the most common error, is reported at once.
     splits = _open_and_check_splits(args)
     processor = load_processor(args.model)
     base = load_model(args.model)
     # This call checks the regular expressions of --frozen_parameters and --lora_targets before any long work. It
-    # changes the model, so it gets another copy than `base`.
+    # changes the model that it gets, so it gets a separate copy of the base model.
     freeze_parameters_and_add_adapters(load_model(args.model), args)
     base.to(accelerator.device).eval()
     for split in splits.values():
@@ -212,7 +212,8 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
     validation = load_evaluation_pairs(args, splits, args.validation_split, [args.language], processor)[args.language]
     test = load_evaluation_pairs(args, splits, args.test_split, args.eval_languages, processor)
     training = load_training_pairs(args, splits, processor)
-    # This call raises an error before images are embedded if too many rows can't be used. Its result is not needed yet.
+    # If too many rows can't be used, this call raises an error now, before the images are embedded. Its result is not
+    # needed yet.
     _split_usable_and_skipped_pairs(training, args)
 
     def with_vectors(pairs: PairDataset, uses_cache: bool = args.image_embedding_cache != "off") -> PairDataset:
@@ -226,8 +227,8 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
         _check_no_bad_rows(pairs)
         return torch.from_numpy(vectors_to_array(pairs.table.data.column("vectors")).astype(np.float32))
 
-    # The cache stores embeddings rounded to float16. The final evaluation does not use it, so that its results have no
-    # rounding errors from the cache.
+    # The cache stores embeddings rounded to float16. The test images are embedded without the cache, so that the
+    # results of the final evaluation have no such rounding errors.
     test_embeds = load_embeds(with_vectors(test[args.language], uses_cache=False), "Images, test")
     validation = with_vectors(validation)
     validation_embeds = load_embeds(validation, "Images, validation")
@@ -504,7 +505,7 @@ def embed_pixels(
         pixels: Preprocessed images, (images, 3, height, width).
         accelerator: Device and precision of the run.
         chunk_images: Number of images per forward pass on a CPU.
-        use_autocast: Whether to use the precision of the run. If False, float32 is used.
+        use_autocast: True: use the precision of the run (autocast). False: use float32.
 
     Returns:
         Embeddings of unit length, (images, width), float32, on the device of the run.
@@ -527,8 +528,8 @@ def _add_stored_embeddings_column(pairs: PairDataset) -> PairDataset:
         A copy of the dataset with the new column. Its `augmented_views` is the number of views in the dataset.
     """
     data = pairs.source.data.select_columns(EMBEDS_COLUMN)
-    # `_indices` lists the selected rows if not all rows are used. The embeddings of these rows are copied, because
-    # `data.data` below would still have all rows.
+    # If only some rows of a `datasets.Dataset` are selected, its attribute `_indices` lists them, but `data.data` still
+    # has all rows. The embeddings of the selected rows are then copied.
     if data._indices is not None:
         data = data.flatten_indices()
     table = pairs.table.data.table.append_column("vectors", data.data.column(EMBEDS_COLUMN))
@@ -597,8 +598,8 @@ def embed_images_into_column(
 ) -> PairDataset:
     """Add the image embeddings of a dataset to its table, as the column `vectors`.
 
-    The image encoder is frozen, so every image needs to be embedded only once. Embeddings are read from the cache. If
-    some are missing there, each process computes a share of them.
+    The image encoder is frozen, so every image is embedded only once, before training. Embeddings are read from the
+    cache on disk. If some are missing there, each process computes a share of them.
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
@@ -628,8 +629,8 @@ def embed_images_into_column(
     embed = with_tuned_chunk_size(embed, len(pairs) * views, accelerator.device, encoder, store.record_folder(digests))
     cached = store.load_or_embed(digests, load, embed, title, rows_per_shard=SHARD_ROWS, views=views)
     table = pairs.table.data.table
-    # Both tables have texts that say why a row can't be used, and at most one of the two texts is not empty. Joining
-    # them keeps it.
+    # For each row, the table of pairs and the table of embeddings both have a text that says why the row can't be used.
+    # At most one of the two texts is not empty, so joining them keeps the reason.
     for name in ("reason", "detail"):
         joined = pc.binary_join_element_wise(table[name], cached[name], "")
         table = table.set_column(table.column_names.index(name), name, joined)

@@ -52,7 +52,7 @@ CACHED_PLANS = 16
 
 @dataclass
 class TrainingLoop:
-    """Loop that trains one model, from step 0 or from the step of a checkpoint to the last step."""
+    """Training loop of one run. The method `train` trains the model from step 0, or from a checkpoint, to the end."""
 
     args: RunArguments  # arguments of the run
     inputs: TrainingInputs  # pairs with their images, and the validation split
@@ -81,7 +81,7 @@ class TrainingLoop:
         args, accelerator = self.args, self.checkpoints.accelerator
         self.accelerator = accelerator
         # `WholeBatch` sums the gradients of all processes itself, once per step. evaluation_mode=True keeps Accelerate
-        # from adding the wrapper DistributedDataParallel, which would do so at every micro-batch.
+        # from adding the wrapper DistributedDataParallel, which would sum them at every micro-batch.
         self.prepared_model = accelerator.prepare_model(self.wrapped_model, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped_model, args))
         if resume:
@@ -288,8 +288,8 @@ class TrainingLoop:
                 if images:
                     stacked = torch.stack([*images.values()])
                     embeds[[*images]] = embed_pixels(self.prepared_model, stacked, self.accelerator)
-            # Bad images are sorted by position in the batch, so that their replacements do not depend on the number of
-            # processes.
+            # Collect the unusable images of all processes. They are sorted by position in the batch, so that their
+            # replacements do not depend on the number of processes.
             bad = dict(sorted(gather_object(bad), key=lambda item: item[0]))
             if not bad:
                 # Each process has filled the rows of its own images and left all others zero. The sum over all
@@ -331,7 +331,7 @@ class TrainingLoop:
                 raise
             self.checkpoints.save(self.state)
             raise ValueError(
-                f"{error} Step {self.state.step} is saved; resume from it with a larger --max_bad_share."
+                f"{error} Step {self.state.step} is saved. To go on, use --resume auto and a larger --max_bad_share."
             ) from error
 
     def _write_skipped(self) -> None:

@@ -14,11 +14,12 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-# Memory limit of a Linux container (cgroup v2) in bytes, or "max". Other kinds of limits are not detected.
+# File with the memory limit of a Linux container (cgroup v2): a number of bytes, or "max" without a limit. Other kinds
+# of limits are not detected.
 CONTAINER_MEMORY_FILE = Path("/sys/fs/cgroup/memory.max")
-# Options of glibc's function `mallopt`, see mallopt(3): {name: (number of the option, value in bytes)}. The first makes
-# glibc keep freed memory of the heap. The second makes glibc take blocks below 32 MiB, the largest allowed value, from
-# the heap.
+# Options of glibc's function `mallopt`, see mallopt(3): {name: (number of the option, value in bytes)}.
+# M_TRIM_THRESHOLD makes glibc keep freed memory of the heap. M_MMAP_THRESHOLD makes glibc take blocks below 32 MiB, the
+# largest allowed value, from the heap.
 MALLOC_OPTIONS = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_MMAP_THRESHOLD": (-3, 2**25)}
 
 

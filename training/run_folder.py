@@ -63,9 +63,9 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
         Folder in which the finished run will be.
 
     Raises:
-        ValueError: If the folder is not empty. Also if it would be overwritten although it contains files that the run
-            reads, or if the new run would replace an unfinished run. To resume, the folder must belong to a single run:
-            a folder with finished runs of several seeds is refused.
+        ValueError: If the folder is not empty and may not be overwritten. If it may be overwritten, but has files that
+            the run reads. If there is an unfinished run, and neither `resume` nor `overwrite_output_dir` is set. If
+            `resume` is set, but the folder has finished runs of several seeds.
     """
     if args.output_dir is None:
         name = f"{Path(args.dataset[0]).parent.name or 'capivara'}-{args.language}"
@@ -73,7 +73,8 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
         chosen = unfinished[-1].with_suffix("") if unfinished else find_free_numbered_folder(Path("runs"), name)
         return broadcast_object_list([chosen])[0]
     if state.is_main_process:
-        # Leftovers of an interrupted run are cleared away here, before any process checks the folder.
+        # If a run was killed while its folder was renamed, temporary folders are left over. They are removed or renamed
+        # back here, before any process checks the folder.
         remove_or_restore_leftovers(args.output_dir)
     state.wait_for_everyone()
     if args.resume and (seeds := list_seed_run_folders(args.output_dir)):

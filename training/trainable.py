@@ -67,9 +67,9 @@ def freeze_parameters_and_add_adapters(model: PreTrainedModel, args: RunArgument
 
 
 def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the hyperparameters that the user can't set, so that the description of a run is complete.
+    """Return the hyperparameters that are fixed in the code, so that the description of a run is complete.
 
-    They are stored under the key `fixed` in the file run.json of the run.
+    The file run.json of a run stores them under the key `fixed`.
 
     Args:
         model: The model that is trained.

@@ -25,7 +25,7 @@ class ExactBatchTrainer(Trainer):
     """`transformers.Trainer` for `CapivaraModel` with one contrastive loss per optimizer step, on a single device.
 
     `Trainer` computes a separate loss for every micro-batch, so a text is only compared with the few images of its
-    micro-batch. This class compares it with all images of the optimizer step.
+    micro-batch. This class compares each text with all images of the optimizer step.
 
     It takes the same arguments as `Trainer`. The batch of a step has `per_device_train_batch_size` times
     `gradient_accumulation_steps` pairs. A micro-batch of `per_device_train_batch_size` pairs goes through the model
@@ -105,8 +105,8 @@ def _wrap_batches_as_micro_batches(samples: Sequence[dict]) -> list[MicroBatch]:
         if missing := [name for name in REQUIRED_INPUTS if name not in sample]:
             raise ValueError(
                 f"A batch must have {', '.join(REQUIRED_INPUTS)}, as CapivaraProcessor returns them; "
-                f"{', '.join(missing)} is missing from {', '.join(sample)}. With your own data collator, set "
-                "remove_unused_columns=False."
+                f"{', '.join(missing)} is missing, the batch has only {', '.join(sample)}. With your own data "
+                "collator, set remove_unused_columns=False."
             )
         batches.append(MicroBatch(len(batches), start, *(sample[name] for name in REQUIRED_INPUTS)))
         start += len(sample["input_ids"])

@@ -43,7 +43,7 @@ class StepReport:
     """Loss and memory use of one optimizer step. The gradients are stored in the parameters of the model, not here."""
 
     loss: float  # loss of the whole batch, in nats (computed with the natural logarithm)
-    graphs_kept: int  # number of micro-batches of this process whose autograd graph was kept instead of recomputed
+    graphs_kept: int  # number of this process's micro-batches whose autograd graph was kept in memory, not recomputed
 
 
 @dataclass
@@ -84,15 +84,17 @@ class WholeBatch:
     # Memory in bytes for autograd graphs that are kept until the backward pass. None: the first step sets it to the
     # share `GRAPH_MEMORY_SHARE` of the free memory.
     budget: float | None = None
-    _bytes_per_token: float = 0.0  # size of a graph divided by its number of tokens, measured on the first micro-batch
-    _bytes_per_text: float = 1.0  # size of a graph divided by its number of texts, measured on the first micro-batch
+    # Bytes of a micro-batch's autograd graph per token (including padding) and per text. They are measured on the first
+    # micro-batch, and used to estimate how many graphs fit into `budget`.
+    _bytes_per_token: float = 0.0
+    _bytes_per_text: float = 1.0
 
     def __call__(
         self, step: int, batches: Sequence[MicroBatch], pairs: int, image_embeds: Tensor | None = None
     ) -> StepReport:
-        """Compute the gradients of a step, and add them to the gradients of the parameters.
+        """Compute the gradients of an optimizer step, and add them to the attribute `grad` of the model's parameters.
 
-        The gradients of the parameters should be None or zero before the call.
+        Before the call, `grad` should be None or zero. With several processes, all of them must make the call.
 
         Args:
             step: Optimizer step, counted from 0. It is part of the seed of dropout.
@@ -100,8 +102,8 @@ class WholeBatch:
                 zero.
             pairs: Number of pairs in the whole batch, over all processes.
             image_embeds: Unit-length embeddings of all images of the batch, (pairs, width), in the order of the
-                micro-batches. If it is None, the micro-batches must hold pixels, and the image encoder gets gradients,
-                too.
+                micro-batches. None: the images are embedded here, with gradients for the image encoder; the
+                micro-batches must then hold pixels.
 
         Returns:
             The loss of the whole batch, and the number of micro-batches whose autograd graph was kept in memory.
@@ -248,9 +250,9 @@ def select_loss(model: nn.Module) -> LossFunction:
 def compute_contrastive_loss_share(
     text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, local_rows: Tensor
 ) -> Tensor:
-    """Compute the part of CLIP's contrastive loss that one process of a distributed run contributes.
+    """Compute the share of CLIP's contrastive loss that one process of a distributed run contributes.
 
-    The sum of the parts of all processes is the loss of the whole batch, as `modeling_capivara.clip_loss` computes it.
+    The sum of the shares of all processes is the loss of the whole batch, as `modeling_capivara.clip_loss` computes it.
     Source: CLIP (arXiv 2103.00020), section 2.3, figure 3.
 
     Args:
@@ -272,9 +274,9 @@ def compute_contrastive_loss_share(
 def compute_sigmoid_loss_share(
     text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, local_rows: Tensor, logit_bias: Tensor
 ) -> Tensor:
-    """Compute the part of SigLIP's sigmoid loss that one process of a distributed run contributes.
+    """Compute the share of SigLIP's sigmoid loss that one process of a distributed run contributes.
 
-    The sum of the parts of all processes is the loss of the whole batch. It equals the loss that
+    The sum of the shares of all processes is the loss of the whole batch. It equals the loss that
     `transformers.SiglipModel` computes with `return_loss=True`.
     Source: SigLIP (arXiv 2303.15343), section 3.1, algorithm 1.
 
@@ -366,12 +368,16 @@ def look_up_token_embeddings_once(table: nn.Embedding, input_ids: Sequence[Tenso
     # get no gradient.
     looked_up = table(ids)
     table.sparse = was_sparse
-    # Autograd sums the gradients of all later lookups in this detached copy of the rows.
+    # All micro-batches look up their tokens in this detached copy of the rows. Autograd sums their gradients in
+    # `rows.grad`.
     rows = looked_up.detach().requires_grad_(looked_up.requires_grad)
     ended = False
 
     def check_context(gradient: Tensor) -> None:
-        if ended:  # a recomputed micro-batch would have used the whole table instead of these rows
+        # The gradient of `rows` is passed on to the table when the block ends, so a later gradient would be lost.
+        # Besides, lookups after the block use the whole table again. If a micro-batch is recomputed then, its row
+        # numbers are those of the table, but the backward pass would apply them to `rows`.
+        if ended:
             raise RuntimeError("The backward pass of the texts must run within `look_up_token_embeddings_once`.")
 
     if rows.requires_grad:

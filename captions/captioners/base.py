@@ -9,13 +9,13 @@ from captions.stages import RowStage
 class Captioner(Protocol):
     """Interface of the backends of `captions.generate`, which generate captions of images.
 
-    A backend is a subclass in a module of its own. The methods are called in this order: `check_flags`, `check` and
-    `load`, then `start_part` and `caption_rows` for each part. A part is one parquet file of the output. A subclass
-    must implement `columns` and `caption_rows`. All other methods have a default implementation.
+    Each backend is a subclass in its own module. The methods are called in this order: `check_flags`, `check` and
+    `load`, then for each part (one parquet file of the output) `start_part` and `caption_rows`. A subclass must
+    implement `columns` and `caption_rows`. All other methods have a default implementation.
 
     Attributes:
         flags: Dataclass with the flags of the backend, which become flags of `captions.generate`.
-        has_report: Whether the backend implements `report`, which summarizes the problems of its captions.
+        has_report: Whether the backend implements `report`, which writes a summary of the problems of its captions.
         settings: Everything that affects a caption, except the image, as a dict of JSON values. The command records
             this dict in the file `stage.json` of the output folder.
     """
@@ -35,8 +35,9 @@ class Captioner(Protocol):
     def check(cls, args: Any) -> None:
         """Check that the captioner can be used, for example that its server can be reached.
 
-        A build calls this method before its first stage runs, so that it does not fail hours later. Raises ValueError
-        or OSError if the captioner can't be used.
+        `captions.build`, which runs several stages one after the other, calls this method before the first stage, so
+        that it stops at once instead of failing hours later. Raises ValueError or OSError if the captioner can't be
+        used.
         """
 
     @classmethod
@@ -91,12 +92,12 @@ class Captioner(Protocol):
         """
 
     def start_part(self, part: range) -> None:
-        """Prepare for the rows of the next part, that is, one parquet file of the output.
+        """Prepare for the rows of the next part, that is, the next parquet file of the output.
 
-        All earlier parts have been written when this method is called.
+        All earlier parts of this task have been written when this method is called.
 
         Args:
-            part: Range of the row numbers in the part.
+            part: Range of the row numbers in the part, counted from 0 over the whole dataset.
         """
 
     def caption_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
@@ -106,6 +107,6 @@ class Captioner(Protocol):
             rows: Rows with a decoded image under the key `captions.stages.DECODED_KEY`.
 
         Returns:
-            One element per row: a dict `{"column name": value}` with the new columns, or a `BadRow` with the reason why
-            the row must be skipped.
+            One element per row: a dict `{"column name": value}` with the new columns. If the row must be skipped, the
+            element is instead a `BadRow`, an exception object that holds the reason. It is returned, not raised.
         """

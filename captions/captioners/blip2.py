@@ -88,11 +88,11 @@ class PrefixCaptioner:
         config = self.language_model.generation_config
         # If both `max_length` and `max_new_tokens` were set, each call of `generate` would log a warning.
         config.max_length = None
-        # The texts of a batch end at different steps, and the shorter ones are padded with this token.
+        # `generate` pads the shorter texts of a batch with this token, so it must be set.
         if config.pad_token_id is None:
             config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         parameters = inspect.signature(self.language_model.forward).parameters
-        # transformers 5.24 renamed the parameter `past_key_values` to `cache`. Versions before and after are supported.
+        # transformers 5.24 renamed the parameter `past_key_values` to `cache`. Support older and newer versions.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
 
     def generate_captions(self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str]) -> list[list[str] | BadRow]:
@@ -103,8 +103,8 @@ class PrefixCaptioner:
             prefixes: Beginnings of the captions, for example "a photo of".
 
         Returns:
-            One element per image: a list with one caption per prefix. The element is instead a `BadRow`, which tells
-            why the image must be skipped, if a score of the language model was NaN.
+            One element per image: a list with one caption per prefix. If a score of the language model was NaN, the
+            element is instead a `BadRow`, which says why the image must be skipped.
         """
         tokens = self.generate_tokens(self.preprocess_images(images), prefixes)
         return [self._decode_texts(image_tokens, prefixes) for image_tokens in tokens]
@@ -127,8 +127,9 @@ class PrefixCaptioner:
             prefixes: Beginnings of the captions.
 
         Returns:
-            One list per image, with one element per prefix. An element holds the token ids (steps,) of the
-            continuation, with end token and padding. It is None if a score of the language model was NaN.
+            One list per image, with one element per prefix: the token ids of the continuation, a tensor of shape
+            (steps,) that may end with an end token and padding. The element is None if a score of the language model
+            was NaN.
         """
         encoded, prompts = self.encode_images(pixel_values), self.tokenizer(list(prefixes))["input_ids"]
         continuations: list[Tensor | None] = []
@@ -152,16 +153,16 @@ class PrefixCaptioner:
         return [continuations[first : first + count] for first in range(0, len(continuations), count)]
 
     def encode_images(self, pixel_values: Tensor) -> DynamicCache:
-        """Compute the keys and values with which the language model attends to the images.
+        """Encode images, and compute the keys and values with which the language model attends to them.
 
         Args:
             pixel_values: Preprocessed images (images, 3, height, width).
 
         Returns:
-            A cache of the language model with the keys and values for the query tokens of all images. The query tokens
-            are the outputs of the Q-Former for an image.
+            A key-value cache of the language model, with one batch entry per image. It covers the query tokens, that
+            is, the outputs of the Q-Former for the image.
         """
-        # Query tokens, with which BLIP-2 describes an image to its language model: (images, queries, model width).
+        # Query tokens: the form in which the language model reads an image. Shape: (images, queries, model width).
         blocks = self.model.get_image_features(pixel_values=pixel_values).pooler_output
         cache = DynamicCache(config=self.language_model.config)
         self.language_model.base_model(inputs_embeds=blocks, use_cache=True, **{self._cache_name: cache})
@@ -185,8 +186,8 @@ class PrefixCaptioner:
         cache.batch_select_indices(images)
         ids, mask = self.pad_prompts(prompts)
         embeds = self.model.get_input_embeddings()(ids).to(self.language_model.dtype)
-        # `generate` needs embeddings for all positions, also for those of the image. It does not read the values there,
-        # because the cache already holds the keys and values of the image, so zeros are enough.
+        # `generate` needs embeddings for all positions, also for the positions of the image. Zeros are enough there:
+        # `generate` does not read them, because the cache already holds the keys and values of the image.
         placeholder = embeds.new_zeros(len(ids), cache.get_seq_length(), embeds.shape[-1])
         return self.language_model.generate(
             inputs_embeds=torch.cat([placeholder, embeds], 1),
@@ -254,7 +255,7 @@ def load_captioner(args: Any) -> PrefixCaptioner:
     return PrefixCaptioner(model, processor, tokenizer, args.max_new_tokens, args.micro_batch_size)
 
 
-# The function and the class below generate captions for the rows of a dataset.
+# The code above completes prefixes for a list of images. The code below applies it to the rows of a dataset.
 
 
 def read_caption_prefixes(path: Path) -> list[str]:
@@ -320,8 +321,8 @@ class Blip2Captioner(Captioner):
             rows: Rows with a decoded image under the key `captions.stages.DECODED_KEY`.
 
         Returns:
-            One element per row: a dict `{"generated-captions-en": captions}`, or a `BadRow` if the scores of the model
-            were NaN, so that the row must be skipped.
+            One element per row: a dict `{"generated-captions-en": captions}`. If the scores of the model were NaN, the
+            element is instead a `BadRow`, and the row is skipped.
 
         Raises:
             ValueError: If the memory of the GPU or CPU is insufficient.

@@ -1,11 +1,11 @@
 """Generate captions with a vision-language model on a server that speaks OpenAI's protocol (`--captioner chat`).
 
-Each request contains a prompt and an image, which is scaled down to `--image_side` pixels. Captions are written in the
-language `--caption_language`. Unusable captions are not written to the caption column, but listed in the column
-`generated-quality-<language>`.
+Each request contains a prompt and an image, scaled down to at most `--image_side` pixels. The model writes captions in
+the language `--caption_language`, to the column `generated-captions-<language>`. Unusable captions are listed in the
+column `generated-quality-<language>` instead.
 
-Each answer is stored at once in a journal, a temporary file next to the parquet file that will hold it. A killed run
-therefore loses only the requests that are not answered yet.
+Each answer is stored at once in a journal, a temporary file next to the parquet file that will hold the caption. If a
+run is killed, it therefore loses only the requests that are not answered yet.
 """
 
 import base64
@@ -34,15 +34,15 @@ from captions.stages import DECODED_KEY, RowStage, read_stage_record
 
 JPEG_QUALITY = 90
 PROBE_SIDE = 32  # side in pixels of the gray test image that is sent to a server before the work begins
-# Rules of thumb with which a dry run estimates token counts. `PIXELS_PER_TOKEN` is for images, `LETTERS_PER_TOKEN` for
-# the text of prompts, and `TOKENS_PER_CAPTION` for the answers.
+# A dry run estimates the number of tokens with these rules of thumb: image pixels per token, tokens per answer, and
+# letters of a prompt per token.
 PIXELS_PER_TOKEN, TOKENS_PER_CAPTION, LETTERS_PER_TOKEN = 28 * 28, 40, 4
 MAX_LISTED_CHARACTERS = 200  # longer answers are shortened in the list of unusable answers
 JOURNAL_SUFFIX = ".answers.jsonl"
 SCHEMA_KEY = "caption"  # key of the text in the JSON answers that the flag `response_schema` requests
-# Type of the dataset column `generated-quality-<language>`. `captions` is the number of answers of the model for an
-# image. `flagged` lists the unusable answers, which are not in the caption column. `position` is the index of the
-# prompt of such an answer.
+# Type of the dataset column `generated-quality-<language>`. `captions` is the number of answers for an image. `flagged`
+# lists the unusable answers, which are not in the caption column. For each of them, `position` is the index of its
+# prompt, and `flags` names its problem.
 _FLAGGED_FEATURES = {"position": Value("int32"), "flags": List(Value("string")), "answer": Value("string")}
 QUALITY_FEATURES = {"captions": Value("int32"), "flagged": List(_FLAGGED_FEATURES)}
 QUALITY_FEATURES |= {name: Value("int32") for name in USAGE_FIELDS}
@@ -63,8 +63,8 @@ class ChatCaptioner(Captioner):
 
     Args:
         args: Flags of `captions.generate`.
-        stage: Access to the rows to caption. With None, the captioner only checks the server. Failed requests are then
-            repeated less often, and a warning is logged if the server does not list the model.
+        stage: Access to the rows to caption. None: only test the server before the work begins. In a test, a failed
+            request is sent again only once, and a warning is logged if the server does not list the model.
 
     Raises:
         ValueError: If a flag or the file of prompts is invalid, the server refuses the request, or the model does not
@@ -81,8 +81,9 @@ class ChatCaptioner(Captioner):
         self._client = ChatClient(args, stage.rank if stage else 0)
         probe = convert_image_to_jpeg_data_url(PIL.Image.new("RGB", (PROBE_SIDE, PROBE_SIDE), "gray"), PROBE_SIDE)
         read = self._client.connect(self._prompts.messages(0, probe), is_check=stage is None)
-        # If the model reads only text, `transformers serve` ignores the image without an error, and the model would
-        # invent captions. The request then has the same number of tokens with and without the image.
+        # Check that the model sees images. If it reads only text, some servers (`transformers serve`) ignore the image
+        # without an error, and the model would invent captions. The number of tokens read shows this: it is then the
+        # same with and without the image.
         if read and read == self._client.connect(self._prompts.messages(0, None)):
             raise ValueError(
                 f"{args.model} does not see images: with and without an image, the server {args.base_url[-1]} reads "
@@ -165,13 +166,13 @@ class ChatCaptioner(Captioner):
         return cls(args, stage)
 
     def start_part(self, part: range) -> None:
-        """Prepare for the rows of the next output file, and load answers that an interrupted run has received for them.
+        """Prepare for the rows of the next output file: load the answers that an interrupted run has already received.
 
-        These answers are in a file next to the output file, the journal. They are not requested again. The journal of
-        the previous output file is deleted, because that output file is complete.
+        The answers are read from the journal, a temporary file next to the output file, and are not requested again.
+        The journal of the previous output file is deleted, because that output file is complete.
 
         Args:
-            part: Range of the row numbers in the output file.
+            part: Range of the row numbers in the output file, counted from 0 over the whole dataset.
         """
         if self._journal is not None:
             self._journal.remove()
@@ -188,9 +189,8 @@ class ChatCaptioner(Captioner):
             rows: Rows with a decoded image under the key `captions.stages.DECODED_KEY`.
 
         Returns:
-            One element per row: a dict `{"column name": value}` with the new columns. The element is instead a
-            `BadRow`, so that the row is skipped, if all generated captions are unusable and the row has no other
-            captions.
+            One element per row: a dict `{"column name": value}` with the new columns. If all generated captions are
+            unusable and the row has no other captions, the element is instead a `BadRow`, and the row is skipped.
         """
         urls = [convert_image_to_jpeg_data_url(row[DECODED_KEY], self._args.image_side) for row in rows]
         count = len(self._prompts.prompts)
@@ -248,10 +248,11 @@ class ChatCaptioner(Captioner):
 
     @classmethod
     def report(cls, args: Any) -> None:
-        """Write `quality.json`, with the numbers of unusable answers and of tokens, and delete the remaining journals.
+        """Write the file `quality.json`, which counts the unusable answers and the tokens, and delete the journals.
 
-        A journal is a file with the answers for an unfinished output file. The answers for skipped rows are not counted
-        in `quality.json`; *.skipped.jsonl files list these rows.
+        A journal is a temporary file with the answers for one output file; it is not needed after all output files have
+        been written. Answers for skipped rows are not counted, because these rows are not in the output. They are
+        listed in the *.skipped.jsonl files.
 
         Args:
             args: Flags of `captions.generate`.
@@ -269,7 +270,7 @@ class ChatCaptioner(Captioner):
 
 
 def convert_image_to_jpeg_data_url(image: PIL.Image.Image, side: int) -> str:
-    """Convert an image to a JPEG data URL, the form in which a chat request contains an image.
+    """Convert an image to a data URL that contains a JPEG, as chat requests need it.
 
     Args:
         image: The image, in any mode. Transparent pixels become white.

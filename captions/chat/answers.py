@@ -1,18 +1,18 @@
 """Clean the answers of language models, and find answers that can't be used.
 
-A model that is asked for a caption or a translation often adds more. `clean_answer` removes, in this order:
+A model that is asked for a caption or a translation often adds other text. `clean_answer` removes, in this order:
 
-1. reasoning: `<think>…</think>` and the like, also if the opening tag is missing; everything after an opening tag
-   without an end; special tokens such as `<|im_end|>`;
-2. code fences: of an answer with a fence, only the text in the first fence is kept;
+1. reasoning, such as `<think>…</think>`, also if the opening or the closing tag is missing; and special tokens such as
+   `<|im_end|>`;
+2. code fences: if the answer has a code fence (three backticks), only the text inside the first one is kept;
 3. introductions that end with a colon, such as "Sure! Here is the translation:", "Tradução:" or "Legenda:", unless the
    sentence to translate has an introduction, too;
 4. notes after the answer: paragraphs that begin with "Note:", "(Note", "Nota:", "Explanation:" and the like;
 5. bold marks and quotes around the whole text; quotes are kept if the sentence to translate begins with a quote, too;
 6. line breaks, which become blanks.
 
-Then `detect_refusal_or_truncation` finds answers that are no caption or translation at all. `captions.quality` finds
-other problems, such as a wrong script.
+Then `detect_refusal_or_truncation` finds answers that the model refused or did not finish. `captions.quality` finds
+other problems, such as a text in the wrong script.
 """
 
 import json
@@ -77,10 +77,10 @@ class Answer:
     retried: bool = False
 
     def with_cost_of(self, other: "Answer") -> "Answer":
-        """Return a copy of this answer whose cost includes the tokens of another answer.
+        """Add the tokens of another answer to this answer, so that the costs of both are counted. Return a copy.
 
-        If the first answer to a request is unusable, a second one is requested. Both have a cost, but only one is kept.
-        The flag `retried` of the other answer is taken over as well.
+        For example, if the first answer to a request is unusable, a second answer is requested. Only one of them is
+        kept, but both have a cost. In the copy, `retried` is True if it is True in either answer.
 
         Args:
             other: The answer that is not kept.
@@ -140,9 +140,9 @@ def detect_refusal_or_truncation(
     Args:
         text: The answer after cleaning.
         finish_reason: Why the model stopped, as the server states it, for example "stop" or "length".
-        refusal: Explanation of a refusal, if the server states one.
-        source: Sentence that was translated. If it looks like a refusal itself ("I can't …"), its translation may look
-            like a refusal, too.
+        refusal: Explanation of a refusal, if the server states one; otherwise None.
+        source: Sentence that was translated. If it looks like a refusal itself ("I can't …"), a translation that looks
+            like a refusal is accepted.
 
     Returns:
         "refused" if the model or a content filter refused the request. "truncated" if the answer ended at the token
@@ -163,8 +163,8 @@ def extract_numbered_lines(text: str, count: int) -> list[str] | None:
         count: Number of lines that were requested.
 
     Returns:
-        The texts without their numbers, in the order of the numbers. None if a number from 1 to `count` is missing or
-        repeated, or if there are other numbers.
+        The texts without their numbers, in the order of the numbers. None if the lines are not numbered exactly from 1
+        to `count`, each number once.
     """
     answer_lines = _remove_reasoning_and_special_tokens(text).splitlines()
     matches = list(filter(None, map(LINE_RE.match, answer_lines)))
@@ -181,8 +181,8 @@ def extract_value_from_json_answer(text: str, name: str) -> object:
         name: Key of the value.
 
     Returns:
-        The value. None if the answer is not a JSON object with this key, because servers may ignore the requested JSON
-        schema.
+        The value. None if the answer is not a JSON object with this key. This can happen, because some servers ignore
+        the requested JSON schema.
     """
     text = _remove_reasoning_and_special_tokens(text).strip()
     fence = FENCE_RE.search(text)
@@ -194,14 +194,14 @@ def extract_value_from_json_answer(text: str, name: str) -> object:
 
 
 def build_response_format_for_json_answer(name: str, count: int | None = None) -> dict[str, object]:
-    """Build the request parameter `response_format` that makes a server answer with a JSON object of a single key.
+    """Build the request parameter `response_format`, with which a server must answer with a JSON object of one key.
 
     Args:
-        name: The key.
-        count: Number of texts, if the value is a list. None if the value is a single text.
+        name: The key, for example "translation".
+        count: None: the value of the key is a single text. A number: the value is a list of this many texts.
 
     Returns:
-        The value of the parameter, a dict with a JSON schema.
+        The value of the parameter `response_format`: a dict with a JSON schema.
     """
     value: dict[str, object] = {"type": "string"}
     if count is not None:

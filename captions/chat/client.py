@@ -21,17 +21,18 @@ from captions.chat.prompts import Message
 from captions.http_service import RETRYABLE_STATUS_CODES, Failure, Retries, check_key, hide_key, parse_retry_after
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
-# Sent as the API key if OPENAI_API_KEY is not set. Local servers need no key, but the client requires one.
+# Sent as the API key if OPENAI_API_KEY is not set: local servers need no key, but the `openai` client requires one.
 NO_KEY = "no-key"
 # After a bad answer, the request is sent again with at least this sampling temperature, because the same answer would
 # come again with a temperature of 0.
 RETRY_TEMPERATURE = 0.7
 PROBE_TRIES = 2  # largest number of attempts for the request that checks a server in advance
-# HTTP status codes with which a server refuses the content of one request, such as a text that is too long. The run
-# continues without this caption. It stops after `MAX_REFUSED_IN_A_ROW` refusals in a row, because these must have a
-# general cause, such as a wrong flag.
+# HTTP status codes with which a server refuses the content of a single request, for example a text that is too long.
+# After such a refusal, the run continues without this caption. After `MAX_REFUSED_IN_A_ROW` refusals in a row, the run
+# stops, because the cause is then probably a general one, such as a wrong flag.
 ITEM_STATUS_CODES, MAX_REFUSED_IN_A_ROW = (400, 413, 422), 20
-# Upper limit for the token counts that a server reports for a request. Larger numbers must be wrong, and are reduced.
+# Upper limit for the token counts that a server reports for a request. A larger count must be an error of the server,
+# and is replaced by this limit.
 MAX_TOKENS = 10**8
 # Longer error messages of a server are shortened, because some servers send a whole page of HTML.
 MAX_REASON_CHARACTERS = 300
@@ -42,7 +43,7 @@ ADVICE = {
     404: "Check --model and --base_url; the address of most servers ends in /v1.",
     413: "The request is too large: lower --image_side or --captions_per_request.",
 }
-BAD_REQUEST_ADVICE = "Check --model, --max_tokens and --extra_body; to caption images, the model must take images."
+BAD_REQUEST_ADVICE = "Check --model, --max_tokens and --extra_body; to caption images, the model must accept images."
 REDIRECT_ADVICE = "The server redirects to another address, to which nothing was sent. Set --base_url to that address."
 logger = logging.getLogger("capivara")
 
@@ -64,8 +65,8 @@ class Choice:
     refusal: str | None = None
 
 
-# Function that checks an answer. Its second argument is the value in a JSON answer, or None if the answer is not JSON.
-# It returns a tuple (cleaned text, fault), where the fault is the name of the problem, or None if the answer is good.
+# Type of a function that checks an answer. Its arguments are the answer, and the value in it if the answer is JSON
+# (otherwise None). It returns a tuple (cleaned text, fault). The fault names the problem; it is None for a good answer.
 Judge = Callable[[Choice, object], tuple[str, str | None]]
 
 
@@ -93,8 +94,8 @@ class ChatClient:
 
     Args:
         args: Command-line arguments: `ChatFlags` and `model`.
-        rank: Number of the task, a process that works on a share of the rows. Different tasks send their first request
-            to different servers.
+        rank: Number of the task. A task is a process that works on a share of the rows. The number selects the server
+            for the first request, so that the tasks do not all begin with the same server.
 
     Attributes:
         model: Name of the model as the servers report it. Before `connect` is called, it is the flag `model`.
@@ -120,8 +121,8 @@ class ChatClient:
             )
             options = {"api_key": self._key or NO_KEY, "timeout": args.timeout, "max_retries": 0}
             self._clients.append(openai.AsyncOpenAI(base_url=url, http_client=http_client, **options))
-        # Requests are numbered, and go to the servers in turn. Each task starts with another number, so that the tasks
-        # do not all begin with the first server.
+        # Requests are numbered, and go to the servers in turn. Each task starts counting at its own number (`rank`), so
+        # that the tasks do not all begin with the first server.
         self._numbers = itertools.count(rank)
         self._paused_until = 0.0  # end of a pause that a server has asked for, in seconds of `time.monotonic`
         # `_refused` counts the requests that the server has refused since its last answer.
@@ -129,15 +130,16 @@ class ChatClient:
         self._start, self.prompt_tokens, self.completion_tokens = time.monotonic(), 0, 0
 
     def connect(self, messages: Sequence[Message], is_check: bool = False) -> int:
-        """Check that the address, the key and the model are right: request a single token from each server.
+        """Connect to the servers: request a single token from each, to check the address, the key and the model.
 
         Args:
-            messages: Conversation of the request.
-            is_check: Only check the servers, before the work begins. Failed requests are then repeated less often, up
-                to `PROBE_TRIES` attempts. A warning is logged if a server does not list the model.
+            messages: Conversation to send.
+            is_check: False: connect before sending other requests, with up to `captions.http_service.MAX_TRIES`
+                attempts per server. True: only test the servers in advance. There are at most `PROBE_TRIES` attempts,
+                so that a wrong address is reported soon, and a warning is logged if a server does not list the model.
 
         Returns:
-            Number of tokens that the model of the last server has read; 0 if the server does not state it.
+            Number of tokens that the model read, as the last server reports it; 0 if the server does not report it.
 
         Raises:
             ValueError: If a server refuses the request, or the servers report different models.
@@ -167,9 +169,9 @@ class ChatClient:
             logger.warning(f"WARNING: {client.base_url} does not list the model {self._args.model}, but: {listed}")
 
     def map(self, function: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list[R]:
-        """Call an asynchronous function with each item, and return the results. Several calls run at the same time.
+        """Call an asynchronous function with each item, several calls at the same time, and return the results.
 
-        At most as many calls run at the same time as the flag `concurrency` allows.
+        The flag `concurrency` is the largest number of simultaneous calls.
 
         Args:
             function: Function that sends requests with this client.
@@ -204,21 +206,23 @@ class ChatClient:
     async def ask(
         self, messages: Sequence[Message], judge: Judge, json_key: str, n: int = 1, text_count: int | None = None
     ) -> list[Answer]:
-        """Request `n` answers in a conversation, and request each bad answer a second time.
+        """Send a conversation to a server, and return `n` answers of the model. A bad answer is requested once more.
 
-        The second request uses a higher sampling temperature, so that the answer can differ. Some servers ignore `n`
-        and return a single answer. Requests are therefore sent until there are `n` answers.
+        The second request for a bad answer uses a higher sampling temperature, so that the answer can differ. Some
+        servers ignore `n` and return a single answer. Requests are therefore sent until there are `n` answers.
 
         Args:
             messages: The conversation.
-            judge: Function that checks an answer.
-            json_key: Key of the value in the JSON answers that are requested if the flag `response_schema` is set.
+            judge: Function that checks an answer and returns a tuple (cleaned text, fault or None).
+            json_key: Key of the only value in a JSON answer. It is used if the flag `response_schema` is set, with
+                which JSON answers are requested.
             n: Number of answers.
-            text_count: Number of texts, if this value is a list. None if the value is a single text.
+            text_count: None: the value in a JSON answer is a single text. A number: the value is a list of this many
+                texts.
 
         Returns:
-            `n` answers. If the second answer is bad as well, the first one is returned with its fault. The tokens of a
-            request with several answers are counted in its first answer.
+            `n` answers. If the second answer is bad as well, the first one is returned with its fault. If one request
+            gives several answers, its token counts are stored in the first of them, and the others have zero tokens.
 
         Raises:
             ValueError: If the server refuses the request.
@@ -284,8 +288,8 @@ class ChatClient:
                 failure = self._describe_failure(error)
                 if self._is_refusal_of_item(error):
                     return Reply([Choice("", refusal=failure.reason)], self.model)
-            # After the last attempt, `seconds_before_next` raises an error. It is called outside of `except`, because
-            # Python would otherwise show the original error as well, which may contain the API key.
+            # After the last attempt, `seconds_before_next` raises an error. It must be called outside of the `except`
+            # block: inside, Python would also show the original error, which may contain the API key.
             wait = retries.seconds_before_next(failure)
             # If the server has asked for a pause, all other requests of this client wait as well.
             if failure.retry_after_s is not None:
@@ -316,27 +320,27 @@ class ChatClient:
         """Convert the exception that a request raised to a `Failure`, with a one-line reason without the API key."""
         import openai
 
-        # For a connection error, the message of the client is not specific. The cause is in the chained exception.
+        # A connection error of the client has a general message. The chained exception (`__cause__`) names the cause.
         text = f"{error}" if getattr(error, "status_code", None) else f"{error.__cause__ or error}"
         reason = hide_key(" ".join(text.split()), self._key)[:MAX_REASON_CHARACTERS] or type(error).__name__
         if isinstance(error, openai.APIStatusError):
             status = error.status_code
             advice = ADVICE.get(status, REDIRECT_ADVICE if status < 400 else BAD_REQUEST_ADVICE)
-            # Status 429 usually means too many requests, for which waiting helps. OpenAI also sends it if the quota of
-            # the account is used up, for which waiting does not help.
+            # Status 429 usually means too many requests, and waiting helps. But OpenAI also sends it if the quota of
+            # the account is used up, and then waiting does not help.
             is_temporary = status in RETRYABLE_STATUS_CODES and error.code != "insufficient_quota"
             reason = f"HTTP status {status}: {reason}" + ("" if is_temporary else f" {advice}")
             return Failure(reason, is_temporary, parse_retry_after(error.response.headers.get("retry-after")))
         if isinstance(error, TimeoutError | openai.APITimeoutError):
             reason = f"no complete answer within {self._args.timeout:g} s (--timeout)"
         elif not isinstance(error, openai.APIConnectionError | OSError):
-            reason = "the response was no chat completion; does --base_url lead to the API of the server?"
+            reason = "the response is not a chat completion; check that --base_url is the address of the server's API"
         else:
             reason = f"no connection: {reason}"
         return Failure(reason, is_temporary=True)
 
     def describe_usage(self) -> str:
-        """Return a note for the progress bar: tokens per second, and the cost so far.
+        """Return a note for the progress bar, such as "1,200 tokens/s, cost 0.35".
 
         The cost is shown only if the flag `price_per_million` is set.
         """
@@ -351,8 +355,8 @@ class ChatClient:
 def convert_completion_to_reply(completion: Any) -> Reply:
     """Convert a response of the `openai` client to a `Reply`, and check that it is a chat completion.
 
-    The check is needed because the client does not check responses. If a server sends HTML, for example, the client
-    returns a str. Raises TypeError or AttributeError if the response is not a chat completion with at least one answer.
+    The client itself does not check responses. If a server sends HTML, for example, the client returns a str. Raises
+    TypeError or AttributeError if the response is not a chat completion with at least one answer.
 
     Args:
         completion: Return value of the client's method `chat.completions.create`.

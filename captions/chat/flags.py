@@ -30,40 +30,44 @@ class ChatFlags:
 
     base_url: list[str] = flag(
         [],
-        "Addresses of the servers, usually with /v1 at the end. Requests are spread over all of them, and a request "
-        "that fails is repeated at the next one. All must serve the same model.",
+        "Addresses of the servers, usually with /v1 at the end. All servers must serve the same model. Requests go to "
+        "the servers in turn, and a failed request is sent again to the next server.",
         group=CHAT,
     )
     concurrency: int = flag(
         8,
-        "Largest number of simultaneous requests of one task. A server that several tasks share gets this number of "
-        "requests from each task.",
+        "Largest number of simultaneous requests of each task (process). If several tasks share a server, the server "
+        "gets this number of requests from each of them.",
         group=CHAT,
     )
     prompts: Path | None = flag(
         None, "YAML file of prompts. Default: a file in captions/chat/, which also explains the format.", group=CHAT
     )
     temperature: float = flag(
-        0.0, "Sampling temperature. A bad answer is requested once more with at least 0.7.", group=CHAT
+        0.0, "Sampling temperature. An unusable answer is requested once more with at least 0.7.", group=CHAT
     )
-    top_p: float | None = flag(None, "Nucleus sampling. Default: not sent.", group=CHAT)
-    seed: int | None = flag(None, "Seed of the sampling. Default: not sent.", group=CHAT)
+    top_p: float | None = flag(None, "Probability mass for nucleus sampling. Default: the server decides.", group=CHAT)
+    seed: int | None = flag(None, "Random seed of the sampling. Default: the server decides.", group=CHAT)
     max_tokens: int = flag(1024, "Largest number of tokens of an answer, including reasoning.", group=CHAT)
-    timeout: float = flag(120.0, "Timeout of a request in seconds. The request is then repeated.", group=CHAT)
+    timeout: float = flag(
+        120.0, "Largest number of seconds to wait for an answer. The request is then sent again.", group=CHAT
+    )
     response_schema: bool = flag(
-        False, "Send a JSON schema of the answer, for servers that can restrict answers to a schema.", group=CHAT
+        False,
+        "Request each answer as JSON with a given schema, so that it has no extra text. The server must support this.",
+        group=CHAT,
     )
     extra_body: str | None = flag(
         None,
         "JSON object with more parameters for each request, for example "
         '\'{"chat_template_kwargs": {"enable_thinking": false}}\' (vLLM). A parameter replaces the flag of the same '
-        "name; null unsets the flag.",
+        "name. With the value null, the flag has no effect.",
         group=CHAT,
     )
     price_per_million: list[float] = flag(
         [],
-        "Price of a million tokens: one price, or two prices for tokens read and tokens written. The progress bar then "
-        "shows the cost.",
+        "Price of a million tokens: one price for all tokens, or two prices, for tokens read and for tokens written. "
+        "The progress bar then shows the cost.",
         group=CHAT,
     )
     allow_http: bool = flag(False, "Allow unencrypted connections (http) to servers on other machines.", group=CHAT)
@@ -104,10 +108,10 @@ def parse_extra_body(text: str | None) -> dict[str, Any]:
         The parameters as a dict `{"parameter": value}`. The dict is empty if `text` is None.
 
     Raises:
-        ValueError: If the text is not a JSON object, or contains one of `RESERVED_KEYS`. Also if it seems to contain an
-            API key, because the flag is stored with the settings of the output.
+        ValueError: If the text is not a JSON object or contains one of `RESERVED_KEYS`. If it seems to contain an API
+            key, which must stay secret: the flag is stored with the settings of the output.
     """
-    # The error message does not quote the text, because logs must not contain secrets.
+    # Do not quote the text in this error message, because logs must not contain secrets.
     if SECRET_RE.search(text or ""):
         raise ValueError(
             "extra_body must not contain an API key or password. Set the environment variable OPENAI_API_KEY instead."
@@ -123,18 +127,21 @@ def parse_extra_body(text: str | None) -> dict[str, Any]:
 
 
 def check_server(args: Any, connect: Callable[[], object]) -> None:
-    """Check that the servers can be used, unless each cluster node runs its own server of the language model.
+    """Check before the work begins that the servers of the language model can be used.
 
-    This machine can't reach servers on the nodes, so they can't be checked before the work begins. There is such a
-    server on each node if the tasks run on a cluster and all addresses in `base_url` are loopback addresses, such as
-    localhost.
+    The check is skipped if each cluster node runs its own server, which this machine can't reach. This is assumed if
+    the tasks run on a cluster and all addresses in `base_url` are loopback addresses, such as localhost.
 
     Args:
         args: Command-line arguments: `executor` and `base_url`.
-        connect: Function that connects to the servers. It raises ValueError or OSError if a server can't be used.
+        connect: Function that does the check: it connects to the servers, and raises ValueError or OSError if a server
+            can't be used.
     """
     if args.executor != "local" and all(map(is_loopback, args.base_url)):
-        logger.info(f"Not checked now: {', '.join(args.base_url)}. Each cluster node has its own server.")
+        logger.info(
+            f"Not checked now: {', '.join(args.base_url)}. Each cluster node runs its own server, which can't be "
+            "reached from this machine."
+        )
     else:
         connect()
 
@@ -142,8 +149,7 @@ def check_server(args: Any, connect: Callable[[], object]) -> None:
 def get_settings_that_change_answers(args: Any) -> dict[str, Any]:
     """Return the flags that affect what the language model answers, as a dict `{"flag name": value}`.
 
-    The dict is recorded with the output, so that stored answers are only reused if these flags are equal. `ChatClient`
-    builds the requests from the same flags.
+    The dict is recorded with the output. A later run reuses stored answers only if its flags are equal to this dict.
 
     Args:
         args: Command-line arguments, with `ChatFlags`.

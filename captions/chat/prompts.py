@@ -31,10 +31,10 @@ class Prompts:
 
     Args:
         path: YAML file of prompts.
-        keys: Keys that the file may have.
-        languages: Languages for the templates, as a dict `{template variable: language code}`. With `{"language":
-            "pt"}`, for example, the variable `language` is the English name ("Portuguese"), and `language_code` is the
-            code ("pt").
+        keys: Keys that the file may have at the top level. Any other key is an error.
+        languages: Languages that the templates can name, as a dict `{template variable: language code}`. For example,
+            `{"language": "pt"}` defines two variables: `language` is the English name ("Portuguese"), and
+            `language_code` is the code ("pt").
 
     Attributes:
         content: Content of the file, as a dict. It is recorded with the settings of the output.
@@ -57,9 +57,9 @@ class Prompts:
         """Render a template of the file: replace its variables by their values.
 
         Args:
-            key: Key of the template in the file.
-            template: Text of the template. Default: the value of `key` in the file. The argument is required if this
-                value is a list of templates.
+            key: Key of the template in the file; also named in error messages.
+            template: Text of the template. Default: the value of `key` in the file. If this value is a list of
+                templates, pass one of them.
             **variables: Values of template variables, for example `text`. The names of the languages are added to them.
 
         Returns:
@@ -72,7 +72,10 @@ class Prompts:
         values = self._variables | variables
         try:
             if not isinstance(template, str):
-                raise TypeError(f"the template must be a text, got {template!r}; quote texts that begin with {{{{")
+                raise TypeError(
+                    f"the template must be a text, got {template!r}; put a text that begins with {{{{ in quotes, "
+                    "because YAML would read it as a mapping"
+                )
             text = _compile_template(template).render(values).strip()
         except Exception as error:  # a template can raise errors of any type
             raise ValueError(
@@ -90,8 +93,8 @@ class TranslationPrompts(Prompts):
         path: YAML file of prompts. None selects the file captions/chat/translate.yaml.
         language: Code of the target language.
         source_language: Code of the source language.
-        needs_lines: Whether one request contains several captions, as numbered lines. The template `lines` is then
-            checked, too.
+        needs_lines: Whether one request will contain several captions, as numbered lines. If True, the template
+            `lines`, which is only used for such requests, is checked, too.
 
     Raises:
         ValueError: If the file is not valid; for example, if the template `user` does not contain `{{ text }}`.
@@ -191,7 +194,8 @@ class CaptionPrompts(Prompts):
 
         Args:
             number: Index of the prompt in `prompts`.
-            image_url: The image as a data URL. None for the same conversation without an image.
+            image_url: The image as a data URL. None: build the same conversation without an image, for example to test
+                whether the model sees images.
 
         Returns:
             Messages of OpenAI's protocol, as dicts with the keys "role" and "content".

@@ -20,21 +20,21 @@ SENTENCES_PER_ROW = 8
 class Translator(Protocol):
     """Interface of the backends of `captions.translate`, which translate captions.
 
-    A backend is a subclass in a module of its own. The methods are called in this order: `check_flags`, `check`,
-    `load`, and then `translate` any number of times. A subclass must implement `translate`. All other methods have a
-    default implementation.
+    Each backend is a subclass in its own module. The methods are called in this order: `check_flags`, `check`, `load`,
+    and then `translate` any number of times. A subclass must implement `translate`. All other methods have a default
+    implementation.
 
     Attributes:
         flags: Dataclass with the flags of the backend, which become flags of `captions.translate`.
-        needs_table: Whether translations come from a table that people fill (`--import`). Otherwise, they are stored in
-            the translation memory, a folder of finished translations.
-        counts_tokens: Whether the backend counts the tokens of its requests. A dry run then estimates them.
+        needs_table: True: translations come from a table that people fill (`--import`). False: the backend makes them,
+            and they are stored in the translation memory, a folder of finished translations.
+        counts_tokens: Whether the backend counts the tokens of its requests. If True, a dry run estimates their number.
         name: Name of the translator for messages.
         fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
             Translators with equal fingerprints share their stored translations.
-        on_answer: None, or a function with the parameters (sentence, answer). It stores the answer and updates the
-            progress bar. A backend whose answers arrive one by one should call it for each sentence, so that a killed
-            run loses only the requests in flight.
+        on_answer: Function that stores one answer at once and updates the progress bar. The command sets it, and its
+            parameters are (sentence, answer). A backend whose answers arrive one by one should call it for each
+            sentence, so that a killed run loses only unanswered requests. None: there is nothing to call.
     """
 
     flags: ClassVar[type]
@@ -55,8 +55,9 @@ class Translator(Protocol):
     def check(cls, args: Any) -> None:
         """Check that the translator can be used, for example that its server can be reached.
 
-        A build calls this method before its first stage runs, so that it does not fail hours later. Raises ValueError
-        or OSError if the translator can't be used.
+        `captions.build`, which runs several stages one after the other, calls this method before the first stage, so
+        that it stops at once instead of failing hours later. Raises ValueError or OSError if the translator can't be
+        used.
         """
 
     @classmethod
@@ -105,13 +106,13 @@ class Translator(Protocol):
         return ""
 
     def batch_limits(self, args: Any) -> tuple[int, int]:
-        """Return how many sentences are translated at most before their translations are saved.
+        """Return the size limits of a batch, that is, of the sentences that are translated before results are saved.
 
         Args:
             args: Flags of `captions.translate`.
 
         Returns:
-            A tuple (largest number of sentences, largest number of characters) of a batch.
+            The tuple (largest number of sentences, largest number of characters).
         """
         return SENTENCES_PER_ROW * args.batch_rows, sys.maxsize
 

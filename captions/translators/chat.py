@@ -1,8 +1,8 @@
 """Translate sentences with a language model on a server that speaks OpenAI's protocol (`--backend chat`).
 
 By default, each request contains one sentence. With `--captions_per_request`, a request contains several sentences as
-numbered lines. If the answer then has another number of lines, these sentences are translated one by one. A bad answer
-is requested once more (`captions.chat.client`).
+numbered lines. If the answer has a different number of lines, these sentences are translated one by one. A bad answer
+is requested once more (see `captions.chat.client`).
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from captions.translators.base import Translator, split_text
 
 MAX_PIECE_CHARACTERS = 2_000  # longer sentences are split, so that each answer fits into `max_tokens`
 LETTERS_PER_TOKEN = 4  # rule of thumb with which a dry run estimates token counts
-SINGLE, LINES = "translation", "translations"  # keys in the JSON answers to one and to several sentences
+SINGLE, LINES = "translation", "translations"  # key of a JSON answer with one translation, and with several
 # Answers with one of these faults are dropped. Answers with other faults are kept, and flagged for the user.
 UNUSABLE = (REFUSED, TRUNCATED)
 
@@ -30,7 +30,7 @@ class ChatTranslatorFlags(ChatFlags):
     """Flags of the backend that translates with a language model on a server (`--backend chat`)."""
 
     captions_per_request: int = flag(
-        1, "Number of captions to translate in one request, as numbered lines. Only for captions.translate.", group=CHAT
+        1, "Captions per request; more than 1 are sent as numbered lines. Only for captions.translate.", group=CHAT
     )
 
 
@@ -39,10 +39,10 @@ class ChatTranslator(Translator):
 
     Args:
         args: Flags of `captions.translate`.
-        rank: Number of the task, a process that translates a share of the rows. Different tasks send their first
-            request to different servers.
-        is_check: Only check the server. Failed requests are then repeated less often, and a warning is logged if the
-            server does not list the model.
+        rank: Number of the task. A task is a process that translates a share of the rows. The number selects the server
+            for the first request, so that the tasks do not all begin with the same server.
+        is_check: True: only test the server before the work begins. In a test, a failed request is sent again only
+            once, and a warning is logged if the server does not list the model. False: connect in order to translate.
 
     Raises:
         ValueError: If a flag or the file of prompts is invalid, or the server refuses requests.
@@ -93,7 +93,8 @@ class ChatTranslator(Translator):
 
         Args:
             args: Flags of `captions.translate`.
-            stage: The task that translates. Its number (`rank`) selects the server of the first request.
+            stage: Access to the rows of this task. The number of the task (`stage.rank`) selects the server for the
+                first request.
 
         Returns:
             The translator, ready to translate.
@@ -127,8 +128,8 @@ class ChatTranslator(Translator):
     def translate(self, sentences: list[str]) -> list[str]:
         """Translate sentences with the model on the server, and return one translation per sentence, in order.
 
-        If the model gave no usable answer for a sentence, its translation is "". The callback `on_answer` then gets an
-        answer whose attribute `fault` says what was wrong.
+        If the model gives no usable answer for a sentence, its translation is "". The attribute `fault` of the answer
+        that is passed to the callback `on_answer` then says what was wrong.
 
         Args:
             sentences: Sentences to translate.
@@ -182,8 +183,8 @@ class ChatTranslator(Translator):
                 return self._judge_text(piece, value if isinstance(value, str) else choice.text, choice)
 
             (part,) = await self._client.ask(self._prompts.messages(piece), judge, SINGLE)
-            # Ignore faults that leave a usable text, such as a wrong script: `captions.translate` looks for them in the
-            # texts of all translators.
+            # Ignore faults that leave a usable text, such as a wrong script. `captions.translate` checks the texts of
+            # all translators for such faults later.
             fault = part.fault if part.fault in UNUSABLE else None
             text = f"{answer.text} {part.text}".strip()
             answer = replace(part.with_cost_of(answer), text=text, fault=answer.fault or fault)

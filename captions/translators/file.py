@@ -1,6 +1,7 @@
 """Take translations from a translation table, a TSV file that people fill (`--backend file`).
 
-The stage writes the table with the sentences to translate. People fill its last column, and the stage then reads it.
+The first run of `captions.translate` writes the table, with one row for each sentence to translate. People fill its
+last column with translations. The next run reads the table.
 """
 
 import hashlib
@@ -36,14 +37,15 @@ logger = logging.getLogger("capivara")
 class FileFlags:
     """Flags of `captions.translate` for translations from a table that people fill (`--backend file`).
 
-    A translation table is a TSV file of sentences in which people fill the column of translations. The methods of this
-    class write, check and read the table. If another backend is used, `import_file` is None, and there is no table.
+    A translation table is a TSV file with a column of sentences and a column in which people write the translations.
+    The methods of this class write, check and read the table. With another backend, `import_file` is None, and there is
+    no table.
     """
 
     import_file: Path | None = flag(
         None,
-        "Translation table, a TSV file (file). If it does not exist, the command writes it with an empty column, for "
-        "people to fill.",
+        "TSV file of translations (file). If it does not exist yet, the command writes it with all sentences and an "
+        "empty column, which people fill with translations.",
         aliases=["--import"],
     )
     translated_by: Literal["human", "machine"] = flag(
@@ -51,12 +53,14 @@ class FileFlags:
     )
 
     def known_settings(self) -> dict[str, Any]:
-        """Return the settings of the stage that are known without loading a translator: the identity of the table.
+        """Return the part of the stage's settings that identifies the translation table, without loading a translator.
+
+        The settings are recorded in the file `stage.json`. Comparing them shows whether the table was changed.
 
         Returns:
-            A dict `{"translator": identity}` if there is a translation table, otherwise an empty dict. The identity is
-            a dict with the keys "backend" ("file"), "target" (code of the target language) and "sha256" (SHA-256 hex
-            digest of the table).
+            A dict `{"translator": identity}`; empty if there is no translation table. The identity is a dict with the
+            keys "backend" (always "file"), "target" (code of the target language) and "sha256" (SHA-256 hex digest of
+            the table).
         """
         if self.import_file is None:
             return {}
@@ -64,7 +68,7 @@ class FileFlags:
         return {"translator": {"backend": "file", "target": self.language, "sha256": digest}}
 
     def pending_manual_step(self) -> str:
-        """Describe what people must still do: create the translation table, or translate the remaining sentences.
+        """Describe why the stage must wait for people: the table does not exist yet, or sentences are not translated.
 
         Returns "" if all sentences have a translation, or if the stage uses no table. Raises ValueError if the
         languages in the table differ from the flags.
@@ -78,16 +82,16 @@ class FileFlags:
     def read_table(self) -> TranslationTable:
         """Read the translation table, and check that it is for the source and target languages of the flags.
 
-        The first line of the table states its languages. Earlier versions of the program wrote tables without
-        languages. Such a table is accepted if another stage next to the output folder was made from a table for the
-        target language. This can be, for example, the same stage of another split.
+        The first line of the table states its languages. Earlier versions of this program wrote tables without
+        languages. Such an old table is accepted if a folder next to the output folder, for example the translations of
+        another split, was made from a table for the same target language.
 
         Raises:
             ValueError: If the table states other languages, or does not state the language of the translations.
         """
         table = TranslationTable(self.import_file)
         stated = table.header
-        hint = "Correct the language, or choose a path without a file, where a new table is then written."
+        hint = "Correct the language, or set --import to a file that does not exist yet, to get a new table."
         for column, language in (("source", self.source_language), ("translation", self.language)):
             if stated.get(column) and stated[column] != language:
                 raise ValueError(
@@ -107,22 +111,26 @@ class FileFlags:
     def request_manual_step(self) -> str:
         """Write the translation table if it does not exist, and return a message that asks people to fill it.
 
-        Raises ValueError if the table exists but does not have the sentences of the dataset.
+        Raises ValueError if a table exists but has other sentences than the dataset.
         """
         stage = RowStage(self)
         if not self.import_file.is_file():
             sentences = list(iter_distinct_captions(self, stage.source))
-            # In the first line, a value follows each column name, for example "translation:pt". With these values, the
-            # table is checked later.
+            # The first line of the table has a value after each column name, for example "translation:pt". When the
+            # table is read later, these values are compared with the data and the flags.
             values = (stage.record["source"]["fingerprint"], self.source_language, self.language)
             header = [f"{column}:{value}" for column, value in zip(TABLE_COLUMNS, values, strict=True)]
             write_blank_translation_table(self.import_file, sentences, header)
             counts = f"{len(sentences):,} sentences, {sum(map(len, sentences)):,} characters"
             logger.info(f"Wrote {self.import_file} with {counts}. Do not add, remove or reorder rows.")
             translators = {"human": "by people (to change this, set translated_by: machine)", "machine": "by machine"}
-            logger.info(f"The cards will state that it was translated {translators[self.translated_by]}.")
+            logger.info(
+                "The dataset card and model cards will say that the captions were translated "
+                f"{translators[self.translated_by]}."
+            )
         elif TranslationTable(self.import_file).header["id"] != stage.record["source"]["fingerprint"]:
-            # Raise an error if the table belongs to another dataset, before somebody fills it for nothing.
+            # The table may have been written for other data. Check its sentences now, before people translate sentences
+            # that are not needed.
             self.check_source_rows(stage)
         return f"{self.import_file} (stage {self.title}) is incomplete: {self.pending_manual_step()}"
 
@@ -149,20 +157,20 @@ class FileFlags:
         return sentences
 
     def is_corrected(self) -> bool:
-        """Return True if the translation table was changed after the stage had written its output from the table.
+        """Return True if the output contains old translations, because the translation table was changed afterwards.
 
-        The output then contains old translations.
+        The current digest of the table is compared with the digest in the file `stage.json` of the output folder.
         """
         if self.import_file is None or not (self.output / STAGE_FILE).is_file():
             return False
         return self.known_settings()["translator"] != read_stage_record(self.output)["settings"].get("translator")
 
     def corrections(self) -> Corrections | None:
-        """Find the output rows that are outdated because a person corrected the translation table.
+        """Find the output rows that must be written again because a person corrected the translation table.
 
         Returns:
             The changed rows and the files that hold them. None if the table has not changed. Also None if other
-            settings have changed as well, because the output folder is then not valid for the current settings.
+            settings have changed as well: the output folder then belongs to other settings, and can't be corrected.
 
         Raises:
             ValueError: If the table does not have the sentences of the dataset, or a sentence has no translation.
@@ -174,9 +182,12 @@ class FileFlags:
         current = {"settings": settings, "columns": recorded["columns"]}
         record = recorded | {"settings": recorded["settings"] | table}
         if describe_stage_record_differences(record, stage.record | current):
-            # Not only the table has changed. `write_or_check_stage_record` will raise an error with the differences.
+            # Other settings have changed, too. When the stage runs, `write_or_check_stage_record` raises an error that
+            # lists the differences.
             return None
-        sentences = self.check_source_rows(stage)  # reads the table, too, and must forget it before the next line
+        # `check_source_rows` also reads the whole table, and frees its memory when it returns. The table is therefore
+        # never in memory twice, although the line after it reads the table again.
+        sentences = self.check_source_rows(stage)
         translations = self.read_table().translations(sentences)
         answers = {sentence: Answer(translation) for sentence, translation in translations.items()}
         columns = map_caption_columns_to_translated_columns(stage.features, stage.source.display_name, self)
@@ -197,7 +208,7 @@ class FileTranslator(Translator):
     """Translator that looks up each sentence in a translation table, a TSV file that people have filled.
 
     Args:
-        translations: Dict `{sentence: translation}` with all sentences of the dataset.
+        translations: Dict `{sentence: translation}` with all sentences that may be looked up.
         fingerprint: Dict with the keys "backend" ("file"), "target" (language code) and "sha256" (digest of the table).
     """
 
@@ -220,7 +231,8 @@ class FileTranslator(Translator):
             The translator, ready to translate.
 
         Raises:
-            ValueError: If the table has other sentences than the rows, or a sentence has no translation.
+            ValueError: If the sentences of the table are not exactly the captions of the rows, or a sentence has no
+                translation.
         """
         identity, sentences = args.known_settings()["translator"], args.check_source_rows(stage)
         return cls(args.read_table().translations(sentences), identity)

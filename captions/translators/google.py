@@ -1,7 +1,7 @@
 """Translate sentences with Google Cloud Translation (`--backend google`).
 
-The service is called through version 2 ("Basic") of its API, with the official client. The API key is sent in a header,
-and only to the host of the service.
+This module calls version 2 ("Basic") of the service's API, with Google's official client. The API key is sent in a
+header, and only to the host of the service.
 """
 
 import os
@@ -40,7 +40,7 @@ class GoogleTranslator(Translator):
         args: Flags of `captions.translate`.
 
     Attributes:
-        code: The code that Google uses for the target language.
+        code: Code of the target language in Google's spelling, for example "zh-TW".
         fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
             Translators with equal fingerprints can share their translations.
 
@@ -84,15 +84,16 @@ class GoogleTranslator(Translator):
         return translate_in_pieces(sentences, fits, translate_batch, GOOGLE_MAX_SENTENCES, GOOGLE_MAX_CHARACTERS)
 
     def batch_limits(self, args: Any) -> tuple[int, int]:
-        """Return how many sentences are translated at most before their translations are saved.
+        """Return the size limits of a batch, that is, of the sentences that are translated before results are saved.
 
-        A batch is at most as large as one request to the service, so that no paid translation is lost.
+        By default, a batch is at most as large as one request to the service. Each paid translation is then saved
+        before the next request is sent.
 
         Args:
             args: Flags of `captions.translate`.
 
         Returns:
-            A tuple (largest number of sentences, largest number of characters) of a batch.
+            The tuple (largest number of sentences, largest number of characters).
         """
         return args.batch_size or GOOGLE_MAX_SENTENCES, GOOGLE_MAX_CHARACTERS
 
@@ -127,8 +128,8 @@ class GoogleTranslator(Translator):
                 return request()
             except Exception as error:  # the client and its HTTP libraries raise errors of many unrelated types
                 failure = self._describe_failure(error)
-            # After the last attempt, `seconds_before_next` raises an error. It is called outside of `except`, because
-            # Python would otherwise show the original error as well, which may contain the API key.
+            # After the last attempt, `seconds_before_next` raises an error. It must be called outside of the `except`
+            # block: inside, Python would also show the original error, which may contain the API key.
             time.sleep(retries.seconds_before_next(failure))
 
     def _describe_failure(self, error: Exception) -> Failure:

@@ -2,8 +2,7 @@
 
     python -m captions.translate --dataset data/generated --output data/hi --language hi --model facebook/m2m100_418M
 
-A multilingual model needs a special token that names the target language. Where this language token stands depends on
-the model:
+A multilingual model needs a language token, that is, a special token that names the target language:
 
 - Marian models read it before the source sentence, for example `>>por<<`.
 - NLLB, M2M100 and mBART write it at the start of the translation, for example `por_Latn`.
@@ -30,8 +29,8 @@ from modeling_capivara.loading import load_transformers_config
 
 PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # English-Portuguese model of the CAPIVARA paper, arXiv 2310.13683
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Largest number of tokens in a text that a model translates at once. Longer texts are split, because translation models
-# are trained on sentences, and often do not translate the end of a long paragraph.
+# Largest number of tokens in a text that a model translates at once. Longer texts are split: translation models are
+# trained on sentences, and often leave out the end of a long paragraph.
 MAX_SOURCE_TOKENS = 256
 # Language tokens of Marian models, such as `>>por<<`. They name the target language, before the source sentence.
 SOURCE_TOKEN_RE = re.compile(r">>(.+)<<")
@@ -62,13 +61,13 @@ class Seq2SeqTranslator(Translator):
 
     Attributes:
         name: Type and name of the model, for messages.
-        code: The code that the model uses for the target language.
+        code: Code of the target language in the spelling of the model, for example "por_Latn".
         fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
             Translators with equal fingerprints can share their translations.
 
     Raises:
-        ValueError: If the model is not a translation model, or does not know a language. The message then lists similar
-            codes. The method `translate` raises ValueError if the memory of the device is insufficient.
+        ValueError: If the model is not a translation model, or does not know a language. For an unknown language, the
+            message lists similar codes.
         ImportError: If the tokenizer needs a package that is not installed.
     """
 
@@ -76,7 +75,7 @@ class Seq2SeqTranslator(Translator):
 
     @classmethod
     def check_flags(cls, args: Any) -> None:
-        """Check that the flag `--model` is given if the default model can't translate between the languages.
+        """Check that the flag `--model` is given, unless the captions are translated from English to Portuguese.
 
         The default model translates only from English to Portuguese. Raises ValueError if `--model` is missing for
         other languages.
@@ -98,8 +97,8 @@ class Seq2SeqTranslator(Translator):
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=args.revision, local_files_only=True)
         except (OSError, ValueError, ImportError, KeyError, AttributeError):
-            # The tokenizer is not on this machine yet, or can't be loaded, so no check is possible now. Later, `load`
-            # will download the model, or raise the error.
+            # Without the tokenizer, no check is possible now: it is not on this machine yet, or can't be loaded. Later,
+            # `load` downloads the model, or raises the error.
             return
         _get_model_language_codes(tokenizer, args, name)
 
@@ -120,7 +119,7 @@ class Seq2SeqTranslator(Translator):
             tokenizer.src_lang = source_code
             self._generate_options["forced_bos_token_id"] = target_tokens[self.code]
         # The start token takes one of the model's positions, so at most `positions - 1` tokens can be generated. Models
-        # sometimes repeat words endlessly, so by default a translation ends at twice the largest source length.
+        # sometimes repeat words endlessly, so by default a translation has at most `2 * MAX_SOURCE_TOKENS` tokens.
         positions = getattr(model.config, "max_position_embeddings", None) or 2 * MAX_SOURCE_TOKENS
         self._max_source_tokens = min(positions, tokenizer.model_max_length, MAX_SOURCE_TOKENS + len(self._prefix_ids))
         self._generate_options["max_new_tokens"] = min(positions - 1, args.max_new_tokens or 2 * MAX_SOURCE_TOKENS)
@@ -153,10 +152,11 @@ class Seq2SeqTranslator(Translator):
         return translate_in_pieces(sentences, self._fits, self._translate_batch, self._batch_size)
 
     def token_ids(self, text: str) -> list[int]:
-        """Tokenize a text for the encoder of the model.
+        """Tokenize a text for the encoder of the model, and return the token ids.
 
-        If the model reads the target language from a token before the text, this token comes first. A language token
-        inside the text is removed. Any other special token in the text, such as `</s>`, is treated as plain text.
+        For a multilingual Marian model, the first id is the token of the target language. Language tokens such as
+        `>>por<<` inside the text are removed, because they could change the target language. Any other special token in
+        the text, such as `</s>`, is treated as plain text.
         """
         ids = self.tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
         return self._prefix_ids + [token for token in ids if token not in self._forbidden_ids]

@@ -205,5 +205,5 @@ def find_local_or_hub_data(benchmark: Benchmark, folder: Path | None) -> dict[st
             return {"data": str(folder / key), "local": True, "reason": ""}
     identity, url = benchmark.source["hub_id"] or "", benchmark.source["url"]
     source = f" (download: {url})" if url else ""
-    hint = f"there are no local data, and no Hub id is known. Put the data into --data_dir as {benchmark.key}{source}"
+    hint = f"there are no local data, and no Hub id is known. Put the data into --data_dir/{benchmark.key}{source}"
     return {"data": identity, "local": False, "reason": "" if identity else hint}

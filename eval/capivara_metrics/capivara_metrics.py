@@ -5,7 +5,7 @@ The second argument of `evaluate.load` selects the metric, a key of `METRIC_DEFI
     evaluate.load("/path/to/eval/capivara_metrics", "recall_at_k").compute(predictions=..., references=..., k=5)
 
 The folder `capivara_metrics` needs no other file of the project. It can be copied anywhere, or uploaded to a Space on
-the Hub, but it must keep its name.
+the Hub. It must keep its name, because `evaluate` looks for a Python file with the name of the folder.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ MULTILABEL_INPUTS = (
 BINARY_INPUTS = (
     "predictions: scores (images,), higher for the positive class. references: 1 if positive, else 0 (images,)."
 )
-K_DESCRIPTION = " k: number of highest-scored items or classes that count, by default 1."
+K_DESCRIPTION = " k: a right answer counts as a hit if it is among the k highest-scored items or classes; by default 1."
 # {name of the metric: (function, `datasets` type of one prediction, `datasets` type of one reference, description of
 # predictions and references)}
 METRIC_DEFINITIONS = {
@@ -84,7 +84,11 @@ METRIC_DEFINITIONS = {
 
 
 class CapivaraMetrics(evaluate.Metric):
-    """Retrieval and classification metrics of CAPIVARA. Ties count against the query; in `roc_auc`, they count half."""
+    """Retrieval or classification metric for Hugging Face's `evaluate`, selected by its name in `evaluate.load`.
+
+    If a right and a wrong result have the same score, the wrong result counts as the better one. Only in `roc_auc`,
+    such a tie counts half.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in METRIC_DEFINITIONS:

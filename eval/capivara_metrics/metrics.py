@@ -60,9 +60,9 @@ def compute_ranks_from_embeddings(
 ) -> Tensor:
     """Return the rank of each query's best relevant item, computed from the embeddings of queries and items.
 
-    The rank is the number of wrong items whose score is at least as high, so 0 is the best rank. A score is the dot
-    product of two embeddings. Scores are computed in blocks of queries, so that the whole score matrix is never in
-    memory.
+    The score of an item is the dot product of its embedding with the query's. The rank is the number of wrong items
+    that score at least as high as the best relevant item, so 0 is the best rank. Scores are computed in blocks of
+    queries, so that the whole score matrix is never in memory.
 
     Args:
         query_embeds: Unit-length embeddings (queries, width).
@@ -142,13 +142,13 @@ def _check_finite_embeddings_and_relevant_items(
         if embeds.numel() and not torch.stack(embeds.aminmax()).isfinite().all():
             raise ValueError(f"A {name} embedding is NaN or infinite. Check the model's weights and the precision.")
     if missing := (~torch.isin(query_groups, item_groups)).nonzero().flatten()[:10].tolist():
-        raise ValueError(f"Every query needs a relevant item, but queries {missing} have none.")
+        raise ValueError(f"Every query needs a relevant item, but there is none for queries {missing}.")
 
 
 def _check_finite(scores: Tensor) -> None:
     """Raise ValueError if a score is NaN or infinite."""
     if not torch.isfinite(scores).all():
-        raise ValueError("Scores must be finite, but one is NaN or infinite. Check the embeddings that they come from.")
+        raise ValueError("Scores must be finite, but one is NaN or infinite. Check the embeddings behind the scores.")
 
 
 def recall_at_k(ranks: Tensor, k: int) -> float:
@@ -175,7 +175,7 @@ def recall_at_k(ranks: Tensor, k: int) -> float:
 
 
 def mean_recall(ranks: Tensor) -> float:
-    """Return the mean of recall@1, recall@5 and recall@10, which CAPIVARA's paper reports per direction.
+    """Return the mean of recall@1, recall@5 and recall@10, which CAPIVARA's paper reports per search direction.
 
     Args:
         ranks: Rank of each query's best relevant item (queries,), from 0.
@@ -207,16 +207,17 @@ def _compute_hits_per_query(ranks: Tensor, k: int) -> Tensor:
 
 
 def mean_hits(ranks: Tensor) -> Tensor:
-    """Return each query's own mean recall: the mean of its hits at k = 1, 5 and 10.
+    """Return the mean recall of every single query, for example to compute a confidence interval.
 
-    A query is a hit at k (1, otherwise 0) if a relevant item is among its k highest-scored items. The mean over all
-    queries is `mean_recall`.
+    A query gets 1 for k = 1 if a relevant item has the highest score, otherwise 0. For k = 5 and k = 10, it gets 1 if a
+    relevant item is among the 5 or 10 highest-scored items. Its mean recall is the mean of these three numbers. The
+    mean over all queries is `mean_recall`.
 
     Args:
         ranks: Rank of each query's best relevant item (queries,), from 0.
 
     Returns:
-        Values from 0 to 1, (queries,), float64. A query with rank 3, for example, is a hit at 5 and 10 and gets 2/3.
+        Values from 0 to 1, (queries,), float64. For example, a query with rank 3 gets 0, 1 and 1, so its value is 2/3.
     """
     return torch.stack([_compute_hits_per_query(ranks, k) for k in RECALL_CUTOFFS]).mean(dim=0)
 
@@ -258,8 +259,8 @@ def paired_bootstrap(
         seed: Seed of the random draws.
 
     Returns:
-        A tuple (gain, low, high). The gain is the mean of model minus baseline. The other two are the ends of its
-        interval, the 2.5th and 97.5th percentile.
+        A tuple (gain, low, high). The gain is the mean of model minus baseline. `low` and `high` are the ends of its
+        95 % interval, the 2.5th and 97.5th percentile.
 
     Raises:
         ValueError: If the three tensors differ in length.
@@ -282,7 +283,7 @@ def paired_bootstrap(
 def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -> Tensor:
     """Return the rank of each query's best relevant item, computed from a matrix of scores.
 
-    The rank is the number of wrong items whose score is at least as high, so 0 is the best rank.
+    The rank is the number of wrong items that score at least as high as the best relevant item, so 0 is the best rank.
 
     Args:
         scores: Similarities (queries, items), finite.
@@ -297,14 +298,14 @@ def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -
     """
     _check_finite(scores)
     if len(scores) != len(relevant_items):
-        raise ValueError(f"scores must have a row per query, got {len(scores)} for {len(relevant_items)} queries.")
+        raise ValueError(f"scores must have one row per query, got {len(scores)} rows, {len(relevant_items)} queries.")
     is_relevant = torch.zeros(scores.shape, dtype=torch.bool)
     for query, items in enumerate(relevant_items):
         if not len(items):
             raise ValueError(f"Every query needs a relevant item, but query {query} has none.")
         if not all(0 <= item < scores.shape[1] for item in items):
             highest = scores.shape[1] - 1
-            raise ValueError(f"Relevant items must be from 0 to {highest}, got {list(items)} for query {query}.")
+            raise ValueError(f"Indices of items must be from 0 to {highest}, got {list(items)} for query {query}.")
         is_relevant[query, list(items)] = True
     return _compute_ranks_with_mask(scores, is_relevant)
 
@@ -374,8 +375,8 @@ def per_class_accuracy(scores: Tensor, labels: Tensor) -> Tensor:
 def confusion_matrix(scores: Tensor, labels: Tensor) -> Tensor:
     """Count for each pair of classes how many images of the first class are classified as the second.
 
-    A tie between the right class and a wrong class counts as the wrong class, so that the diagonal sums to the hits of
-    `top_k_accuracy`.
+    A tie between the right class and a wrong class counts as the wrong class. The sum of the diagonal is therefore the
+    number of images that `top_k_accuracy` with k = 1 counts as right.
 
     Args:
         scores: Finite scores (images, classes).
@@ -417,8 +418,8 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
     _check_finite(scores)
     if not (present := targets.sum(dim=0).nonzero().flatten().tolist()):
         raise ValueError("At least one class must have an image, but targets has no 1.")
-    # Levels of recall: 0, 0.1, 0.2, and so on to 1. They are lowered by 1e-12, so that a recall that a rounding error
-    # puts just below its level still counts.
+    # Levels of recall: 0, 0.1, 0.2, and so on to 1. They are lowered by 1e-12, because rounding can make a recall
+    # slightly smaller than the level that it equals exactly.
     points, means = np.linspace(0, 1, 11) - 1e-12, []
     for column in present:
         precision, recall, _ = precision_recall_curve(targets[:, column].numpy(), scores[:, column].numpy())
@@ -468,7 +469,7 @@ def _compute_true_class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
         ValueError: If scores and labels differ in length, a score is not finite, or a label is out of range.
     """
     if len(scores) != len(labels):
-        raise ValueError(f"scores must have a row per label, got {len(scores)} for {len(labels)} labels.")
+        raise ValueError(f"scores must have one row per label, got {len(scores)} rows, {len(labels)} labels.")
     _check_finite(scores)
     if outside := labels[(labels < 0) | (labels >= scores.shape[1])].unique().tolist():
         raise ValueError(f"Labels must be from 0 to {scores.shape[1] - 1}, the last named class, got {outside[:10]}.")

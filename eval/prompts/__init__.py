@@ -33,7 +33,8 @@ PORTUGUESE_ARTICLES = {
     ("f", "p"): ("umas", "as"),
 }
 DATASET_METRICS = ("accuracy", "mean-per-class", "11point_mAP", "roc_auc")
-# A complete classes file. A class is a name, or an object with "en" if the dataset uses another (English) name.
+# Example of a complete classes file, for messages. A class is its name in the prompts. If the dataset itself uses
+# another name, usually an English one, the class is an object that gives this name as "en".
 CLASSES_FILE_EXAMPLE = (
     '{"language": "es", "classes": ["rojo", {"es": "azul", "en": "blue"}], "templates": ["una imagen de color {}"]}'
 )
@@ -52,7 +53,7 @@ class Prompts:
     # CAPIVARA authors' file `portuguese_prompts.py`. "babel": the names of Babel-ImageNet, with clip-benchmark's
     # templates. "own": a JSON file with the user's own classes.
     protocol: str
-    names: list[str]  # names of the classes in the language of the prompts, in the order of the labels
+    names: list[str]  # names of the classes that have prompts, in the language of the prompts, in the order of labels
     english_names: list[str]  # names of all classes as the dataset spells them, usually in English
     class_prompts: list[list[str]]  # for each class in `names`, its prompts
     metric: str  # metric of the dataset, from `DATASET_METRICS`
@@ -205,7 +206,7 @@ def _describe_shared_names(names: list[str]) -> tuple[str, ...]:
         A tuple with the note, or an empty tuple if all names are distinct.
     """
     shared = sorted(name for name, count in Counter(names).items() if count > 1)
-    note = f"{len(shared)} names are shared by several classes, whose images count as wrong: {', '.join(shared)}."
+    note = f"Several classes have the same name, so all their images count as wrong: {', '.join(shared)}."
     return (note,) if shared else ()
 
 

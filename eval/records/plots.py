@@ -24,7 +24,7 @@ matplotlib.use("Agg")
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 
-# Only type checkers need this import. Without it, reports draw charts without the slow import of torch.
+# Only type checkers need this import. It is skipped at run time, because importing torch would make reports slow.
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -34,7 +34,7 @@ CHANCE_COLOR = "#c9c9c9"
 DIRECTION_COLORS = {"text_to_image": "#1b7f5c", "image_to_text": "#d98324"}
 TEXT_COLOR = "#1f2933"
 FAINT_TEXT_COLOR = "#6b7280"
-# A page shrinks a wide chart on a phone. This width is narrow enough for its text to stay readable there.
+# Width of bar charts. On a phone, a web page shrinks a wide chart; with this width, the text stays readable.
 BARS_WIDTH_INCHES = 5.2
 # Labels of training curves and of sheets with example queries, in English and Portuguese.
 PLOT_LABELS = read_json(Path(__file__).with_name("words.json"))
@@ -229,9 +229,9 @@ def plot_retrieval_sheet(
 ) -> None:
     """Draw example queries of text-to-image retrieval, each with the five images that a model ranks first.
 
-    With two models, the sheet shows random queries that became better, equal or worse by training. With one model, it
-    shows the four queries with the best ranks and the four with the worst ranks; queries with equal ranks are in random
-    order. If the right image of a query is not among the five, the sheet of one model shows it as well.
+    With two models, the sheet compares them: it shows random queries whose rank became better, equal or worse by
+    training. With one model, it shows the four queries with the best ranks and the four with the worst ranks. Queries
+    with equal ranks are in random order. If the right image of a query is not among the five, it is added to them.
 
     Args:
         path: PNG file to write.

@@ -33,8 +33,8 @@ DIRECTIONS = ("text_to_image", "image_to_text")
 # to 1.
 RANK_METRICS = ("median_rank",)
 GAIN_METRIC = "mean_recall_gain"  # mean recall of the model minus that of the baseline, from -1 to 1
-# {metric: "retrieval", or "classes" for classification and linear probe}. `recall@k` is not listed, because k can be
-# any number.
+# {metric: task that it belongs to}. The task is "retrieval", or "classes" for both classification and linear probe.
+# `recall@k` is not listed, because k can be any number.
 METRIC_TASKS = {
     **dict.fromkeys(("mean_recall", "median_rank", GAIN_METRIC), "retrieval"),
     **dict.fromkeys(("accuracy", "mean_per_class_accuracy", "top_5_accuracy", "11point_mAP", "roc_auc"), "classes"),
@@ -146,7 +146,7 @@ class Record:
 class ResultFile:
     """A result file that was read and found valid: its records (measured values) and its whole JSON content."""
 
-    name: str  # path of the file relative to the folder that is read
+    name: str  # path of the file; in a report, relative to the folder of all results
     records: tuple[Record, ...]  # the measured values, at least one
     content: dict[str, Any]  # the whole JSON object, with the keys that `write_records_to_result_file` writes
 
@@ -212,7 +212,7 @@ def parse_result(content: dict[str, Any], name: str) -> ResultFile:
 
     Args:
         content: The JSON object.
-        name: Path of the file relative to the folder that is read; it becomes `ResultFile.name`.
+        name: Path of the file; in a report, relative to the folder of all results. It becomes `ResultFile.name`.
 
     Raises:
         ValueError: If the object is invalid. The message starts with the JSON path of the wrong value, such as
@@ -237,16 +237,16 @@ def parse_result(content: dict[str, Any], name: str) -> ResultFile:
 
 
 def read_untrusted_json_object_and_bytes(path: Path) -> tuple[dict[str, Any], bytes]:
-    """Read a JSON object from a file that is not trusted.
+    """Read a JSON object from a file that another person may have written, and refuse unsafe or ambiguous content.
 
     Returns:
         A tuple (object, bytes): the JSON object as a dict, and the content of the file. Callers use the bytes to
         compute a digest or to search for a text.
 
     Raises:
-        ValueError: If the path is not a regular file, or the file is too large. Also if the content is not a JSON
-            object in UTF-8, has a duplicate key, or has a number that is NaN or infinite. The message starts with a
-            verb, so that callers can put the name of the file before it.
+        ValueError: If the file is not a regular file, is larger than `MAX_JSON_BYTES`, or holds no JSON object in
+            UTF-8. Also if a key occurs twice in an object, or a number is NaN or infinite. The message starts with a
+            verb, as in "is not valid JSON", so that callers can put the name of the file before it.
     """
     # Only regular files are read, because reading a pipe could wait forever for data.
     if not path.is_file():

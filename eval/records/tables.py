@@ -68,7 +68,7 @@ def build_records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
 
 
 def build_mean_recall_record(recalls: Sequence[Record]) -> Record:
-    """Average recall@1, recall@5 and recall@10 to one record with the metric "mean_recall".
+    """Average the records of recall@1, recall@5 and recall@10 into one record with the metric "mean_recall".
 
     Args:
         recalls: The records of these three metrics, for one model and one search direction.
@@ -82,19 +82,20 @@ def build_mean_recall_record(recalls: Sequence[Record]) -> Record:
 
 
 def get_model_folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
-    """Find out which model a record belongs to: the folder that identifies the model, and the seed of its training run.
+    """Find out which model a record belongs to, and the seed of its training run, to average results over seeds.
 
-    Runs with several seeds count as one model if they are in the subfolders `seed-0`, `seed-1` and so on of a common
-    folder. This folder then identifies the model. A training run that writes a result file about itself stores the
-    folder as "." or "seed-N". In this case, the folder of the result file identifies the model.
+    A model is identified by its folder. Training runs with several seeds count as one model if they are in the
+    subfolders `seed-0`, `seed-1` and so on of a common folder. The common folder then identifies the model. If a
+    training run writes a result file about itself, it stores the folder as "." or "seed-N". The folder of the result
+    file then identifies the model.
 
     Args:
         record: The record.
-        file_name: Path of the record's result file, relative to the folder that is read.
+        file_name: Path of the record's result file, relative to the folder of all results.
 
     Returns:
-        A tuple (folder, seed). The folder is "this run" if neither the record nor `file_name` names a folder. The seed
-        is None if it is unknown.
+        A tuple (folder, seed). The folder identifies the model; it is "this run" if neither the record nor `file_name`
+        names a folder. The seed is None if it is unknown.
     """
     folder, seed = PurePosixPath(record.model_folder), record.seed
     number = folder.name.removeprefix("seed-")
