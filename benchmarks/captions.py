@@ -9,8 +9,8 @@ such as "a photo of", by 12 tokens each (captions/prefixes.json lists the prefix
 same images:
 
 - `plain`: `Blip2ForConditionalGeneration.generate` of transformers, which encodes an image once per prefix.
-- `ours`: `captions.generate` of this project, which encodes an image once. The language model also processes the query
-  tokens of the image only once. All prefixes share the keys and values that it caches for these tokens.
+- `ours`: `captions.generate` of this project, which encodes an image once. The language model also processes the 32
+  query tokens, which represent the image, only once. All prefixes share the cached keys and values of these tokens.
 
 The gain is the median, over the runs, of the seconds of `plain` divided by the seconds of `ours`. Both programs pad the
 prefixes to the length of the longest prefix.
@@ -55,7 +55,7 @@ class CaptionsArguments:
 
     images: int = flag(16, "Number of images, all in one batch.")
     new_tokens: int = flag(12, "Number of tokens to generate per caption.")
-    runs: int = flag(5, "How often each program is timed; the programs take turns.")
+    runs: int = flag(5, "Number of timed runs of each program. The programs take turns.")
     widths: int = flag(4, "Number by which BLIP-2's widths, heads and vocabulary are divided.")
     layers: int = flag(6, "Number by which BLIP-2's numbers of layers are divided.")
     parts: Literal["generate", "chat"] = flag(

@@ -4,9 +4,9 @@
     python -m benchmarks.documentation_tables --demo runs/openmoji-pt-001   # first copy the results of a demo run
     python -m benchmarks.documentation_tables --check                       # only check that the tables are current
 
-Each table is in a block of a Markdown file. A block is the text between a begin marker and an end marker, which are
-HTML comments (see `BLOCK_RE`). The begin marker contains the name of the block. The Jinja macro with the same name in
-`tables.md.j2` generates the text of the block.
+Each table is in a block of a Markdown file. A block is the text between two HTML comments, the begin marker and the end
+marker (see `BLOCK_RE`). Both contain the name of the block. The Jinja macro with the same name in `tables.md.j2`
+generates the text of the block.
 """
 
 import re
@@ -37,15 +37,18 @@ class DocumentationTablesArguments:
     """Command-line arguments of `benchmarks.documentation_tables`, which writes result tables into Markdown files."""
 
     demo: list[Path] = flag(
-        [], "Output folders of trainings with configs/openmoji.yaml, one per seed. Their results replace demo.json."
+        [],
+        "Output folders of trainings with configs/openmoji.yaml, one per seed. Their results replace "
+        "benchmarks/results/demo.json.",
     )
-    check: bool = flag(False, "Write nothing, and fail if a table differs from benchmarks/results.")
+    check: bool = flag(False, "Write no table, and fail if a table does not match benchmarks/results.")
 
 
 def find_pages_with_generated_blocks() -> list[str]:
-    """Find the Markdown files of the documentation that contain blocks with generated tables (see `BLOCK_RE`).
+    """Find the Markdown files of the documentation that contain generated tables.
 
-    Only the top folder of the checkout and its folder `docs` are searched.
+    Only the top folder of the checkout and its folder `docs` are searched. A generated table is between two HTML
+    comments (see `BLOCK_RE`).
 
     Returns:
         Sorted paths relative to the checkout, such as "docs/reference/benchmarks.md".
@@ -55,13 +58,14 @@ def find_pages_with_generated_blocks() -> list[str]:
 
 
 def replace_generated_blocks_in_text(page: str, text: str) -> str:
-    """Regenerate the tables in all blocks of a Markdown file's text (see `BLOCK_RE`). No file is written.
+    """Replace all generated tables in the text of a Markdown file by tables of the current benchmark results.
 
-    Text outside the blocks does not change.
+    A generated table is in a block between two HTML comments (see `BLOCK_RE`). Text outside the blocks does not change.
+    No file is written.
 
     Args:
-        page: Path of the Markdown file relative to the checkout. It decides the language: the tables of
-            `PORTUGUESE_PAGES` are in Portuguese, all others in English.
+        page: Path of the Markdown file relative to the checkout. It decides the language of the tables: Portuguese for
+            `PORTUGUESE_PAGES`, English for all others.
         text: Current content of the file.
 
     Returns:
@@ -87,7 +91,7 @@ def load_block_macros() -> Template:
     The filters and functions that the macros call are registered, too.
 
     Returns:
-        The template. It has one macro for each generated block, and both have the same name.
+        The template. For each generated block of the documentation, it has a macro with the name of the block.
     """
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), extensions=["jinja2.ext.do"], **options)
@@ -235,10 +239,10 @@ def _copy_demo_results_and_charts(runs: list[Path]) -> None:
 
 
 def save_small_image(source: Path, target: Path) -> None:
-    """Save a copy of a chart with only 256 colors. It looks the same and takes a third of the bytes.
+    """Save a copy of a chart or screenshot with only 256 colors, which looks the same and takes a third of the bytes.
 
     Args:
-        source: Image file of the chart.
+        source: Image file to copy.
         target: PNG file to write.
     """
     with PIL.Image.open(source) as picture:
@@ -264,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.check:
             write_text(CODE_ROOT / page, replace_generated_blocks_in_text(page, text))
         elif replace_generated_blocks_in_text(page, text) != text:
-            sys.exit(f"{page} differs from benchmarks/results. Run `python -m benchmarks.documentation_tables`.")
+            sys.exit(f"Tables of {page} differ from benchmarks/results. Run python -m benchmarks.documentation_tables.")
 
 
 if __name__ == "__main__":

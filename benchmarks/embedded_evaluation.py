@@ -5,7 +5,7 @@
 
 `captions.embed` makes the dataset of embeddings. `eval.retrieval` then measures the same model on both datasets. The
 embeddings differ from those of the images only by the rounding to float16, so a difference between the results is the
-effect of this rounding. A query changes its rank if two similarities differ by less than the rounding error.
+effect of this rounding. The rank of a query can change only if two similarities differ by less than the rounding error.
 """
 
 import tempfile
@@ -53,10 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(EmbeddedEvaluationArguments, __doc__, argv)
     with tempfile.TemporaryDirectory() as folder:
         embedded, result = Path(folder) / "embedded", Path(folder) / "result.json"
-        # The images are measured first, so that a language without captions is refused before they are embedded.
+        # Retrieval on the images comes first: it refuses a language without captions before `embed` does its work.
         from_images = {name: _measure_retrieval(args, args.dataset, name, result) for name in args.languages}
         words = ["--model", args.model, "--dataset", args.dataset, "--split", args.split, "--output", str(embedded)]
-        embed.main([*words, "--license", "unknown"])  # the embeddings are deleted at the end and never published
+        embed.main([*words, "--license", "unknown"])  # the license has no effect, because the embeddings are deleted
         measured = {}
         for language in args.languages:
             images = from_images[language]

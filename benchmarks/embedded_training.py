@@ -7,8 +7,8 @@ The benchmark shows whether memory grows with the dataset. It writes a small and
 embeddings with ten captions per row, in the format of `captions.embed`. On each dataset, it trains a model for a few
 steps in a separate process. The model has random weights and the size of the published CAPIVARA.
 
-Then the benchmark trains on the large dataset once more. The caches of this dataset exist now, so the first step must
-start sooner.
+Then the benchmark trains on the large dataset once more. The first training has already filled the caches, so the first
+step of the second training must start sooner.
 
 The memory is the sum of `RssAnon` in /proc over all processes of a training, which excludes memory-mapped files.
 Requires Linux.
@@ -56,7 +56,7 @@ class EmbeddedTrainingArguments:
     """Command-line arguments of `benchmarks.embedded_training`, which measures training on image embeddings."""
 
     rows: int = flag(3_300_000, "Rows of the large dataset.")
-    small_rows: int = flag(10_000, "Rows of the small dataset. Its peak memory is subtracted.")
+    small_rows: int = flag(10_000, "Rows of the small dataset, to compare the memory with that of the large dataset.")
     steps: int = flag(3, "Optimizer steps of each run.")
     work: Path = flag(Path("runs/embedded_training"), "Folder for datasets, caches and runs. Needs 25 GB by default.")
     keep: bool = flag(False, "Keep the work folder. By default, it is removed at the end.")
@@ -107,7 +107,7 @@ def _sum_anonymous_memory_of_process_tree(process: psutil.Process) -> int:
     """Return the anonymous memory (`RssAnon`) of a process and all its descendants in bytes."""
     total = 0
     for member in (process, *process.children(recursive=True)):
-        # A process may have ended since the list of processes was made.
+        # A process may end after it was listed. Its memory then counts as 0.
         with suppress(psutil.NoSuchProcess):
             memory = member.memory_info()
             total += memory.rss - memory.shared

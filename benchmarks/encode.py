@@ -4,14 +4,14 @@
     python -m benchmarks.encode --part pass --images 2000 --output benchmarks/results/encode_pass.json
 
 Both programs use the full published architecture with the same random weights. Both get the same PIL images and the
-same texts of 20 tokens. Preprocessing and tokenization are included. The programs run alternately, and each rate is the
-median over the runs of a program.
+same texts of 20 tokens. The measured time includes preprocessing and tokenization. The programs run alternately, and
+each rate is the median over the runs of a program.
 
 By default, each run embeds one batch. With `--part pass`, each run embeds many images in batches, as the indexing of a
 folder does. These runs are measured in float32 and in the precision that `--precision auto` of other commands chooses.
-The number of images per forward pass is the fastest on this CPU, as `capivara_common.embedding_speed` finds by
-measurement. The first run in each precision includes this measurement and takes longer, so its time is reported
-separately.
+This project measures which number of images per forward pass is the fastest on this CPU
+(`capivara_common.embedding_speed`). The first run in each precision includes this measurement and takes longer, so its
+time is reported separately.
 """
 
 import os
@@ -50,7 +50,7 @@ class EncodeArguments:
     part: Literal["batches", "pass"] = flag("batches", "batches: embed one batch per run. pass: embed many batches.")
     images: int = flag(32, "Number of images per run.")
     captions: int = flag(64, "Number of captions per run.")
-    runs: int = flag(5, "How often each program is timed; the programs take turns.")
+    runs: int = flag(5, "Number of timed runs of each program. The programs take turns.")
     output: Path | None = flag(None, "JSON file for the results.")
 
     def __post_init__(self) -> None:

@@ -31,10 +31,12 @@ class EvalRetrievalArguments:
 
     images: int = flag(5000, "Number of images.")
     captions: int = flag(5, "Number of captions per image.")
-    runs: int = flag(5, "How often each program is timed; the programs take turns.")
+    runs: int = flag(5, "Number of timed runs of each program. The programs take turns.")
     worker: bool = flag(False, "Measure only the time and memory of this project, without clip-benchmark.")
     output: Path | None = flag(
-        None, "JSON file for the results. Other keys than `scores` (with --worker: `large`) are kept."
+        None,
+        "JSON file for the results, which get the key `scores`, or `large` with --worker. Other keys of an existing "
+        "file are kept.",
     )
 
 
@@ -72,7 +74,7 @@ def _make_random_embeddings(images: int, captions_per_image: int) -> tuple[Tenso
     image_embeds = torch.nn.functional.normalize(torch.randn(images, EMBEDDING_WIDTH, generator=generator), dim=-1)
     image_of_text = torch.arange(images).repeat_interleave(captions_per_image)
     text_embeds = image_embeds[image_of_text]
-    # The noise is added in place, because a sum would need one more tensor as large as `text_embeds`, the largest one.
+    # The noise is added in place, because `text_embeds + noise` would allocate one more tensor of this size.
     text_embeds += 0.3 * torch.randn(text_embeds.shape, generator=generator)
     return image_embeds, torch.nn.functional.normalize(text_embeds, dim=-1), image_of_text
 

@@ -3,8 +3,8 @@
     python -m benchmarks.export --output benchmarks/results/export.json
 
 A model of the published size with random weights is exported for transformers, open_clip and sentence-transformers. The
-export runs in a separate process. The peak memory of this process is read after the imports and at the end. The
-difference is the memory that the export needs.
+export runs in a separate process. The memory that the export needs is the peak memory of this process at the end minus
+its peak memory after the imports.
 """
 
 import tempfile

@@ -4,13 +4,13 @@
     python -m benchmarks.nothing_fits
     python -m benchmarks.nothing_fits --model MODEL --pictures ~/Fotos --sentences mine.yaml --output mine.json --keep
 
-The last command measures another model on your own photographs. The file `mine.yaml` has two lists, as
-benchmarks/nothing_fits.yaml does: under `there`, sentences whose object is in a photograph; under `absent`, sentences
-without a matching photograph.
+The last command measures another model on your own photographs. The file `mine.yaml` has two lists of sentences, as
+benchmarks/nothing_fits.yaml does. Each sentence under `there` describes an object in a photograph. No photograph
+matches a sentence under `absent`.
 
-For each sentence, the z-score of its best photograph is computed. It tells how many standard deviations the best cosine
-lies above the mean of the cosines with all photographs. The AUC of the z-score says how well it separates both kinds of
-sentences (0.5 is chance).
+For each sentence, the z-score of its best photograph is computed: the number of standard deviations by which the best
+cosine lies above the mean of the cosines with all photographs. The AUC says how well the z-score separates the two
+lists of sentences. An AUC of 1 is perfect, and 0.5 is chance.
 
 If YOLO labels lie next to the photographs, the effect of feedback is measured, too. A simulated user asks for more or
 less of an object. The photographs with this object among the first ten results are counted before and afterwards.
@@ -37,8 +37,8 @@ from examples.real_images import PHOTOGRAPHS, load_example_photo
 TOP_K = 10  # number of first results of a search in which objects are counted
 FEEDBACK_WEIGHTS = (0.25, 0.5, 1.0, 2.0)
 BOOTSTRAP_RESAMPLES = 1000
-# Name in the results of the z-score of the best hit (see the module docstring). The search compares this statistic
-# with its relevance threshold to decide whether any picture fits.
+# Key of the results for the z-score of the best hit (see the module docstring). The search decides whether any picture
+# fits by comparing this z-score with its relevance threshold.
 CHOSEN_STATISTIC = "best, in deviations"
 
 
@@ -48,10 +48,12 @@ class NothingFitsArguments:
 
     model: str | None = flag(None, "Folder or Hub id of the model. Default: the model of a new index.")
     pictures: Path = flag(Path("data/coco128/images"), "Folder of photographs.")
-    sentences: Path = flag(Path(__file__).with_suffix(".yaml"), "YAML file with the sentences to search for.")
+    sentences: Path = flag(Path(__file__).with_suffix(".yaml"), "YAML file with sentences under `there` and `absent`.")
     output: Path = flag(tools.RESULTS_FOLDER / "nothing_fits.json", "JSON file for the results.")
     keep: bool = flag(
-        False, "Also save the results in the model's folder. The search uses its threshold if the AUC there is high."
+        False,
+        "Also save the results in the model's folder. If their AUC is at least 0.8, the search with this model uses "
+        "its relevance threshold by default.",
     )
 
 
@@ -157,10 +159,10 @@ def _measure_feedback_effect_on_results(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the benchmark: measure two properties of a search model, and print the results as JSON.
+    """Run the benchmark: measure the detection of missing matches and the effect of feedback, and print JSON results.
 
-    The first is how well sentences without a matching image are detected. The second is how much the feedback "more of
-    this" and "less of this" changes the images that a search finds. It is measured only if YOLO labels exist.
+    The detection tells sentences with a matching image from sentences without a matching image. Feedback asks for more
+    or less of an object in the results. The effect of feedback is measured only if YOLO labels exist.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

@@ -54,7 +54,8 @@ def _save_page_screenshot(url: str, args: ScreenshotArguments, output: Path) -> 
             "Chromium is required for the screenshot. Install it, for example by `apt-get install chromium`."
         )
     with sync_playwright() as playwright:
-        # Chromium's sandbox does not work for root, the usual user in containers. It would not start without the flag.
+        # Chromium's sandbox does not work for root, the usual user in containers. Without this flag, Chromium would not
+        # start.
         chromium = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         page = chromium.new_page(viewport={"width": args.width, "height": args.height})
         page.goto(url)

@@ -10,8 +10,8 @@ Needs network access, and the extras `train` and `open-clip`. The command works 
 - It evaluates both models with `eval.suite` on the retrieval and classification datasets of the paper (arXiv
   2310.13683).
 
-Some datasets can't be downloaded. They are listed with the place to request them. Put their data into the folder
---data_dir.
+Some datasets can't be downloaded. The command lists them, with the place to request them. Put their data into the
+folder --data_dir.
 
 The output folder gets `published.json`, `report.md`, and the files of `eval.suite`. To continue an interrupted run,
 repeat the command: downloads, conversions and embeddings are kept in caches.
@@ -41,12 +41,13 @@ from modeling_capivara.convert_open_clip import convert_to_folder
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import compute_image_embeds, compute_text_embeds, load_embedder
 
-# Our float32 embeddings on the CPU may differ from open_clip's by this much in each number, because of rounding errors.
-# The vectors have length 1. Tokens and pixels must be exactly equal.
+# Largest accepted difference of an element of our embeddings (unit length, float32, CPU) from open_clip's. Rounding
+# errors cause small differences. Tokens and pixels must be exactly equal.
 MAX_EMBEDDING_DIFFERENCE = 1e-5
 CAPTIONS_PER_IMAGE = 5  # captions of each image in the downloadable retrieval datasets, to estimate the time
 TIMED_ITEMS = 32  # number of images, and of texts, that are embedded to estimate the total time
-# Compared texts: with accents, broken encoding, extra spaces or other scripts, an empty one, and one that is truncated.
+# Texts of the comparison: accents, broken encoding, an empty text, extra spaces, another script, and a text that is too
+# long and is therefore truncated.
 TEXTS = (
     *("um gato dormindo no sofá", "SÃ£o JoÃ£o &amp;amp; cia", "", "  Duas   CRIANÇAS\n jogam bola ", "日本語 🦫"),
     "uma praia ao pôr do sol, com coqueiros " * 9,

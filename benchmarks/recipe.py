@@ -34,8 +34,8 @@ from training.trainable import interpolate_weights
 
 # Name of the result row of the trained model without weight interpolation. All other rows are compared with this row.
 REFERENCE_ROW = "paper"
-# Name of a result row -> α, the share of the trained weights in WiSE-FT (weight interpolation). The weights of the
-# row's model are α * trained model + (1 - α) * base model.
+# Name of a result row -> α, the share of the trained weights in the weight interpolation (WiSE-FT). The row's model has
+# the weights α * trained weights + (1 - α) * base weights.
 TRAINED_SHARES = {REFERENCE_ROW: 1.0, "interpolate-0.5": 0.5, "interpolate-0.7": 0.7}
 # Datasets of drawings. Only they get confidence intervals, because the dataset `photos` has too few images for them.
 DRAWING_SETS = ("openmoji", "twemoji", "noto")
@@ -59,7 +59,7 @@ class RecipeArguments:
     base: str = flag("data/openmoji/base", "Folder of the base model, from `examples.openmoji.prepare`.")
     openmoji: str = flag("data/openmoji/dataset", "Folder of the OpenMoji dataset, from `examples.openmoji.prepare`.")
     proxies: Path = flag(Path("data/openmoji/proxies"), "Output folder of `examples.openmoji.proxies`.")
-    work: Path = flag(Path("runs/recipe"), "Folder for runs and embeddings; half a gigabyte per run.")
+    work: Path = flag(Path("runs/recipe"), "Folder for runs and embeddings. Needs half a gigabyte per run.")
     output: Path = flag(RESULTS_FOLDER / "recipe.json", "JSON file for the results.")
 
     def __post_init__(self) -> None:
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(RecipeArguments, __doc__, argv)
     data, processor, base = _load_evaluation_data(args), load_processor(args.base), load_model(args.base)
 
-    # The store caches image embeddings, so images are embedded only once for all models with the same image tower.
+    # `CachedEmbedder` caches image embeddings, so models with the same image tower embed the images only once.
     def embed(model: CapivaraModel) -> dict[str, retrieval.RetrievalEmbeddings]:
         store = CachedEmbedder(build_embedder("", model.eval(), processor, "float32"), args.work / "cache")
         return {key: dataset.embed(store)[0] for key, dataset in data.items()}

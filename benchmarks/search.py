@@ -50,11 +50,15 @@ QUERY_TEXTS = ("um gato dormindo", "cachorro correndo na praia", "bolo de aniver
 class SearchArguments:
     """Command-line arguments of `benchmarks.search`, which measures searches and updates of a picture index."""
 
-    parts: Literal["index", "follow"] = flag("index", "What to measure: search in indexes, or a followed folder.")
+    parts: Literal["index", "follow"] = flag("index", "index: measure searches. follow: measure a followed folder.")
     sizes: list[int] = flag([1_000, 10_000, 100_000, 1_000_000], "Number of pictures of each index.")
-    followed: int = flag(10_000, "Number of photographs in the followed folder, 640 x 480 pixels each.")
-    runs: int = flag(5, "How often a single picture is added, a new process searches, and the folder changes.")
-    work: Path = flag(Path("runs/search"), "Folder for vectors, indexes, photographs and model; about 10 GB.")
+    followed: int = flag(10_000, "Number of photographs in the folder of --parts follow, 640 x 480 pixels each.")
+    runs: int = flag(
+        5,
+        "Number of repetitions. With --parts index: of adding a single picture, and of a search in a new process. With "
+        "--parts follow: of each change of the folder, and of indexing without new photographs.",
+    )
+    work: Path = flag(Path("runs/search"), "Folder for vectors, indexes, photographs and model. Needs about 10 GB.")
     output: Path | None = flag(
         None, "JSON file for the results. Default: search.json or search_follow.json in benchmarks/results."
     )
@@ -126,7 +130,8 @@ def _time_search_commands(args: SearchArguments, rows: int) -> list[float]:
     """
     words = ["search", QUERY_TEXTS[0], "--index", str(index_path(args.work, rows)), "--model", str(args.work / "model")]
     command = [sys.executable, "-m", "capivara_search", *words, "--json"]
-    # This untimed call checks the search and fills the system's file cache, which the timed calls then all find.
+    # This untimed call checks that the search works. It also fills the operating system's file cache, so that no timed
+    # call is slower because of an empty cache.
     if not json.loads(subprocess.check_output(command)):
         raise RuntimeError(f"{' '.join(command)} found nothing.")
     return [tools.time_call(lambda: subprocess.check_output(command)) for _ in range(args.runs)]
@@ -143,7 +148,7 @@ def index_path(work: Path, rows: int) -> Path:
 def write_random_vectors_and_queries(work: Path, rows: int) -> None:
     """Generate random image vectors and search queries with exact answers, unless their files exist.
 
-    A benchmark puts the vectors into an index and compares the results of searches with the exact answers. Two files
+    The benchmark puts the vectors into an index and compares the results of searches with the exact answers. Two files
     are written:
 
     - `vectors-ROWS.npy`: float16 vectors of shape (rows, width).

@@ -55,7 +55,7 @@ def measure_indexing_watching_and_searches(work: Path, number: int, runs: int) -
     Args:
         work: Folder for photographs and index. Its subfolder `model` must contain the search model.
         number: Number of photographs in the followed folder.
-        runs: How often each change of the folder is measured, and each indexing run without new photographs.
+        runs: Number of repetitions of each change of the folder, and of the indexing run without new photographs.
 
     Returns:
         A dict with these keys, which is written to search_follow.json:
@@ -68,7 +68,7 @@ def measure_indexing_watching_and_searches(work: Path, number: int, runs: int) -
           value per run}`.
         - "page_ms": `{"following": search times while the folder does not change, "while_a_burst_is_read": search times
           while many new photographs are indexed}`, in milliseconds.
-        - "burst": number of the new photographs that are indexed meanwhile.
+        - "burst": number of new photographs that are indexed during "while_a_burst_is_read".
     """
     work = work.absolute()  # absolute, because the index stores absolute paths
     folder, where = work / "followed", work / "followed.lance"
@@ -287,7 +287,7 @@ def _serve_search_page_and_follow_folder(flags: list[str]) -> Iterator[Callable[
 
     try:
         if not any("Following" in line for line in process.stderr):
-            raise RuntimeError("`capivara app --watch` ended without following the folder.")
+            raise RuntimeError("`capivara app --watch` ended before it followed the folder. Run it to see the error.")
         for text in QUESTION_TEXTS:
             search(text)
         yield search

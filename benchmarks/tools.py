@@ -1,6 +1,6 @@
 """Functions that all benchmarks share: measure time and memory, run modules in processes, and write results as JSON.
 
-There are also functions that generate random captions and a model with random weights as inputs.
+Other functions generate the inputs of benchmarks: random captions, and a model with random weights.
 """
 
 import json
@@ -31,8 +31,8 @@ Result = TypeVar("R")
 def peak_resident_bytes() -> int:
     """Return the peak resident memory that this process has used so far, in bytes.
 
-    It is read from VmHWM in /proc/self/status (Linux). `getrusage` is not used, because its value starts at the peak of
-    the parent process.
+    The value is the field VmHWM of /proc/self/status (Linux). `getrusage` is not used, because the peak that it reports
+    includes the peak of the parent process.
 
     Raises:
         OSError: If /proc/self/status does not exist or has no VmHWM.
@@ -199,7 +199,7 @@ def describe_measurement_conditions(*packages: str) -> dict[str, Any]:
         `{"commit": short Git commit, with "+" appended if there are uncommitted changes, "date": today as YYYY-MM-DD,
         "device": description of the CPU, "threads": number of torch's threads, "versions": {package: version}}`.
     """
-    import torch  # imported here, so that torch takes no memory in measured processes without torch
+    import torch  # imported here, so that it does not count in the memory of processes that need no torch
 
     words = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty=+"]
     commit = subprocess.run(words, cwd=CODE_ROOT, capture_output=True, text=True, check=False).stdout.strip()

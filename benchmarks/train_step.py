@@ -6,16 +6,7 @@
     python -m benchmarks.train_step --parts recipe --beside ../capivara-before
     python -m benchmarks.train_step --parts demo --output benchmarks/results/main_job.json
 
-Speed is measured in image-text pairs per second. `--parts` chooses what is measured:
-
-- `programs`: a small batch with each program. A program is one way to train: open_clip's trainer, or this project's
-  trainer ("ours") with one of three settings.
-- `recipe`: the batch of 2816 pairs that the CAPIVARA paper uses, with our trainer.
-- `demo`: the commands of `make demo`, without the installation. They run twice per checkout.
-
-The models have random weights, dropout and a frozen image tower. Captions have 20 tokens on average. Whole steps
-including the optimizer are timed, after an untimed step. Each measurement runs in a separate process, because its peak
-memory must not include other programs. The programs run alternately:
+A program is one way to train: open_clip's trainer, or this project's trainer ("ours") with one of three settings.
 
 - `open_clip`: open_clip's trainer, `open_clip_train`, with `--lock-image --grad-checkpointing --accum-freq`. It pads
   all texts to 77 tokens.
@@ -25,27 +16,43 @@ memory must not include other programs. The programs run alternately:
 - `cache_recomputed`: the same as `cache`, but the autograd graphs of all micro-batches are recomputed in the backward
   pass. This is necessary for a batch of 2816 pairs, because its graphs do not fit into memory.
 
-`--beside CHECKOUT` compares this checkout with another checkout of the project, which needs its own .venv. Only
-`no_cache`, `cache` and the part `recipe` are measured. Each runs alternately with the same program of the other
-checkout. Ratios are the rate of this checkout divided by the rate of the other checkout.
+`--parts` chooses what is measured. By default, `recipe` and `programs` are measured.
 
-`--model` chooses the architecture. The default is CAPIVARA. `siglip2` is SigLIP 2 B/16 with the sigmoid loss. It is
-compared with open_clip's ViT-B-16-SigLIP2, trained with `--siglip`. `siglip2_large` is SigLIP 2 L/16 at 256 pixels, and
-`siglip2_so400m` is So400m/14 at 224 pixels. SigLIP's texts have 64 random token ids, because SigLIP always pads to 64
-tokens. Neither program uses dropout for SigLIP.
+- `programs`: all four programs with a small batch, in float32 and in bfloat16.
+- `recipe`: the program `cache_recomputed` with the batch of 2816 pairs that the CAPIVARA paper uses.
+- `demo`: the commands of `make demo`, without the installation. They run twice, because the second run finds the caches
+  of the first run.
 
-The part `recipe` uses the program `cache_recomputed`. What it measures depends on `--pairs`:
+For the part `recipe`, `--pairs` chooses the measured steps, unless the part `programs` is measured, too:
 
 - Without `--pairs`: the first step of 2816 pairs.
-- `--pairs 2816`: the second step of 2816 pairs. It needs more memory than the first, because Adam's moments exist only
-  after the first step.
+- `--pairs 2816`: the second step of 2816 pairs. It needs more memory than the first step, because Adam's moments exist
+  only after the first step.
 - `--pairs N`, with N below 2816: the second step of N pairs and the second step of N / 2 pairs. The memory of 2816
   pairs is extrapolated from these two measurements by `EXTRAPOLATION_RULE`.
+
+Speed is measured in image-text pairs per second. A timed step includes the update of the weights by the optimizer. The
+part `programs` has an untimed step before the timed steps. Each measurement runs in a separate process, because its
+peak memory must not include other programs. The programs run in turns.
+
+The models have random weights and a frozen image tower. `--model` chooses the architecture:
+
+- `capivara`: CAPIVARA, with dropout and captions of 20 tokens on average. This is the default.
+- `siglip2`: SigLIP 2 B/16 with the sigmoid loss. open_clip trains its ViT-B-16-SigLIP2 with `--siglip`.
+- `siglip2_large`: SigLIP 2 L/16 at 256 pixels.
+- `siglip2_so400m`: SigLIP 2 So400m/14 at 224 pixels.
+
+The SigLIP models have no dropout. Their texts have 64 random token ids, because SigLIP always pads to 64 tokens.
 
 All programs get the same batch. Each program splits it into micro-batches of its own size, which the results contain.
 open_clip needs at least two micro-batches. With a single micro-batch, it would not accumulate gradients, and a batch of
 2816 pairs would be impossible. Apart from that, open_clip's cost per pair does not depend on the number of
 micro-batches.
+
+`--beside CHECKOUT` compares this checkout with another checkout of the project, which needs its own .venv. All parts
+are measured in both checkouts, but the part `programs` has only the programs `no_cache` and `cache`. In the parts
+`programs` and `recipe`, the two checkouts take turns. The results contain the ratio: the rate of this checkout divided
+by the rate of the other checkout.
 """
 
 import os
@@ -82,7 +89,7 @@ PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's name of 
 PEER_PROGRAM = "open_clip"
 RECOMPUTED_PROGRAM = "cache_recomputed"
 PROGRAMS = (PEER_PROGRAM, "no_cache", "cache", RECOMPUTED_PROGRAM)
-BEFORE_SUFFIX = "_before"  # marks programs that run in another checkout of this repository (flag --beside)
+BEFORE_SUFFIX = "_before"  # ends the name of a program that runs in the other checkout (flag --beside)
 PROGRAM_PAIRS = 96  # image-caption pairs per step in the part `programs`, unless --pairs is given
 # Image-caption pairs per step and per micro-batch in the part `recipe`. The 2816 pairs per step are from the appendix
 # of the CAPIVARA paper (arXiv 2310.13683). The size of the micro-batch is our choice.
@@ -101,10 +108,11 @@ OPEN_CLIP_FLAGS = {
     "siglip2_so400m": "--model ViT-SO400M-14-SigLIP2 --siglip",
 }
 SIGLIP_TOKENS = 64  # SigLIP pads every text to this number of tokens
-CAPTION_TOKENS = dict.fromkeys(OPEN_CLIP_FLAGS, SIGLIP_TOKENS) | {"capivara": 20}  # {model: average per caption}
+# Value of --model -> average number of tokens per caption.
+CAPTION_TOKENS = dict.fromkeys(OPEN_CLIP_FLAGS, SIGLIP_TOKENS) | {"capivara": 20}
 SIGLIP_VOCABULARY_SIZE = 256_000  # number of tokens of SigLIP 2; random token ids are drawn from all of them
-# Value of --model -> (sizes of both towers, image and patch size of SigLIP 2). What is not given here has the defaults
-# of transformers, which are those of the model B/16.
+# Value of --model -> (config fields of both towers, further config fields of the image tower) of SigLIP 2. A field that
+# is missing here has the default of transformers, which is the value of the model B/16.
 SIGLIP_SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "siglip2": ({}, {}),
     "siglip2_large": (
@@ -129,28 +137,38 @@ class TrainStepArguments:
     """Command-line arguments of `benchmarks.train_step`, which measures speed and memory of training steps.
 
     Raises:
-        ValueError: If a number is too small or `parts` has an unknown value. Also if `pairs` can't be split evenly into
-            at least two micro-batches of open_clip, or is too small for the part `recipe`.
+        ValueError: If a number is too small or `parts` has an unknown value. Also if `pairs` does not suit the
+            requested parts. The message says which numbers are possible.
     """
 
     model: Literal[*OPEN_CLIP_FLAGS] = flag("capivara", "Architecture: CAPIVARA, or SigLIP 2 B/16, L/16 or So400m/14.")
     pairs: int | None = flag(
-        None, "Pairs per step of the programs (default: 96) or, with --parts recipe, of the recipe (default: 2816)."
+        None,
+        "Image-text pairs per training step. Default: 96 for the part programs, 2816 for the part recipe. If both "
+        "parts are measured, the flag sets only the pairs of programs.",
     )
-    micro: int = flag(16, "Pairs per micro-batch of our programs. The part recipe always uses 64.")
-    peer_micro: int = flag(48, "Pairs per micro-batch of open_clip: its --batch-size. --accum-freq follows from it.")
-    runs: int = flag(5, "How often each program is timed; the programs take turns.")
-    steps: int = flag(1, "Timed steps per run.")
-    warmup: int = flag(1, "Untimed steps of our programs before the timed steps. open_clip always has 1.")
-    parts: list[str] = flag(["recipe", "programs"], "Groups of measurements: one or more of recipe, programs and demo.")
+    micro: int = flag(16, "Pairs per micro-batch of this project's trainer. The part recipe always uses 64.")
+    peer_micro: int = flag(
+        48, "Pairs per micro-batch of open_clip (its flag --batch-size). Its --accum-freq becomes pairs / peer_micro."
+    )
+    runs: int = flag(5, "Number of runs of each program. The programs take turns.")
+    steps: int = flag(1, "Timed training steps per run.")
+    warmup: int = flag(
+        1, "Untimed steps of this project's trainer before the timed steps. open_clip always has one untimed step."
+    )
+    parts: list[str] = flag(
+        ["recipe", "programs"],
+        "What to measure, one or more of: programs (a small batch), recipe (the paper's batch of 2816 pairs), demo "
+        "(the commands of `make demo`).",
+    )
     output: Path | None = flag(
         None,
         "JSON file for the results. Default: train_step.json; with --model, train_step_MODEL.json; for the recipe "
         "alone, train_step_recipe_MODEL.json.",
     )
-    beside: Path | None = flag(None, "Another checkout with its own .venv, to compare with this one.")
-    worker: Literal[*PROGRAMS] | None = flag(None, "Measure once in this process (internal).")
-    precision: Literal["no", "bf16"] = flag("no", "Mixed precision (internal).")
+    beside: Path | None = flag(None, "Folder of another checkout of the project, with its own .venv, to compare with.")
+    worker: Literal[*PROGRAMS] | None = flag(None, "Program to measure once in this process (internal).")
+    precision: Literal["no", "bf16"] = flag("no", "Mixed precision of the measured program (internal).")
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "micro", "peer_micro", "runs", "steps")
@@ -163,14 +181,14 @@ class TrainStepArguments:
             self.pairs = self.program_pairs
         elif "recipe" in self.parts and self.recipe_pairs[0] < 2 * RECIPE_MICRO:
             raise ValueError(
-                f"pairs must be at least {4 * RECIPE_MICRO} for the part recipe, so that the step of half as many "
-                f"pairs, which is measured too, has two micro-batches; got {self.pairs}."
+                f"pairs must be at least {4 * RECIPE_MICRO} for the part recipe, got {self.pairs}. A step of half as "
+                "many pairs is measured, too, and needs at least two micro-batches."
             )
         pairs = self.program_pairs
         if not self.worker and "programs" in self.parts and (pairs % self.peer_micro or pairs <= self.peer_micro):
             raise ValueError(
-                f"pairs must be a multiple of peer_micro ({self.peer_micro}) and at least {2 * self.peer_micro}; got "
-                f"{pairs}. peer_micro pairs are one forward pass of open_clip, and gradients accumulate over several."
+                f"pairs must be a multiple of peer_micro ({self.peer_micro}) and at least {2 * self.peer_micro}, got "
+                f"{pairs}. open_clip splits each step into at least two micro-batches of peer_micro pairs."
             )
 
     @property
@@ -182,9 +200,9 @@ class TrainStepArguments:
     def recipe_pairs(self) -> list[int]:
         """Batch sizes, in image-text pairs per training step, that the part `recipe` measures.
 
-        [2816] measures only the batch size of the CAPIVARA paper. [pairs / 2, pairs] measures two smaller batches, from
-        which the memory of 2816 pairs is extrapolated. The smaller batches are measured only if `pairs` is given, is
-        not 2816, and the part `programs` is not requested, because `pairs` then belongs to that part.
+        Usually [2816], the batch size of the CAPIVARA paper. If `pairs` is given for the part `recipe` and is not 2816,
+        [pairs / 2, pairs]: the memory of 2816 pairs is then extrapolated from these two batches. If the part `programs`
+        is requested, too, `pairs` belongs to that part only.
         """
         is_published = "programs" in self.parts or self.pairs in (None, RECIPE_PAIRS)
         return [RECIPE_PAIRS] if is_published else [self.pairs // 2, self.pairs]
@@ -209,8 +227,7 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
         args: Command-line arguments of the benchmark.
 
     Returns:
-        A dict that is written to the results file. It contains the conditions and sizes of the benchmark and these
-        keys:
+        The content of the results file: a dict with the conditions and sizes of the benchmark and these keys:
 
         - "measured": `{precision: {program: result of _summarize_runs}}`, the speed and peak memory of each program.
         - "recipe", only if requested: speed and memory of the largest measured batch, from
@@ -240,8 +257,8 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
         peer, before = measured.get((part, PEER_PROGRAM)), measured.get((part, name + BEFORE_SUFFIX, *pairs))
         summary = _summarize_runs(runs, peer, before)
         if part == "recipe":
-            # The smaller batch comes first. When the result of the larger batch is there, the memory for the requested
-            # batch is extrapolated from both.
+            # Of two batch sizes, the smaller comes first. Its result is under the same key when the larger follows, so
+            # that the memory of 2816 pairs can be extrapolated from both.
             key, step = part + name.removeprefix(RECOMPUTED_PROGRAM), requested[part, name, *pairs] | summary
             results[key] = _add_seconds_and_extrapolated_memory_to_step(step, results.get(key))
         else:
@@ -317,7 +334,7 @@ def _measure_program_in_subprocess(name: str, args: TrainStepArguments, **flags:
     numbers = ("steps", *(["peer_micro"] if name == PEER_PROGRAM else ["micro", "warmup"]))
     flags = {key: getattr(args, key) for key in numbers} | {"pairs": args.program_pairs} | flags
     if args.model != "capivara":
-        # The flag is passed only if needed, because an older checkout in --beside may not have it.
+        # The default is not passed, because an older checkout in --beside may not know the flag --model.
         flags["model"] = args.model
     root = args.beside if name.endswith(BEFORE_SUFFIX) else tools.CODE_ROOT
     flags["worker"] = name.removesuffix(BEFORE_SUFFIX)
@@ -350,7 +367,7 @@ def _summarize_runs(runs: list[dict], peer: list[dict] | None, before: list[dict
 
 
 def build_published_config(model: str) -> PreTrainedConfig:
-    """Build the model config in the published size, for measurements at full size with random weights.
+    """Build the config of a model in its published size, so that it can be measured with random weights.
 
     Args:
         model: "capivara", or a key of `SIGLIP_SIZES` for a SigLIP 2 model, such as "siglip2_large".
@@ -405,16 +422,18 @@ def _make_random_pixels(config: PreTrainedConfig, pairs: int) -> Tensor:
 
 
 class TrainingEngine:
-    """Our trainer's computation of one training step, applied to a model with random weights.
+    """A model with random weights that is trained like in this project's trainer, one step per call.
 
-    Use it to time a step alone. A step computes what `training.loop.TrainingLoop` computes: forward and backward passes
-    and the update of the weights. Data loading, evaluation and checkpoints are left out.
+    The benchmark uses it to time a training step alone. A call computes what `training.loop.TrainingLoop` computes in a
+    step: forward and backward passes and the update of the weights. Data loading, evaluation and checkpoints are left
+    out.
 
     Args:
         config: Config of the model.
         args: Command-line arguments of the benchmark.
-        budget: Bytes of memory for autograd graphs that are kept until the backward pass. The graphs of all further
-            micro-batches are recomputed. 0 recomputes all graphs. None uses as much memory as is free.
+        budget: Memory in bytes for the autograd graphs of micro-batches, which are kept until the backward pass. If the
+            memory is used up, the graphs of the remaining micro-batches are recomputed in the backward pass. 0: all
+            graphs are recomputed. None: most of the free memory is used.
     """
 
     def __init__(self, config: PreTrainedConfig, args: TrainStepArguments, budget: float | None = None) -> None:
@@ -452,8 +471,8 @@ class TrainingEngine:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=False)
         report = self.step(number, texts, len(images), images)
-        # From here on, the same work as in `TrainingLoop._update_weights`. The gradient's norm is not used here, but
-        # the trainer computes it in every step, so its time must count.
+        # The rest does the same work as `TrainingLoop._update_weights`. The norm of the gradient is not needed here. It
+        # is computed because the trainer computes it in every step, so that its time counts.
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(number, self.args)
         torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
@@ -527,19 +546,18 @@ def _summarize_steps(pairs: int, seconds: list[float]) -> dict[str, Any]:
 
 
 class PeerBatches(list):
-    """List of micro-batches with the two attributes that open_clip's function `train_one_epoch` reads.
+    """List of micro-batches that takes the place of a DataLoader in open_clip's function `train_one_epoch`.
 
-    The attributes, which the caller sets, are `num_batches` and `num_samples`. A plain list can't have attributes.
+    This function also reads the attributes `num_batches` and `num_samples` of a DataLoader. The caller sets both. A
+    plain list can't have attributes, so a subclass is needed.
     """
 
 
 def measure_open_clip_trainer(args: TrainStepArguments) -> dict[str, Any]:
     """Time training steps of open_clip's trainer in this process, and read the peak memory of the process.
 
-    The trained model is open_clip's model of the architecture that `args.model` names.
-
     Args:
-        args: Command-line arguments of the benchmark.
+        args: Command-line arguments of the benchmark. `args.model` names the architecture of the model.
 
     Returns:
         A dict with these keys:
@@ -584,8 +602,7 @@ def build_open_clip_arguments(args: TrainStepArguments) -> Any:
         args: Command-line arguments of this benchmark.
 
     Returns:
-        The namespace from open_clip's argument parser. It also has the fields that open_clip's own `main` function
-        would add.
+        The namespace from open_clip's argument parser, with the fields that open_clip's `main` function adds to it.
     """
     from open_clip_train.distributed import init_distributed_device
     from open_clip_train.params import parse_args
@@ -601,7 +618,7 @@ def build_open_clip_arguments(args: TrainStepArguments) -> Any:
 def build_open_clip_optimizer(model: nn.Module, open_clip_args: Any) -> torch.optim.AdamW:
     """Build the same AdamW optimizer that open_clip 3.3 builds for its training.
 
-    The code is copied from the middle of open_clip's `main` function, because open_clip has no function for it.
+    open_clip has no function for this: the code is copied from the middle of its `main` function.
 
     Args:
         model: open_clip's model. Only parameters with `requires_grad` are trained.

@@ -3,8 +3,8 @@
     python -m benchmarks.trim_vocabulary
     python -m benchmarks.trim_vocabulary --models metaclip2 --runs 3
 
-A base model ("base") is the model that a training starts from. Trimming its vocabulary removes the token embeddings
-that the texts of the chosen languages do not need.
+A base model is the model that a training starts from. Trimming its vocabulary removes the token embeddings that the
+texts of the chosen languages do not need.
 
 Here, each base model has random weights and a text tower of the published size. Its image tower is tiny, because
 trimming does not change it. The parameters and the download size of the published image tower are added to the results.
@@ -64,11 +64,13 @@ class TrimBenchmarkArguments:
         ValueError: If a base model is unknown, or `captions` or `runs` is below 1.
     """
 
-    models: list[str] = flag([*BASES], f"Base models to measure, among {', '.join(BASES)}. Other results are kept.")
+    models: list[str] = flag(
+        [*BASES], f"Base models to measure, among {', '.join(BASES)}. Results of other models in the file are kept."
+    )
     languages: list[str] = flag(["pt", "en"], "Languages to keep.")
     words: list[int] = flag([*DEFAULT_WORD_COUNTS], "Number of the most frequent words to keep, for each language.")
     captions: int = flag(64, "Number of captions per run, of 20 tokens on average.")
-    runs: int = flag(5, "How often each model is timed; the base and the trimmed model take turns.")
+    runs: int = flag(5, "Number of timed runs of each model. The original and the trimmed model take turns.")
     output: Path = flag(tools.RESULTS_FOLDER / "trim_sizes.json", "JSON file for the results.")
     worker: Literal["make", "measure"] | None = flag(None, "Build or measure a model in this process (internal).")
     folder: Path | None = flag(None, "Folder of the worker's model (internal).")
@@ -100,11 +102,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def build_or_measure_model(args: TrimBenchmarkArguments) -> dict[str, Any]:
-    """Build one model or measure one model, in a worker process that the benchmark starts.
+    """Do the work of one process that the benchmark starts: build one model, or measure one model.
 
     Args:
-        args: Command-line arguments of the worker. If `worker` is "make", the model `models[0]` is built with random
-            weights and saved in `folder`. If it is "measure", the model in `folder` is measured.
+        args: Command-line arguments of the process. If `worker` is "make", the model `models[0]` is built with random
+            weights and saved in `folder`. If `worker` is "measure", the model in `folder` is measured.
 
     Returns:
         For "make", `{"vocabulary": "real" or "synthesized", "left_out_parameters": parameters of the published image

@@ -4,8 +4,8 @@ r"""Caption images in Portuguese by retrieval: choose the sentences of a caption
     python -m examples.caption --model MODEL --pictures ~/Fotos --bank frases.txt --top_k 3 > legendas.csv
 
 The caption bank is the collection of sentences to choose from: a text file with one sentence per line, or the captions
-of a dataset's training split. Captions are only chosen from the bank, never generated. The output is CSV with the
-columns picture (path of the image), score (cosine similarity of image and caption) and caption.
+of a dataset's training split. No caption is generated. The output is CSV with the columns picture (path of the image),
+score (cosine similarity of image and caption) and caption.
 """
 
 import csv
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load_model(args.model).eval().to(resolve_device(args.device)), load_processor(args.model)
     names: list[str] = [] if args.pictures else [f"test/{row}" for row in range(len(data["test"]))]
     pictures = _iter_pictures(args.pictures, names) if args.pictures else data["test"]["image"]
-    # Both have the shape (inputs, width) and rows of length 1, so that `texts @ image` gives cosines.
+    # `images` and `texts` have the shape (inputs, width) and rows of length 1, so `texts @ image` below gives cosines.
     images = embed_images(model, processor, pictures, progress="Pictures")
     texts = embed_texts(model, processor, bank, progress="Bank")
     writer = csv.writer(sys.stdout)

@@ -21,9 +21,9 @@ MODEL = "stand-in"  # name of the only model that the server offers
 
 @dataclass
 class ChatServer:
-    """What a stand-in chat server answers, how slowly it answers, and its address.
+    """Settings of a stand-in chat server: the function that makes its answers, its delay, and its address.
 
-    This object does not serve requests by itself. Pass it to `run_stand_in_chat_server`, which starts the server.
+    Pass the object to `run_stand_in_chat_server`, which starts the server.
 
     Attributes:
         answer: Function that gets the messages of a request and returns the text of the answer.
@@ -38,7 +38,8 @@ class ChatServer:
     def handle(self, handler: "ChatHandler", body: dict[str, Any]) -> None:
         """Answer one request for a chat completion, after a delay of `delay_s` seconds.
 
-        The delay simulates a language model that needs time. A request for a single token is answered without delay.
+        The delay simulates a language model that needs time. A request for a single token, with which the caption
+        commands check the connection, is answered without delay.
 
         Args:
             handler: The connection that the answer is sent to.
@@ -67,7 +68,7 @@ class ChatServer:
 
 
 class ChatHandler(BaseHTTPRequestHandler):
-    """HTTP handler of one connection to the stand-in chat server. `chat_server` computes its answers."""
+    """HTTP handler of one connection to the stand-in chat server. Its attribute `chat_server` makes the answers."""
 
     protocol_version = "HTTP/1.1"
     chat_server: ChatServer

@@ -6,12 +6,12 @@ r"""Improve Portuguese search in existing vector stores by replacing only the te
 
 The first command exports the text encoder of a fine-tuned model. The second command runs the example in these steps:
 
-- It embeds the test images with the base model, and stores the embeddings in a Qdrant collection (local mode) and in a
-  LanceDB table.
-- It searches both stores with the Portuguese captions, embedded by the text encoder of the base model.
-- It searches both stores again with the same captions, now embedded by the exported text encoder (loaded with
-  sentence-transformers).
-- It reports recall@k of each search.
+1. Embed the test images with the base model, and store the embeddings in a Qdrant collection (local mode) and in a
+   LanceDB table.
+2. Search both stores with the Portuguese captions, embedded by the text encoder of the base model.
+3. Search both stores again with the same captions, now embedded by the exported text encoder (loaded with
+   sentence-transformers).
+4. Report recall@k of each search.
 
 The stored vectors are compared before and after the searches, to show that no image was embedded again. The output
 folder gets the two stores and `results.json`.
@@ -42,7 +42,7 @@ from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
 COLLECTION_NAME = "pictures"
-SEARCH_DEPTH = max(RECALL_CUTOFFS)  # number of images that a search returns; recall needs no more
+SEARCH_DEPTH = max(RECALL_CUTOFFS)  # number of images that a search returns: the largest k of recall@k
 # A stored vector counts as changed only if one of its numbers differs by more than this. A smaller difference is
 # rounding: Qdrant's local mode normalizes the stored vectors at every query, which changes the last bits.
 VECTOR_TOLERANCE = 1e-6
@@ -168,7 +168,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     if not (args.text_side / "modules.json").is_file():
         raise ValueError(
-            f"{args.text_side} belongs to a SigLIP model. sentence-transformers loads only text encoders of CAPIVARA."
+            f"{args.text_side} is the text encoder of a SigLIP model, which sentence-transformers can't load. Export "
+            "the text encoder of a CAPIVARA model."
         )
     with atomic_folder(args.output, args.overwrite_output_dir) as folder:
         rows = load_dataset_and_refuse_image_paths(args.dataset)[args.split]

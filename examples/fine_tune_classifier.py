@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
             return {"accuracy": top_k_accuracy(scores, labels)}
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        # Otherwise, `Trainer` would remove the image column before `collate` can preprocess the images.
+        # By default, `Trainer` would remove the image column before `collate` can preprocess the images.
         options = build_trainer_options(args, folder, device) | {"remove_unused_columns": False}
         training = TrainingArguments(per_device_eval_batch_size=args.batch_size, **options)
         trainer = Trainer(model, training, collate, train, test, compute_metrics=compute_accuracy)

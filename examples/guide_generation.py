@@ -3,9 +3,9 @@
     python -m examples.guide_generation --sentence "sol amarelo" --output_dir runs/guided
 
 The image starts as faint noise. If every pixel is optimized (`--cells` equal to `--size`, `--views 0`), the result is
-an adversarial example: the model finds it similar to the sentence, but people see only noise. Coarse color cells and
-random noisy views of the image at each step sometimes give shapes that people recognize too. The result is hardly ever
-a natural image, because there is no generative model.
+an adversarial example: the model finds it similar to the sentence, but people see only noise. By default, coarse color
+cells are optimized, and at each step the model sees random noisy views of the image. This sometimes gives shapes that
+people recognize, too. The result is hardly ever a natural image, because there is no generative model.
 
 The output folder gets `picture.png` (the optimized image), `steps.png` (images during the optimization, side by side)
 and `results.json`. The JSON file has the cosine similarities of the image to the sentence and to other sentences,

@@ -29,7 +29,8 @@ from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
 
 # Name of a photograph in a PyPI package -> its short name and a sentence about it, each in English and Portuguese.
 PHOTOGRAPHS = read_json(Path(__file__).parent / "photographs.json")
-# The photographs of scikit-image. In the dataset `photos`, each of them is a class, so its name needs a gender.
+# The photographs of scikit-image. Each of them is a class in the dataset `photos`. Only their entries have the gender
+# of the Portuguese name, which the prompt templates need for the right article.
 CLASS_PHOTOGRAPHS = {name: entry for name, entry in PHOTOGRAPHS.items() if "gender" in entry}
 PHOTO_TEMPLATES = [
     "uma foto de {um}.",

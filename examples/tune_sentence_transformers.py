@@ -8,9 +8,8 @@ r"""Fine-tune a CAPIVARA model with the trainer of sentence-transformers, on ima
 This example is for users who already train with sentence-transformers. It needs the extra `sentence-transformers` of
 this package. Three options (see `build_clip_loss`) make the loss of sentence-transformers equal to CLIP's loss: both
 retrieval directions, a separate softmax for each direction, and the model's learned scale instead of a fixed scale.
-Gradient caching (GradCache, arXiv 2101.06983) allows batches of any size. There are two differences from
-`train_accelerate.py`: the frozen image tower encodes every image twice per epoch, and each image has the same caption
-during the whole training.
+Gradient caching (GradCache, arXiv 2101.06983) allows batches of any size. Unlike in `train_accelerate.py`, the frozen
+image tower encodes every image twice per epoch, and each image has the same caption during the whole training.
 
 Both sentence-transformers and `CapivaraModel.from_pretrained` can load the output folder, which also has
 `results.json`.
@@ -108,10 +107,10 @@ def load_images_with_one_random_caption(dataset: Path, split: str, language: str
 def build_clip_loss(encoder: SentenceTransformer, mini_batch_size: int) -> CachedMultipleNegativesRankingLoss:
     """Build a sentence-transformers loss that equals CLIP's contrastive loss of the whole batch.
 
-    The loss uses gradient caching (GradCache), so that large batches fit into memory. It equals
-    `modeling_capivara.clip_loss` on a single device without gradient accumulation. With gradient accumulation, the
-    gradient of the learned scale would not be divided by the number of accumulation steps. Training on several devices,
-    which would need the option `gather_across_devices`, has not been tested.
+    The loss uses gradient caching (GradCache), so that large batches fit into memory. On a single device without
+    gradient accumulation, it equals `modeling_capivara.clip_loss`. Do not use gradient accumulation, because the
+    gradient of the learned scale would not be divided by the number of accumulation steps. Training on several devices
+    would need the option `gather_across_devices` and has not been tested.
 
     Args:
         encoder: CAPIVARA model that sentence-transformers has loaded.

@@ -33,8 +33,8 @@ class OpenMojiCaptionsArguments:
 def build_openmoji_caption_dataset(args: OpenMojiCaptionsArguments) -> Path:
     """Build a Portuguese caption dataset from OpenMoji's English names, with the pipeline `captions.build`.
 
-    Where the pipeline waits for a person's translations, this function fills in the Portuguese Unicode names of the
-    emoji.
+    The pipeline stops once, so that a person can translate the exported tables of English names. This function fills
+    the tables with the Portuguese Unicode names of the emoji instead, and continues the pipeline.
 
     Args:
         args: Command-line arguments: the folder of the OpenMoji dataset and the config of the pipeline.
@@ -43,7 +43,7 @@ def build_openmoji_caption_dataset(args: OpenMojiCaptionsArguments) -> Path:
         Folder of the finished dataset.
 
     Raises:
-        ValueError: If the OpenMoji dataset or the base model is missing. Also if a folder was built with other
+        ValueError: If the OpenMoji dataset or the base model is missing. Also if the output folder was built with other
             settings.
     """
     if not (args.source / "dataset_dict.json").is_file():

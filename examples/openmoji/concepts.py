@@ -8,8 +8,7 @@ of these conditions holds:
 
 - The code points of their emoji are equal after skin tone, variation selector, gender sign and facing arrow are
   removed. Man, woman and person count as equal, and so do boy, girl and child, prince and princess, and so on.
-- They have the same English or the same Portuguese name. The caller may request further languages, for which the same
-  rule holds.
+- They have the same name in English, in Portuguese, or in a further language that the caller requests.
 - Their English names are equal after some words are removed: numbers, and words for color, size, direction or state
   (listed in `concepts.yaml`). Examples are the two apples, the colored circles, squares, hearts and books, the ranked
   medals, and the up and down thumbs.
@@ -17,8 +16,7 @@ of these conditions holds:
   zodiac signs and flags.
 
 Validation and test have one image of each of their concepts. Concepts with more than `MAX_HELD_OUT_PICTURES` images are
-always in train. In validation or test, all but one of their images would be unused, and the choice of this one image
-would be arbitrary.
+always in train, because validation and test would use only one of their images.
 
 The dataset has no flags of countries and their regions, and no emoji with skin tones.
 """
@@ -43,7 +41,7 @@ NUM_VALIDATION_CONCEPTS = 150
 MAX_HELD_OUT_PICTURES = 3
 
 SKIN_TONES_RE = re.compile("[\U0001f3fb-\U0001f3ff]")
-# Special letters that spell the country code in the emoji of a flag. The dataset leaves flags out.
+# Special letters that spell the code of a country or region in its flag emoji. The dataset leaves these flags out.
 FLAG_LETTERS_RE = re.compile("[\U0001f1e6-\U0001f1ff\U000e0020-\U000e007f]")
 GENDER_SIGNS_RE = re.compile("\u200d[\u2640\u2642]")
 FACING_RIGHT = "\u200d\u27a1"
@@ -85,12 +83,12 @@ class EmojiPicture:
 def load_emoji_by_concept(languages: Sequence[str] = ()) -> dict[str, list[EmojiPicture]]:
     """Load all emoji of the dataset with their captions, grouped by concept.
 
-    A concept is a group of images that differ only in a detail, such as the two apples. Keeping a concept in a single
-    split makes sure that a model is tested only on concepts that it was not trained on.
+    A concept is a group of images that differ only in a detail, such as the two apples. `split_concepts` keeps each
+    concept in a single split, so that a model is tested only on concepts that it was not trained on.
 
     Args:
-        languages: Codes of further languages, such as "es". Emoji that have the same name in one of these languages
-            share a concept, too.
+        languages: Codes of further languages, such as "es". Emoji with the same name in one of these languages share a
+            concept, as emoji with the same English or Portuguese name do.
 
     Returns:
         `{name of the concept: its images}`, in alphabetical order of the names. The first image of a concept is its
@@ -155,12 +153,12 @@ def _load_captioned_emoji() -> list[EmojiPicture]:
     pictures = {}
     for text, entry in english.items():
         if entry["status"] > 2 or text not in portuguese or SKIN_TONES_RE.search(text) or FLAG_LETTERS_RE.search(text):
-            # Other spellings of an emoji (status 3 and 4; 1 is a component, 2 the full form), emoji without a
-            # Portuguese name, skin tones and flags are left out.
+            # Skin tones, flags and emoji without a Portuguese name are left out. So are incomplete spellings, in which
+            # U+FE0F is missing: the package `emoji` gives them the status 3 or 4, and complete spellings the status 2.
             continue
         stems = [_to_hex(text), _to_hex(text.replace("\ufe0f", ""))]
         stem = next((stem for stem in stems if stem in drawn), None)
-        # The package with the names has newer emoji than the package with the drawings. They are left out.
+        # The package with the names knows newer emoji, of which the other package has no drawing. They are left out.
         if stem is not None:
             names = (entry["en"], *entry.get("alias", ()))
             captions_en = tuple(convert_emoji_short_name_to_text(name, "en") for name in names)
@@ -295,7 +293,7 @@ def _iter_grouping_keys(picture: EmojiPicture) -> Iterator[tuple[str, str]]:
     yield "pt", picture.captions_pt[0].casefold()
     words = [word for word in re.split(r"[\s-]+", name.casefold()) if word not in MODIFIERS]
     if words[1:] == ["face"]:
-        # Without this step, "cat face" and "cat" would be different concepts.
+        # "cat face" must give the same key as "cat", so that both are in one concept.
         words.pop()
     yield "words", " ".join(words or [name.casefold()])
     for family in FAMILY_PATTERNS:
@@ -330,7 +328,7 @@ def _find_demo_package_folder(package: str) -> Path:
 
 
 def require_demo_packages(*packages: str) -> None:
-    """Raise an error with installation advice if a package that the OpenMoji demo needs is missing.
+    """Check that packages that the OpenMoji demo needs are installed, and raise an error if one is missing.
 
     Args:
         *packages: Names of the Python modules to look for, such as "emoji". They belong to the extra `demo`.

@@ -31,7 +31,7 @@ DATASET_FEATURES = Features(
 def load_dataset_and_refuse_image_paths(folder: Path) -> DatasetDict:
     """Load a saved image dataset safely: refuse it if an image is stored as a path instead of its bytes.
 
-    The library `datasets` would open any such path. A malicious dataset could thereby make the program read other files
+    The library `datasets` would open such a path. A malicious dataset could therefore make the program read other files
     of this machine.
 
     Args:
@@ -47,7 +47,9 @@ def load_dataset_and_refuse_image_paths(folder: Path) -> DatasetDict:
     for name, split in data.items():
         for column in [column for column, feature in split.features.items() if isinstance(feature, Image)]:
             if outside := pc.struct_field(split.data.column(column), "bytes").null_count:
-                raise ValueError(f"{folder}, split {name!r}: {outside} images are stored as paths, not as bytes.")
+                raise ValueError(
+                    f"{folder}, split {name!r}: {outside} images are stored as paths. Save the images as bytes."
+                )
     return data
 
 

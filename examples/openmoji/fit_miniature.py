@@ -7,11 +7,12 @@ They are not trained further. Only the projection is fitted, by ridge regression
 text embeddings. The training data are OpenMoji's training images with their English captions, and the English names of
 ImageNet's classes.
 
-ImageNet's images are not available, so an image feature is synthesized for each class. It is the mean feature, moved in
-the direction of the class's weights in EfficientNet's own classifier. The distance of this move is called reach and is
-chosen from a few candidates. Candidates that lose recall on OpenMoji's validation concepts are excluded. Of the others,
-the candidate with the highest recall on captioned photographs is chosen. Portuguese captions are used only for this
-choice.
+ImageNet's images are not available. Instead of them, an image feature is synthesized for each class: the mean feature
+of OpenMoji's training images, moved in the direction of the class's weights in EfficientNet's own classifier. The
+relative distance of this move is called reach. One projection is fitted for each of a few reaches, and one without
+ImageNet's classes. Projections with a lower recall on OpenMoji's validation concepts than the one without classes are
+excluded. Of the others, the projection with the highest recall on captioned photographs is chosen. Portuguese captions
+are used only for this choice.
 """
 
 import logging
@@ -36,8 +37,8 @@ from examples.openmoji.proxies import load_photograph_dataset
 from modeling_capivara import clip_loss
 from modeling_capivara.two_towers import embed_texts
 
-# Candidates for the "reach", a ratio: the distance of the feature that is synthesized for an ImageNet class from
-# the mean feature, divided by the average distance of real features from the mean feature.
+# Candidates for the reach. An image feature is synthesized for each ImageNet class. The reach is the distance of such a
+# feature from the mean of the real features, divided by the average distance of the real features from their mean.
 REACH_CANDIDATES = (0.3, 1.0, 3.0)
 # Candidates for the factor of the cosine similarities in the logits. The model stores the factor's natural logarithm.
 LOGIT_SCALE_CANDIDATES = [math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)]
@@ -74,16 +75,18 @@ def _synthesize_class_features_from_weights(features: Tensor, weights: Tensor, r
 
 
 class Candidate(NamedTuple):
-    """Image and text projections that were fitted with one value of the reach, and the recall that they give.
+    """Image and text projections that may become those of the miniature model, and the recall that they give.
 
-    The best of several candidates becomes the miniature model.
+    Several candidates are fitted, and the best becomes the miniature model. They differ in the image features that are
+    synthesized for ImageNet's classes and added to the training data.
 
     Attributes:
         photo_recall: Mean recall on captioned photographs, from 0 to 1.
         validation_recall: Mean recall on OpenMoji's validation concepts, from 0 to 1.
-        reach: The reach, one of `REACH_CANDIDATES`. None if no class features were synthesized.
-        visual: Weights of the image projection, (text width, image width).
-        text: Weights of the text projection, (text width, text width).
+        reach: Distance of the synthesized features from the mean of the real image features, divided by the average
+            distance of the real features from their mean. None if the training data have no synthesized features.
+        visual: Weights of the image projection, of shape (text width, image width).
+        text: Weights of the text projection, of shape (text width, text width).
     """
 
     photo_recall: float
@@ -127,7 +130,7 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
     ]
     weights, class_names = load_efficientnet_tensors()[-2], embed(load_prompts("imagenet-1k").english_names)
 
-    def fit(reach: float | None) -> Candidate:  # None: fit without classes of ImageNet
+    def fit(reach: float | None) -> Candidate:  # reach None: without ImageNet's classes
         inputs, targets = [train], [train_texts]
         if reach is not None:
             inputs.append(_synthesize_class_features_from_weights(train, weights, reach))

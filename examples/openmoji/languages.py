@@ -5,8 +5,8 @@
 
 The dataset has OpenMoji's images with captions in all languages of the package `emoji`. The captions are the names of
 the emoji. Two images that share a name in any language are in the same split, so all languages are measured on the same
-unseen concepts. The base model is built like the base model of `examples.openmoji.prepare`, on English names only, but
-its vocabulary covers all languages. The images are embedded once by `captions.embed`, and all trainings use these
+unseen concepts. The base model is trained on English names only, like the base model of `examples.openmoji.prepare`,
+but its vocabulary covers all languages. The images are embedded once by `captions.embed`, and all trainings use these
 embeddings.
 
 The results are written after each language. docs/reference/languages.md shows them. To finish an interrupted run, or to
@@ -89,7 +89,7 @@ def _add_caption_columns(splits: dict[str, list[EmojiPicture]], data: DatasetDic
             names = load_emoji_names(code, pictures)
             column, feature = f"captions-{code}", List(Value("string"))
             if column not in rows.column_names:
-                # Portuguese names never get here, because the demo's dataset already has a column of them.
+                # The dataset always has the column captions-pt, so this adds all languages except Portuguese.
                 rows = rows.add_column(column, [[names[picture.emoji]] for picture in pictures], feature=feature)
         results[split] = rows
     return results

