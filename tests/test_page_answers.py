@@ -154,7 +154,7 @@ def test_an_invalid_question_is_refused(question):
 
 
 def test_a_valid_question_is_parsed():
-    values = {"since": "2024-02-01", "until": "", "labels": [" um  gato", "casa", "casa", ""], "language": "pt-BR"}
+    values = {"since": "2024-02-01", "until": "", "labels": [" um  gato", "casa", "Casa", ""], "language": "pt-BR"}
     question = Question.parse(values)
     assert (question.since, question.until, question.language) == (date(2024, 2, 1), None, "pt")
     assert question.check_labels_and_template()[0] == ["um gato", "casa"]
@@ -179,7 +179,7 @@ def test_classification_matches_the_index(answers, index):
     ("values", "code"),
     [
         ({"labels": []}, "few_labels"),
-        ({"labels": ["gato", " gato "]}, "few_labels"),
+        ({"labels": ["gato", " Gato "]}, "few_labels"),
         ({"labels": [f"casa {i}" for i in range(MAX_LABELS + 1)]}, "many_labels"),
         ({"labels": ["a", "b"], "template": "uma foto"}, "template"),
         ({"labels": ["a", "b"], "template": "{} e {}"}, "template"),

@@ -105,15 +105,17 @@ class Question:
         """Check the labels and the sentence template of a classification.
 
         Returns:
-            Tuple (labels, template). The labels are distinct. The template is a sentence with the placeholder {} for
-            the label; an empty template is replaced by "{}".
+            Tuple (labels, template). The labels are distinct, ignoring case; the first spelling is used. The template is
+            a sentence with the placeholder {} for the label; an empty template is replaced by "{}".
 
         Raises:
             RequestRefusedError: If there are fewer than `MIN_LABELS` or more than `MAX_LABELS` labels, or the template
                 does not have exactly one {}.
         """
-        names = [" ".join(label.split()) for label in self.labels]
-        labels = list(dict.fromkeys(filter(None, names)))
+        spellings: dict[str, str] = {}
+        for name in filter(None, (" ".join(label.split()) for label in self.labels)):
+            spellings.setdefault(name.casefold(), name)
+        labels = list(spellings.values())
         if len(labels) < MIN_LABELS:
             raise RequestRefusedError("few_labels")
         if len(labels) > MAX_LABELS:
