@@ -1,8 +1,8 @@
 """Prepare the repository's Markdown pages for the documentation site: insert generated text, and rewrite links.
 
 A page may contain a line `<!-- site: NAME -->`. On the site, generated text replaces this line, such as a list of all
-commands. The dict `GENERATED` contains the function that generates the text for each NAME. GitHub shows the page
-without the generated text.
+commands. The dict `GENERATED` maps each NAME to the function that generates the text. On GitHub, the line is an
+invisible comment.
 """
 
 import argparse
@@ -46,17 +46,17 @@ IS_COMMAND_RE = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
 
 
 class Parsed(BaseException):
-    """Exception that stops a command when it parses its flags, and carries the argument parser of the command.
+    """Exception that stops a command when it parses its flags. Its argument is the argument parser of the command.
 
-    The site's command reference is made from these parsers, without running the commands. The exception is a
-    BaseException, because the commands catch ordinary exceptions and report them as errors of the user.
+    The command reference of the site is made from the argument parsers. The exception is a BaseException, because
+    commands may catch ordinary exceptions and report them as errors of the user.
     """
 
 
 def _capture_command_parser(module: str) -> argparse.ArgumentParser:
-    """Return the argument parser of a command.
+    """Return the argument parser of a command, without running the command.
 
-    The function calls the `main` function of the command, and stops it when it parses its flags.
+    The command's function `main` is called, and stopped when it parses its flags.
 
     Args:
         module: Name of the command's module, such as "eval.retrieval".
@@ -77,12 +77,12 @@ def _capture_command_parser(module: str) -> argparse.ArgumentParser:
 
 
 def escape(text: str) -> str:
-    """Escape `<` for Markdown, so that it is not read as HTML. Code between backticks stays unchanged."""
+    """Escape `<` in a Markdown text, so that it does not begin an HTML tag. Code between backticks stays unchanged."""
     return re.sub(r"(`[^`]*`)|<", lambda match: match[1] or "&lt;", text)
 
 
 def _convert_description_to_markdown(text: str) -> str:
-    """Convert the description of a command to Markdown. Indented paragraphs become code blocks."""
+    """Convert the description of a command (its `--help` text) to Markdown. Indented paragraphs become code blocks."""
     paragraphs = []
     for paragraph in re.split(r"\n{2,}", textwrap.dedent(text).strip("\n")):
         is_code = paragraph.startswith(" ")
@@ -117,7 +117,7 @@ def _build_markdown_table(rows: Iterable[tuple[str, ...]], *columns: str) -> str
 
 
 def _build_command_argument_row(action: argparse.Action) -> tuple[str, str, str, str]:
-    """Return the cells of an argument of a command in the command reference: flag, type, default and meaning."""
+    """Return the row for one argument of a command in the command reference: flag, type, default and meaning."""
     name = action.option_strings[0] if action.option_strings else action.dest
     value_type = getattr(action.type, "__name__", "") if action.type else "switch" * (action.nargs == 0)
     if action.choices:
@@ -188,12 +188,12 @@ GENERATED: dict[str, Callable[[], str]] = {
 def insert_generated_parts_and_rewrite_links(page: str, text: str) -> str:
     """Convert the text of a repository page to the text that the documentation site shows.
 
-    Lines `<!-- site: NAME -->` are replaced by generated text. Links to repository files that are pages of the site,
-    such as README.md, are changed so that they lead to these pages.
+    Each line `<!-- site: NAME -->` is replaced by generated text. Some pages of the site have their text in a file
+    outside `docs`, such as CHANGELOG.md. Links to these files are changed, so that they lead to the pages of the site.
 
     Args:
         page: Name of the page below `docs`, without the suffix, such as "how-to/search".
-        text: Text of the page in `docs`. It is ignored for the pages of `OUTSIDE_PAGES`, whose text is read from their
+        text: Text of the page in `docs`. It is not used for the pages in `OUTSIDE_PAGES`, whose text is read from the
             file outside `docs`.
 
     Returns:

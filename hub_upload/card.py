@@ -1,13 +1,16 @@
-"""Write or check the model card (README.md) of a training run or export.
+"""Write the model card (README.md) of a training run or export, or check that a card still agrees with the files.
 
     python -m hub_upload.card --model runs/openmoji-pt-001
     python -m hub_upload.card --model runs/openmoji-pt-001 --repo_id my-name/my-model --language pt
     python -m hub_upload.card --model runs/mine --license cc-by-4.0    # only if no license can be inferred
     python -m hub_upload.card --check runs/openmoji-pt-001
 
-All numbers in a card come from the files in the folder of the run or export. `--check` renders the card again from
-these files and prints each line that differs. You may add sentences without numbers to a card. They are lost when the
-card is written again. Write the card after `hub_upload.export`, which rewrites the files, and before `hub_upload.push`.
+All numbers in a card come from the files in the folder of the run or export, such as run.json and the result files.
+`--check` renders the card again from these files and prints each line that differs. You may add sentences without
+numbers to a card, but they are lost when the card is written again.
+
+To publish a model, run `hub_upload.export`, `hub_upload.card` and `hub_upload.push` in this order. The card is written
+after the export, because the export rewrites the files that the card describes.
 """
 
 import difflib
@@ -36,18 +39,18 @@ TEMPLATE_VERSION = 6
 # HTML comment in which a card stores, as JSON, the options that it was rendered with, so that `--check` can render it
 # again. Cards of template version 1 store no version.
 OPTIONS_COMMENT_RE = re.compile(r"<!-- made by hub_upload\.card with (\{[^\n]*\}) -->")
-# Markup that a user's own lines in a card must not contain, because it could hide other lines or change their meaning:
-# HTML, code blocks, tables, headings, and links to anything but web pages.
+# Users may add lines to a card, but not with this markup, which could hide other lines or change their meaning: HTML,
+# code blocks, tables, headings, and links to anything but web pages.
 REFRAMING_MARKUP_RE = re.compile(r"<|^\s*(```|~~~|\||#|=+$|-+$)|\]\((?!https?://)")
-# Values that can be recognized in a card of any template version: table cells with numbers, signed numbers in lists,
-# and digests of files (32 hexadecimal digits).
+# Values that `--check` compares even if a card was written with another version of the templates: table cells with
+# numbers, signed numbers in lists, and digests of files (32 hexadecimal digits).
 CARD_VALUE_RE = re.compile(
     r"(?<=\| )(?:\*\*)?[-+]?\d[\d.,e-]*(?: ± [\d.,]+)?(?:\*\*)?(?= \|)|(?<=[ ])[-+]\d+[.,]\d+|`[0-9a-f]{32}`"
 )
 MAX_SHOWN_CHARACTERS = 120  # an error message quotes at most this many characters of a card line
-# Maps the (task, direction) of a result to the (id, display name) of the task in the model index. The model index is
-# the list of metrics in the front matter (YAML header) of a card. The Hub defines no image-text retrieval task, so this
-# project chose ids and names for the two directions of retrieval.
+# Maps the (task, search direction) of a result to the (id, display name) of the task in the Hub's "model index", which
+# is the list of metrics in the front matter (YAML header) of a card. The Hub defines no task for image-text retrieval,
+# so this project chose the ids and names of the two search directions.
 HUB_TASKS = {
     ("retrieval", "text_to_image"): ("text-to-image-retrieval", "Text-to-image retrieval"),
     ("retrieval", "image_to_text"): ("image-to-text-retrieval", "Image-to-text retrieval"),
@@ -60,18 +63,18 @@ HUB_TASKS = {
 class CardArguments:
     """Command-line arguments of `hub_upload.card`, which writes the model card of a training run or checks it."""
 
-    model: Path | None = flag(None, "Folder of a finished training run, or of its export. Its card is written.")
+    model: Path | None = flag(None, "Folder of a finished training run or its export, whose model card is written.")
     repo_id: str | None = flag(
-        None, "Hub id (owner/name) that the card's code examples load. Default: they load the current folder."
+        None, "Hub id (owner/name) that the code examples in the card load. Default: the current folder."
     )
     language: Literal["en", "pt"] = flag("en", "Language of the card.")
     license: str | None = flag(
         None,
-        "License of the model, a Hub identifier such as mit. Needed only if the licenses of base model and training "
-        "data don't determine it.",
+        "License of the model, a Hub identifier such as mit. Needed only if no license can be inferred from the "
+        "licenses of base model and training data.",
     )
     output: Path | None = flag(None, "File to write. Default: README.md in the folder.")
-    check: Path | None = flag(None, "Folder whose card is compared with the folder's files. Nothing is written.")
+    check: Path | None = flag(None, "Folder whose card is compared with its other files. Nothing is written.")
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.check is None):
@@ -92,15 +95,16 @@ def render_card(
         language: Language of the card, "en" or "pt".
         repo_id: Hub id of the model that the code examples in the card load. None: the examples load the current
             folder.
-        license: License of the model, a Hub identifier. Needed only if the licenses of base model and training data
-            don't determine it.
+        license: License of the model, a Hub identifier such as "mit". Needed only if no license can be inferred from
+            the licenses of base model and training data. None: the inferred license is used, if there is one.
 
     Returns:
         The card, with its front matter (YAML header) and Markdown text.
 
     Raises:
-        ValueError: If an argument is wrong, or `license` contradicts the licenses of base model and training data. Also
-            if a number is missing in the files, or the card would contain an absolute path or an access token.
+        ValueError: If an argument is invalid, or `license` contradicts the licenses of base model and training data.
+            Also if the files lack a number that the card needs, or if the card would contain an absolute path or an
+            access token.
     """
     if language not in values.LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(values.LANGUAGES)}, got {language!r}.")
@@ -153,15 +157,15 @@ def write_card(
             folder.
         language: Language of the card, "en" or "pt".
         output: File to write. None: README.md in `folder`.
-        license: License of the model, a Hub identifier. Needed only if the licenses of base model and training data
-            don't determine it.
+        license: License of the model, a Hub identifier such as "mit". Needed only if no license can be inferred from
+            the licenses of base model and training data. None: the inferred license is used, if there is one.
 
     Returns:
         Path of the card.
 
     Raises:
-        ValueError: If a file of the run is missing or malformed, results contradict each other, or an argument is
-            wrong. Also if a file or the card would publish an access token or an absolute path.
+        ValueError: If an argument is invalid, a file of the run is missing or malformed, or results contradict each
+            other. Also if the card or a file of the run contains an access token, or the card an absolute path.
     """
     path = output or folder / CARD_FILE
     write_text(path, str(render_card(values.collect_run_metadata(folder), language, repo_id, license)))
@@ -174,12 +178,13 @@ def write_card(
 def find_differences_between_card_and_files(folder: Path) -> list[str]:
     """Find outdated or changed lines in a model card, by comparing the card with the files in its folder.
 
-    The last HTML comment in the card stores the options that the card was rendered with. A new card is rendered from
-    the files with these options, and the two cards are compared line by line. Users may add lines to the card. An added
-    line must have no numbers, and no markup that could hide or change other lines.
+    A new card is rendered from the files, and the two cards are compared line by line. The options for rendering, such
+    as the language, are read from an HTML comment at the end of the existing card. Lines that a user has added are no
+    difference, if they have no numbers and no markup that could hide or change other lines.
 
-    An older card may have been rendered from another version of the card template. In this case, only the front matter
-    (YAML header), the numbers and the file digests are compared, and the card must not contain HTML.
+    If the card was rendered from another version of the card template, its sentences can't be compared. In this case,
+    only the front matter (YAML header), the numbers in tables and lists and the file digests are compared, and each
+    line with HTML counts as a difference.
 
     Args:
         folder: Folder of a training run or of its export, with the card README.md.
@@ -188,9 +193,9 @@ def find_differences_between_card_and_files(folder: Path) -> list[str]:
         One message for each difference. The list is empty if the card and the files agree.
 
     Raises:
-        ValueError: If the folder has no card, or the run is not finished.
+        ValueError: If the folder has no card, or the training run is not finished.
     """
-    # Called only for its check: it raises a ValueError if the training run is not finished.
+    # The result is not used: the function is called because it raises a ValueError if the training run is not finished.
     list_seed_run_folders(folder)
     if not (folder / CARD_FILE).is_file():
         raise ValueError(f"{folder} has no {CARD_FILE}. Write it with `python -m hub_upload.card --model {folder}`.")
@@ -198,8 +203,8 @@ def find_differences_between_card_and_files(folder: Path) -> list[str]:
     if not (options := _read_render_options_from_card_comment(text)):
         return [f"{CARD_FILE}: the card was not written by `python -m hub_upload.card`, so it can't be verified."]
     try:
-        # The options are read from the card, where a user may have changed them to values of the wrong type. The
-        # resulting errors become a ValueError.
+        # A user may have changed the options in the card to values of the wrong type. `wrap_format_errors` turns the
+        # errors that result, such as a TypeError, into a ValueError.
         with values.wrap_format_errors(folder):
             render_options = {name: options.get(name) for name in ("language", "repo_id", "license")}
             expected = str(render_card(values.collect_run_metadata(folder), **render_options))
@@ -239,9 +244,9 @@ def _read_render_options_from_card_comment(text: str) -> dict[str, Any] | None:
         text: Text of the card.
 
     Returns:
-        A dict {"version": template version, "language": "en" or "pt", "repo_id": Hub id or None}. If a license was
-        given, it also has the key "license". None if the text has no such comment, for example because the card was
-        written by hand.
+        A dict {"version": template version, "language": "en" or "pt", "repo_id": Hub id or None}. If the user chose the
+        license, the dict also has the key "license". None if the text has no such comment, for example because the card
+        was written by hand.
     """
     with suppress(ValueError, TypeError, IndexError):
         options = {"version": 1} | json.loads(OPTIONS_COMMENT_RE.findall(text)[-1])
@@ -264,13 +269,13 @@ def _split_front_matter(text: str) -> tuple[str, str]:
 
 
 def _iter_line_differences(expected: str, text: str, allow_additions: bool = False) -> Iterator[str]:
-    """Yield a message for each line of `text` that is not expected, and for each expected line that is missing.
+    """Yield a message for each line that the card lacks, and for each line that it should not have.
 
     Args:
-        expected: Text rendered from the files.
-        text: Text of the card in the folder. Blank lines and trailing spaces are ignored.
-        allow_additions: Accept additional lines in `text` that have no numbers and no markup that could hide or change
-            other lines.
+        expected: Text that was rendered from the files of the run.
+        text: Text of the card in the folder. Blank lines and trailing spaces are ignored in both texts.
+        allow_additions: True: lines that a user has added to the card are accepted, if they have no numbers and no
+            markup that could hide or change other lines. False: each added line is reported.
     """
     wanted, actual = ([line.rstrip() for line in part.split("\n") if line.strip()] for part in (expected, text))
     for _, start, end, first, last in difflib.SequenceMatcher(None, wanted, actual, autojunk=False).get_opcodes():
@@ -296,7 +301,7 @@ def _read_text(path: Path) -> str:
 
 
 def _build_card_front_matter(run_metadata: dict[str, Any], title: str) -> ModelCardData:
-    """Build the front matter of a card, with the metrics of the model (the Hub's "model index").
+    """Build the front matter (YAML header) of a card, with the metrics of the model (the Hub's "model index").
 
     Languages, licenses and Hub ids that the Hub does not accept are omitted.
 
@@ -313,12 +318,12 @@ def _build_card_front_matter(run_metadata: dict[str, Any], title: str) -> ModelC
     model_type = "clip" if is_capivara else run_metadata["architecture"].get("model_type", "clip")
     tags = ["capivara", model_type, "image-text-retrieval", "zero-shot", *["multilingual"] * (len(languages) > 1)]
     model, seed = run_metadata["origins"]["model"], run_metadata["run"]["seed"]
-    # A base model in a local folder has no Hub id. In this case, the card lists the models on the Hub from which the
-    # base model was derived, if the base model's own card names them.
+    # A base model in a local folder has no Hub id. In this case, the front matter names the models on the Hub from
+    # which the base model was derived, if the card of the base model lists them.
     base = _filter_hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
     results = [value for value in run_metadata["values"] if value.model == "capivara" and value.metric != GAIN_METRIC]
-    # If several seeds were measured, the model index lists only the results of the seed whose weights are in the
-    # folder.
+    # If the model was trained with several seeds, the model index lists only the results of the seed whose weights are
+    # published.
     rows = [row for value in results for row in value.measured if value.seeds == 1 or row.seed == seed]
     return ModelCardData(
         # The Hub expects language codes of two or three letters (ISO 639-1 or 639-3), so other codes are left out.
@@ -349,12 +354,10 @@ def _filter_hub_ids(names: Any) -> list[str]:
 def _convert_measurement_to_model_index_entry(run_metadata: dict[str, Any], measurement: Any) -> EvalResult:
     """Convert a measurement to an entry of the model index (the metrics in a card's front matter).
 
-    huggingface_hub groups the entries by task and dataset when it writes the card.
-
     Args:
         run_metadata: Values from `collect_run_metadata`.
-        measurement: Measurement of one seed: an element of the field `measured` of a named tuple that
-            `eval.records.tables.average_over_seeds` returns.
+        measurement: Evaluation result of one seed. It is an element of the list `measured` in a result of
+            `eval.records.tables.average_over_seeds`.
 
     Returns:
         The entry. Metrics that are fractions, such as recall, have values from 0 to 1.

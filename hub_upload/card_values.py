@@ -2,12 +2,14 @@
 
     run_metadata = collect_run_metadata(Path("runs/openmoji-pt-001"))
     run_metadata["config"]["learning_rate"]
+    template_values = build_template_values(run_metadata, "en", repo_id=None)
 
 The values come from `run.json`, `results/*.json`, `config.json`, the headers of the safetensors files, and
 `onnx/quantisation.json`. For a run with several seeds, `run.json` and `results/*.json` in the folders `seed-*` are read
-too. If these files lack a value that the card requires, an error is raised. Missing optional values are omitted from
-the card. Texts from files are escaped, so that they can't add Markdown or HTML to the card. Numbers get the decimal
-separator of the card's language.
+too. If a required value is missing, an error is raised. If an optional value is missing, the card omits it.
+
+Texts from files are escaped, so that they can't add Markdown or HTML to the card. Numbers get the decimal separator of
+the card's language.
 """
 
 import hashlib
@@ -61,11 +63,11 @@ FORMAT_FILES = {  # Hub tag of an export format -> files that a folder with this
 HUB_ID_RE = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
 CAPIVARA_CLASS = KINDS[NATIVE_MODEL_TYPE].class_name
 FIXED_LENGTH_CLASSES = [kind.class_name for kind in KINDS.values() if kind.pads_to_max_length]
-# Two metric values (0 to 1) that differ by more than this contradict each other: a card rounds to 0.01 %, so it would
-# show the difference.
+# If two results for the same measurement (values from 0 to 1) differ by more than this, they contradict each other. The
+# limit is half of 0.01 %, because a card shows two decimals of a percentage.
 CARD_TOLERANCE = 5e-5
-# The base model is evaluated again with every seed, possibly on another device, where rounding may change the ranks of
-# some queries. So larger differences are allowed between evaluations of the base model.
+# Larger differences are allowed between evaluations of the base model. It is evaluated again with every seed, possibly
+# on another device, where rounding may change the ranks of some queries.
 BASELINE_TOLERANCE_QUERIES = 3  # number of queries whose results may differ between two evaluations
 BASELINE_TOLERANCE_RANKS = 1  # largest allowed difference between two median ranks
 MAX_LINE_CHARACTERS = 300  # longer texts from files are truncated to this length
@@ -96,7 +98,8 @@ def wrap_format_errors(folder: Path) -> Iterator[None]:
         folder: Folder of the files that are read, for the error message.
 
     Raises:
-        ValueError: If the code inside the `with` statement raises an error that a malformed value causes.
+        ValueError: If the code inside the `with` statement raises a TypeError, a KeyError, or another error that
+            typically results from a missing value or a value of the wrong type.
     """
     try:
         yield
@@ -116,7 +119,7 @@ def collect_run_metadata(folder: Path) -> dict[str, Any]:
         A dict {name: value} that `render_card` takes. Some of its keys are:
 
         - "run": content of run.json.
-        - "config": settings of the run.
+        - "config": settings of the training run.
         - "model": folder with the weights.
         - "origins": metadata of the base model and the datasets.
         - "license": Hub identifier of the license, or None.
@@ -126,8 +129,8 @@ def collect_run_metadata(folder: Path) -> dict[str, Any]:
         The comments at the end of `_collect_run_metadata_without_error_wrapping` describe all keys.
 
     Raises:
-        ValueError: If a file is missing or malformed, or contains an access token. Also if two results for the same
-            metric and data contradict each other.
+        ValueError: If a file is missing or malformed, or contains an access token. Also if two result files have
+            different values for the same measurement.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -138,15 +141,16 @@ def collect_run_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _collect_run_metadata_without_error_wrapping(folder: Path) -> dict[str, Any]:
-    """Read the values that `collect_run_metadata` returns.
+    """Read the values that `collect_run_metadata` returns, from the files of a training run.
 
-    Errors of any type, such as KeyError, may be raised if a file is malformed. `collect_run_metadata` converts them.
+    A malformed file may cause errors of many types, such as KeyError. `collect_run_metadata`, which calls this
+    function, turns them into ValueError.
 
     Args:
         folder: Folder of a run with one or several seeds, or an export of the run.
 
     Returns:
-        A dict {name: value}. The comments in the `return` statement describe the values.
+        A dict {name: value}. The comments in the `return` statement at the end describe each value.
     """
     digests: dict[str, str] = {}
     model, run, runs = _find_model_and_runs(folder, digests)
@@ -194,16 +198,19 @@ def _collect_run_metadata_without_error_wrapping(folder: Path) -> dict[str, Any]
 def _find_model_and_runs(folder: Path, digests: dict[str, str]) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
     """Find the folder with the weights of a training run, and read the run's files `run.json`.
 
-    There may be a `run.json` in the folder of the run and in each folder `seed-*`.
+    A run with one seed has a single `run.json` in its folder. A run with several seeds has a `run.json` in each of its
+    folders `seed-*`.
 
     Args:
         folder: Folder of the run or export.
-        digests: Dict {relative path: SHA-256} of the files that were read. The files read here are added.
+        digests: Dict {relative path: SHA-256} of the files that were read. This function adds the files that it reads.
 
     Returns:
-        A tuple of the folder with the weights, the content of the `run.json` that belongs to these weights, and the
-        list of the contents of all `run.json` files, sorted by seed. If the weights are in folders `seed-*`, the folder
-        of the lowest seed is chosen.
+        A tuple (model, run, runs):
+
+        - model: folder with the weights. For a run with several seeds, this is the folder of the lowest seed.
+        - run: content of the `run.json` that belongs to these weights.
+        - runs: contents of the `run.json` files of all seeds, sorted by seed.
 
     Raises:
         ValueError: If there is no `run.json`, or a file is malformed or has another schema version.
@@ -220,18 +227,18 @@ def _find_model_and_runs(folder: Path, digests: dict[str, str]) -> tuple[Path, d
             f"There is no run.json in {folder} or its folders seed-*. Give the folder of a finished training run."
         )
     model = folder if folder in runs else min(runs, key=lambda seed_folder: runs[seed_folder]["seed"])
-    # If two files name the same seed, the run with the weights counts.
+    # If two run.json files name the same seed, the file in the folder with the weights is used.
     by_seed = {run["seed"]: run for run in (*runs.values(), runs[model])}
     return model, runs[model], [by_seed[seed] for seed in sorted(by_seed)]
 
 
 def _read_json_recording_digest(path: Path, folder: Path, digests: dict[str, str]) -> dict[str, Any]:
-    """Read the object in a JSON file and record the SHA-256 of the file.
+    """Read a JSON file whose top level is an object, and add its SHA-256 to `digests`, which the card lists.
 
     Args:
         path: File to read.
         folder: Folder of the run or export.
-        digests: Dict {path relative to `folder`: SHA-256} of the files that were read. The file is added.
+        digests: Dict {path relative to `folder`: SHA-256} of the files that were read. This function adds `path`.
 
     Returns:
         The content of the file.
@@ -251,15 +258,16 @@ def _read_json_recording_digest(path: Path, folder: Path, digests: dict[str, str
 
 
 def _read_result_recording_digest(path: Path, folder: Path, digests: dict[str, str]) -> ResultFile | None:
-    """Read a result file and record its SHA-256.
+    """Read a file with evaluation results, and add its SHA-256 to `digests`, which the card lists.
 
     Args:
         path: File to read.
         folder: Folder of the run or export.
-        digests: Dict {path relative to `folder`: SHA-256} of the files that were read. The file is added.
+        digests: Dict {path relative to `folder`: SHA-256} of the files that were read. This function adds `path`.
 
     Returns:
-        The parsed result file. None for a JSON file without `records`, such as the summary of an evaluation suite.
+        The parsed result file. None for a JSON file without the key "records", such as the summary of an evaluation
+        suite (a set of benchmarks).
 
     Raises:
         ValueError: If the file is malformed or contains an access token or key.
@@ -275,7 +283,7 @@ def _read_result_recording_digest(path: Path, folder: Path, digests: dict[str, s
 
 
 def _check_and_average_results(results: list[ResultFile]) -> list[Any]:
-    """Check that the result files of a run agree, and average each metric over the seeds.
+    """Check that the result files of a run do not contradict each other, and average each metric over the seeds.
 
     Args:
         results: All result files of the run.
@@ -285,8 +293,8 @@ def _check_and_average_results(results: list[ResultFile]) -> list[Any]:
         dataset.
 
     Raises:
-        ValueError: If there are no measurements with full-width embeddings, two files contradict each other, or a file
-            names no seed although other files do.
+        ValueError: If all results were measured with truncated embeddings, or there are no results. Also if two files
+            have different values for the same measurement, or if only some of the files name the seed of the model.
     """
     if all(record.dim for result in results for record in result.records):
         raise ValueError(
@@ -314,8 +322,8 @@ def _check_and_average_results(results: list[ResultFile]) -> list[Any]:
 def find_eval_dataset_revision(run: dict[str, Any], measurement: Any) -> str | None:
     """Find the Hub commit of an evaluation dataset, so that the card names the exact version of the data.
 
-    The result file names the commit, except if the training run itself evaluated the model. In this case, the commit is
-    in `run.json`. It is used only if the result file and `run.json` have the same dataset fingerprint.
+    Normally, the result file names the commit. Result files that the training run itself wrote don't name it. For them,
+    the commit is read from `run.json`, but only if both files have the same fingerprint (hash) of the dataset.
 
     Args:
         run: Content of `run.json`.
@@ -335,10 +343,12 @@ def find_eval_dataset_revision(run: dict[str, Any], measurement: Any) -> str | N
 
 
 def _group_results_by_table(values: list[Any]) -> list[dict[str, Any]]:
-    """Group results by the table that shows them in a card. A table has one dataset, protocol and precision.
+    """Group evaluation results, so that the card can show each group as a table.
+
+    The results of a group have the same task, dataset, split, language, evaluation protocol and precision.
 
     Args:
-        values: Results of `average_over_seeds`, also for truncated embeddings.
+        values: Results of `average_over_seeds`, for full and truncated embeddings.
 
     Returns:
         One dict per group, in the order of the files, with these keys:
@@ -347,7 +357,7 @@ def _group_results_by_table(values: list[Any]) -> list[dict[str, Any]]:
         - "first": the first result of the group.
         - "pairs": pairs of baseline and model with full-width embeddings (see `_pair_model_with_baseline`).
         - "main": the pairs with the most important metric: mean recall for retrieval, otherwise the first metric.
-        - "gains": results of the metric `GAIN_METRIC`.
+        - "gains": results of the metric `GAIN_METRIC`, the difference in mean recall between model and baseline.
         - "texts" and "images": numbers of texts and images that were evaluated, or None.
         - "widths": pairs for full and truncated embeddings, from `_compare_recall_by_embedding_width`. Empty if no
           truncated embeddings were evaluated.
@@ -370,7 +380,9 @@ def _group_results_by_table(values: list[Any]) -> list[dict[str, Any]]:
 
 
 def _pair_model_with_baseline(values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Pair the results of the baseline and the trained model. Results of the metric `GAIN_METRIC` are skipped.
+    """Pair the results of the baseline (the base model) with the results of the trained model.
+
+    Results of the metric `GAIN_METRIC` are skipped, because they are already differences between the two models.
 
     Args:
         values: Results of `average_over_seeds`.
@@ -386,17 +398,17 @@ def _pair_model_with_baseline(values: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _compare_recall_by_embedding_width(group: list[Any]) -> list[dict[str, Any]]:
-    """Compare baseline and model at each embedding width (full and truncated embeddings).
+    """Compare the baseline and the trained model at each embedding width: full embeddings and truncated embeddings.
 
-    The metric is mean recall, or recall@1 if the group has no mean recall because there are too few images.
+    The metric is mean recall. A group without mean recall, because there are too few images, is compared by recall@1.
 
     Args:
         group: Results of `average_over_seeds` that have the same dataset, protocol and precision.
 
     Returns:
         The dicts that `_pair_model_with_baseline` returns, sorted by direction and decreasing width. Each has the
-        additional key "recall_share": the model's recall with truncated embeddings divided by its recall with full
-        embeddings. The value is None for full embeddings.
+        additional key "recall_share": the trained model's recall with truncated embeddings divided by its recall with
+        full embeddings. The value is None for full embeddings.
     """
     metric = "mean_recall" if any(value.metric == "mean_recall" for value in group) else "recall@1"
     pairs = _pair_model_with_baseline(value for value in group if value.metric == metric)
@@ -440,8 +452,8 @@ def escape_value_for_markdown(value: Any) -> str:
         One line of escaped text.
     """
     line = re.sub(r"([\\`*_\[\]|~$!#])", r"\\\1", to_publishable_line(value))
-    # At the start of a line, "-", "+", "=" or a number such as "1." would begin a list or mark a heading, so a
-    # backslash escapes it.
+    # A "-", "+" or "=" at the start of a line, or a number such as "1.", would begin a list or mark a heading. A
+    # backslash prevents this.
     line = re.sub(r"^([-+=]|\d+(?=[.)](\s|$)))", r"\\\1" if line[:1] in "-+=" else r"\1\\", line)
     return html.escape(line, quote=False)
 
@@ -453,8 +465,8 @@ def format_as_markdown_code_or_escaped_text(value: Any) -> str:
         value: Text, or another value that is written as JSON.
 
     Returns:
-        The value in backticks if it has only characters of names and paths (`PLAIN_CODE_RE`). Any other value is
-        returned as escaped text.
+        The value in backticks, if it has only characters of names and paths (`PLAIN_CODE_RE`). Otherwise, the value as
+        escaped text.
     """
     written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = to_publishable_line(written)
@@ -476,7 +488,7 @@ def select_code_example_inputs(language: str, fallback_texts: Sequence[str]) -> 
 
     Args:
         language: Language code of the model.
-        fallback_texts: Texts to use as example texts and labels if the language is not Portuguese.
+        fallback_texts: Example texts and labels for languages other than Portuguese, which has its own examples.
 
     Returns:
         A dict of strings with these keys:
@@ -494,9 +506,9 @@ def select_code_example_inputs(language: str, fallback_texts: Sequence[str]) -> 
 
 
 class CardWriter:
-    """Formatter of numbers, durations and names in the language of a model card, for the card templates.
+    """Formatter of numbers, durations and names in the language of a model card.
 
-    The templates call the methods of this class by name.
+    The Jinja templates of the card call its methods by name, for example `{{ percent(gain, sign=true) }}`.
 
     Args:
         language: Language of the card, "en" or "pt".
@@ -529,7 +541,7 @@ class CardWriter:
         """Format a fraction (0 to 1), such as a recall, as a percentage with two decimals, without a percent sign.
 
         Args:
-            share: Fraction, or difference of two fractions, which is formatted in percentage points.
+            share: A fraction, or a difference of two fractions. A difference of 0.015 gives "1.50" percentage points.
             sign: Whether to write a plus sign.
 
         Raises:
@@ -541,7 +553,8 @@ class CardWriter:
         """Format a duration with its unit, in the number format of the card's language.
 
         Args:
-            seconds: Duration in seconds. It is written in hours from 90 minutes on, and in minutes from 90 seconds on.
+            seconds: Duration in seconds. Durations below 90 seconds are written in seconds, below 90 minutes in
+                minutes, and longer durations in hours.
         """
         if seconds < 90:
             return f"{self.number(seconds, 1 if seconds >= 1 else 2)} s"
@@ -552,7 +565,7 @@ class CardWriter:
         """Translate a language code to the name of the language, written in the card's language.
 
         Args:
-            key: Code of the language to name, such as "pt". An unknown code is returned, escaped for Markdown.
+            key: Code of the language to name, such as "pt". An unknown code is returned as it is, escaped for Markdown.
         """
         return self.words["languages"].get(key) or escape_value_for_markdown(key)
 
@@ -581,7 +594,8 @@ class CardWriter:
         """Format a value of `run.json` for each seed of a run, and join the results with semicolons.
 
         Args:
-            name: Key in `run.json`. A dot separates nested keys, for example "seconds.training".
+            name: Key in `run.json`. Dots separate nested keys: "seconds.training" is the value of "training" in the
+                dict "seconds".
             write: Function that formats a single value, such as `duration`.
             more: Further arguments of `write`.
 
@@ -617,9 +631,9 @@ class CardWriter:
 
 
 def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: str | None) -> dict[str, Any]:
-    """Build the variables of the template from which `render_card` renders a model card.
+    """Build the variables for the Jinja template of a model card.
 
-    The variables `title`, `options` and `card_data` are not included, because `render_card` adds them.
+    Only the variables `title`, `options` and `card_data` are missing, because `render_card` adds them.
 
     Args:
         run_metadata: Values from `collect_run_metadata`.
@@ -686,8 +700,8 @@ def _find_insignificant_gains(gains: list[Any]) -> list[tuple[Any, list[Any]]]:
         gains: Results of `average_over_seeds` for the metric `GAIN_METRIC`.
 
     Returns:
-        A tuple (gain, measurements) for each gain that is not significant with at least one seed. The measurements are
-        those of the seeds whose interval includes zero.
+        A tuple (gain, measurements) for each gain that is not significant for at least one seed. The list
+        `measurements` has the results of the seeds whose interval includes zero.
     """
     measurements = [
         (gain, [row for row in gain.measured if row.interval_95 and row.interval_95[0] <= 0 <= row.interval_95[1]])
@@ -697,26 +711,28 @@ def _find_insignificant_gains(gains: list[Any]) -> list[tuple[Any, list[Any]]]:
 
 
 def _infer_human_or_machine_translation(datasets: list[dict[str, Any]], language: str) -> str:
-    """Return whether humans or machines translated the training captions.
+    """Find out from the cards of the training datasets whether humans or machines translated the captions.
 
     Args:
         datasets: Metadata of the training datasets, from `hub_upload.origins.read_origin_card_metadata`.
         language: Language code of the captions.
 
     Returns:
-        "human", "machine", "mixed" if the datasets differ, or "" if no dataset states it.
+        "human" or "machine", "mixed" if the datasets differ, or "" if no card states it.
     """
     stated = {origin.get("translations", {}).get(language, "") for origin in datasets} & {"human", "machine"}
     return "mixed" if len(stated) > 1 else "".join(stated)
 
 
 def _select_hyperparameters_for_card(config: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
-    """Select the hyperparameters in `_SETTING_NAMES` that the card shows. Those without effect in the run are skipped.
+    """Select the hyperparameters that the card shows: those in `_SETTING_NAMES` that had an effect in the run.
+
+    For example, the settings of LoRA are left out if the run did not use LoRA.
 
     Args:
-        config: Settings of the run. They are the value of "config" in `run.json`.
-        fixed: Hyperparameters that users can't set, because the training code sets them to constants. They are the
-            value of "fixed" in `run.json`.
+        config: Settings of the run, the value of "config" in `run.json`.
+        fixed: Hyperparameters that users can't set, because the training code uses constants. They are the value of
+            "fixed" in `run.json`.
 
     Returns:
         A dict {name of the hyperparameter: value}, in the order of `_SETTING_NAMES`.
@@ -727,6 +743,6 @@ def _select_hyperparameters_for_card(config: dict[str, Any], fixed: dict[str, An
     if config.get("caption_strategy") == "none":
         settings |= dict.fromkeys(("caption_count", "min_similarity"))
     if settings["image_embedding_cache"] not in (None, "", "off"):
-        # The setting may be the path of a folder on this computer, which must not be published.
+        # The value may be the path of a folder on this computer. It must not be published, so the card says only "on".
         settings["image_embedding_cache"] = "on"
     return {key: value for key, value in settings.items() if value is not False and value not in (None, "", [], {})}

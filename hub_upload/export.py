@@ -6,8 +6,9 @@
     python -m hub_upload.export --model MODEL --output text_side --formats drop_in --base data/openmoji/base
     python -m hub_upload.export --model MODEL --output immich --formats immich   # with --base: text encoder only
 
-Formats that can read the same weight file share it. To save memory, the weights are memory-mapped and not loaded as a
-whole. The folder contains only files that match a pattern of `ALLOWED_FILES` in `hub_upload/upload_checks.py`.
+Formats share files where possible: transformers and Sentence Transformers, for example, read the same weight file. To
+save memory, the weights are memory-mapped and not loaded as a whole. The folder contains only files that may be
+published, according to the list `ALLOWED_FILES` in `hub_upload/upload_checks.py`.
 """
 
 import logging
@@ -39,7 +40,8 @@ from modeling_capivara.loading import (
 )
 
 DEFAULT_FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")
-# drop_in (only the text encoder) and immich (for the Immich photo server) can't share a folder with other formats.
+# The formats drop_in (only the text encoder) and immich (for the Immich photo server) can't be combined with others in
+# one folder.
 KNOWN_FORMATS = (*DEFAULT_FORMATS, "transformers_js", "drop_in", "immich")
 logger = logging.getLogger("capivara")
 
@@ -49,7 +51,7 @@ class ExportArguments:
     """Command-line arguments of `hub_upload.export`, which writes a model in the formats of other libraries."""
 
     model: Path = flag(..., "Folder of a two-tower model, written by a training run or `save_pretrained`.")
-    output: Path = flag(..., "Folder to write. It must not exist or must be empty.")
+    output: Path = flag(..., "Folder to write. It must be empty or not exist yet.")
     formats: str = flag(
         ",".join(DEFAULT_FORMATS),
         f"Formats to write, separated by commas: {', '.join(DEFAULT_FORMATS)}, transformers_js. transformers is always "
@@ -59,19 +61,19 @@ class ExportArguments:
     )
     base: str | None = flag(
         None,
-        "Base model that the images were embedded with: a folder (CAPIVARA also in open_clip's format) or a Hub id. "
-        "Its image encoder must be bit-identical to the model's. Required for drop_in, optional for immich. If it is "
-        "given, only the text encoder is written.",
+        "Folder or Hub id of the base model with which the images were embedded. Its image encoder must be "
+        "bit-identical to the model's. Required for drop_in, optional for immich: with --base, immich writes only the "
+        "text encoder. A base CAPIVARA model may be in open_clip's format.",
     )
     text_config: str | None = flag(
         None,
-        "Hub id from which open_clip loads the configuration of the text tower. Default: XLM-RoBERTa base. Without "
-        "this flag, the format open_clip is skipped if the model has another text tower.",
+        "Hub id from which open_clip loads the configuration of the text tower. Default: XLM-RoBERTa base. If the "
+        "model has another text tower, the format open_clip requires this flag and is skipped without it.",
     )
     repo_id: str | None = flag(
         None,
-        "Hub id, OWNER/NAME, under which the folder will be published. open_clip's `hf-hub:` loads the tokenizer from "
-        "there.",
+        "Hub id, OWNER/NAME, under which the folder will be published. It is written to the configuration for "
+        "open_clip, which loads the tokenizer from this repository.",
     )
     overwrite_output_dir: bool = flag(False, "Replace the output folder if it exists.")
 
@@ -105,27 +107,30 @@ def export_model(
 ) -> list[tuple[str, int]]:
     """Export a model to a folder that can be published, in the formats of several libraries.
 
-    The written weights are compared with the model, and the files are searched for secrets. If the export fails,
-    nothing is written.
+    The written weights are compared with the weights of the model, and the files are searched for secrets (access
+    tokens and keys). If the export fails, nothing is written.
 
     Args:
         model: Folder of a two-tower model, written by a training run or `save_pretrained`.
-        output: Folder to write. It must not exist or must be empty, unless `overwrite` is set.
+        output: Folder to write. It must be empty or not exist yet, unless `overwrite` is True.
         formats: Names of formats: "transformers" (always written), "open_clip", "sentence_transformers", "onnx",
             "transformers_js", "drop_in" (only the text encoder) and "immich" (for the photo server). The last two can't
             be combined with other formats.
-        text_config: Hub id from which open_clip loads the configuration of the text tower. None: open_clip uses
-            XLM-RoBERTa base. If the model has another text tower, the format open_clip is then skipped.
-        overwrite: Whether to replace `output` if it exists.
-        repo_id: Hub id under which the folder will be published. open_clip's `hf-hub:` loads the tokenizer from there.
-        base: Folder or Hub id of the base model that the images were embedded with, for "drop_in" and "immich". Its
-            image encoder must be bit-identical to the model's.
+        text_config: Hub id from which open_clip loads the configuration of the text tower. None: open_clip loads the
+            configuration of XLM-RoBERTa base, and the format "open_clip" is skipped if the model has another text
+            tower.
+        overwrite: True: an existing folder `output` is replaced.
+        repo_id: Hub id under which the folder will be published. It is written to the configuration for open_clip,
+            which loads the tokenizer from this repository, and to the code examples of "drop_in". None: not yet known.
+        base: Folder or Hub id of the base model with which the images were embedded. Its image encoder must be
+            bit-identical to the model's. Required for "drop_in". For "immich", it is optional: if it is given, only
+            the text encoder is written.
 
     Returns:
         A tuple (relative path, size in bytes) for each file, sorted by path.
 
     Raises:
-        ValueError: If an argument is wrong, the model is damaged, or a format can't represent the model. Also if a
+        ValueError: If an argument is invalid, the model is damaged, or a format can't represent the model. Also if a
             written file contains an absolute path or an access token.
         ImportError: If a package that a format needs is missing.
     """
@@ -153,7 +158,7 @@ def _clean_and_check_formats(formats: Sequence[str], text_config: str | None, ba
         base: Value of --base, or None.
 
     Returns:
-        The names of the formats, without spaces and empty names. "onnx" is added if "transformers_js" needs it.
+        The names of the formats, without spaces and empty names. If "transformers_js" is among them, "onnx" is too.
 
     Raises:
         ValueError: If a format is unknown, or the formats and the other arguments can't be combined.
@@ -175,7 +180,7 @@ def _clean_and_check_formats(formats: Sequence[str], text_config: str | None, ba
             f"--base {base} with --formats {','.join(formats)}."
         )
     if "transformers_js" in formats and "onnx" not in formats:
-        formats.append("onnx")  # transformers.js reads the ONNX graphs and their weights
+        formats.append("onnx")  # transformers.js runs the ONNX graphs of the model
     if standalone or "onnx" in formats:
         purpose = f"{standalone[0]} in --formats" if standalone else "onnx in --formats (which you can leave out)"
         require_packages(purpose, "onnx", *onnx.ONNX_PACKAGES)
@@ -193,8 +198,8 @@ def _read_and_check_model_config(folder: Path, formats: Sequence[str] = ()) -> P
         The configuration.
 
     Raises:
-        ValueError: If the folder holds no two-tower model, or a format does not support the model. For a run with
-            several seeds, the message names the folders of the seeds.
+        ValueError: If the folder holds no two-tower model, or a format does not support the model. If the folder is a
+            training run with several seeds, the message names the subfolders that hold a model.
     """
     if not folder.is_dir():
         raise ValueError(f"The model folder {folder} does not exist.")
@@ -222,15 +227,15 @@ def _write_formats_with_both_towers(
 ) -> None:
     """Write both towers of the model in all requested formats except drop_in and immich.
 
-    Unsupported formats are refused before the weights are read, so that the user learns of them at once.
+    The formats are checked before the weights are read, so that an error appears before the long work.
 
     Args:
         model: Folder of the model.
         folder: Folder to write to.
         config: Configuration of the model.
         formats: Names of formats, checked by `_clean_and_check_formats`.
-        text_config: Hub id from which open_clip loads the configuration of the text tower, or None.
-        repo_id: Hub id under which the folder will be published, or None.
+        text_config: Hub id from which open_clip loads the configuration of the text tower. None: XLM-RoBERTa base.
+        repo_id: Hub id under which the folder will be published. None: unknown.
     """
     processor, kind = load_processor(model), KINDS[config.model_type]
     has_text_config = kind.open_clip_layout == "hf_text"
@@ -270,17 +275,17 @@ def _write_formats_with_both_towers(
 def _write_and_verify_model_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open_clip: bool) -> None:
     """Write configuration and weights for transformers, and optionally weights for open_clip.
 
-    Each written tensor is compared with the model. The weights are memory-mapped, so that memory never holds more than
-    one copy of them.
+    Each written tensor is compared with the same tensor of the model. The weights are memory-mapped, so that memory
+    never holds more than one copy of them.
 
     Args:
         model: Folder of the model.
         folder: Folder to write to.
         config: Configuration of the model.
-        with_open_clip: Whether to also write the weights in open_clip's layout.
+        with_open_clip: Whether to also write a file with the weights under open_clip's tensor names.
 
     Raises:
-        ValueError: If a written tensor differs from the model.
+        ValueError: If a written tensor differs from the tensor of the model.
     """
     mapped = load_memory_mapped_model(model, config)
     expected = shared_formats.compute_tensor_digests(mapped.state_dict())
@@ -296,10 +301,12 @@ def _write_and_verify_model_weights(model: Path, folder: Path, config: PreTraine
 
 
 def _write_processor_with_code_if_needed(model: Path, folder: Path, processor: ProcessorMixin) -> None:
-    """Write the files of the processor, without paths of this machine, and for CAPIVARA also the model's Python code.
+    """Write the files of the processor and, for a CAPIVARA model, the Python code of the model and its processor.
 
-    Programs that don't run Python code from the Hub read only tokenizer.json. This file gives them the same tokens as
-    the processor, except for damaged texts, which only the text cleaning code repairs.
+    Absolute paths of this machine are removed from the files.
+
+    A CAPIVARA processor cleans texts with Python code. Programs that don't run this code read only tokenizer.json. This
+    file gives the same tokens, except for damaged texts, which only the code repairs.
 
     Args:
         model: Folder of the model.
@@ -311,10 +318,10 @@ def _write_processor_with_code_if_needed(model: Path, folder: Path, processor: P
             write_json(folder / path.name, shared_formats.read_publishable_settings(path))
         elif path.is_file():
             shutil.copyfile(path, folder / path.name)
-    # A processor of transformers needs no Python code in the model folder, so only its tokenizer is written.
+    # A processor class that is part of transformers needs no Python code in the model folder.
     if not isinstance(processor, CapivaraProcessor):
-        # The tokenizer files are not copied but written again, because `load_processor` has corrected the maximum text
-        # length, the model inputs and the handling of capital letters.
+        # The tokenizer files of the model may have wrong settings: maximum text length, names of the model inputs,
+        # handling of capital letters. `load_processor` has corrected them, so the files are written again.
         shared_formats.save_tokenizer_for_publication(processor.tokenizer, folder)
         return
     shared_formats.write_tokenizer_json_with_normalizer(folder, read_json(folder / "tokenizer.json"), is_capivara=True)
@@ -324,10 +331,10 @@ def _write_processor_with_code_if_needed(model: Path, folder: Path, processor: P
 
 
 def _copy_existing_card_and_run_files(model: Path, folder: Path) -> None:
-    """Copy the files of a model that are neither weights nor processor: card, license, run.json, results and plots.
+    """Copy the other files of a model: card, license, run.json, evaluation results, plots and rotation.safetensors.
 
-    The file rotation.safetensors is copied too. Missing files are skipped. Absolute paths in JSON files are shortened
-    by `shorten_absolute_paths`.
+    Missing files are skipped. Absolute paths in JSON files are shortened by `shorten_absolute_paths`, because they must
+    not be published.
 
     Args:
         model: Folder of the model. If it is a folder `seed-*`, the results of all seeds are copied.
@@ -335,7 +342,8 @@ def _copy_existing_card_and_run_files(model: Path, folder: Path) -> None:
     """
     results = model / "results"
     if not results.is_dir() and model.name.startswith("seed-"):
-        # The folder of one seed has no results of its own: the parent folder has the results of all seeds.
+        # In a training run with several seeds, the folder of a seed has no results. The parent folder has the results
+        # of all seeds.
         results = model.parent / "results"
     records = {f"results/{path.name}": path for path in sorted(results.glob("*.json"))}
     if (model / "run.json").is_file():

@@ -2,27 +2,31 @@
 
 from typing import Any
 
-# Hub identifiers of licenses that allow derived works to carry another license, as long as the copyright notices are
-# kept.
+# Hub identifiers of licenses that require no more of a derived work than to keep the copyright notices: a model that is
+# made from a work with such a license may have any other license.
 PERMISSIVE_LICENSES = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
 PERMISSIVE_LICENSES |= {"postgresql", "unlicense", "zlib"}
-# Licenses that allow derived works to carry a license for non-commercial use only, as long as the author is named.
+# Licenses that require only that the author is named. A derived work may have a license for non-commercial use only.
 ATTRIBUTION_LICENSES = {"cc-by-2.0", "cc-by-3.0", "cc-by-4.0"}
 
 
 def infer_license(stated_licenses: list[list[str]]) -> str | None:
     """Infer the license of a model from the licenses of the works that it is derived from.
 
-    The works are the base model and the training datasets. Permissive licenses (`PERMISSIVE_LICENSES`) give way to
-    every other license, so "mit" and "cc-by-4.0" result in "cc-by-4.0". Attribution licenses (`ATTRIBUTION_LICENSES`)
-    give way to a license that forbids commercial use.
+    The works are the base model and the training datasets. If they have different licenses, the stricter license is
+    the license of the model:
+
+    - Any other license is stricter than a permissive license (`PERMISSIVE_LICENSES`). For example, "mit" and
+      "cc-by-4.0" result in "cc-by-4.0".
+    - A license that forbids commercial use is stricter than an attribution license (`ATTRIBUTION_LICENSES`). For
+      example, "cc-by-4.0" and "cc-by-nc-4.0" result in "cc-by-nc-4.0".
 
     Args:
         stated_licenses: For each work, the Hub identifiers of the licenses that its card states.
 
     Returns:
-        The Hub identifier of the license. None if a work states no license, or if the works require several different
-        licenses, for example "cc-by-4.0" and "gpl-3.0".
+        The Hub identifier of the license. None if a work states no license. Also None if none of several licenses is
+        the strictest, for example "cc-by-4.0" and "gpl-3.0".
     """
     if not all(stated_licenses):
         return None
@@ -43,9 +47,9 @@ def _is_non_commercial(license: str) -> bool:
 
 
 def check_stated_license(origins: dict[str, Any], stated: str | list[str] | None) -> None:
-    """Check that a model's stated license does not permit commercial use against the licenses of its sources.
+    """Check that the license of a model permits commercial use only if the licenses of its sources permit it.
 
-    The sources are the base model, the training datasets and, if there is one, the teacher model.
+    The sources are the base model, the training datasets and, if run.json names one, a teacher model.
 
     Args:
         origins: Metadata of the sources, the value of "origins" in run.json: `{"model": base model, "datasets": list of
@@ -54,8 +58,7 @@ def check_stated_license(origins: dict[str, Any], stated: str | list[str] | None
         stated: License that the model's card states: a Hub identifier, a list of Hub identifiers, or None.
 
     Raises:
-        ValueError: If the base model, a training dataset or the teacher is licensed for non-commercial use only, and
-            the stated license permits commercial use.
+        ValueError: If the stated license permits commercial use, but a source is licensed for non-commercial use only.
     """
     permissive = [license for license in as_texts(stated) if not _is_non_commercial(license)]
     datasets = origins.get("datasets")
@@ -76,6 +79,6 @@ def as_texts(value: Any) -> list[str]:
     Values such as `license` may be written as a single value or as a list.
 
     Args:
-        value: A single value or a list of values. Empty values and None are skipped.
+        value: A single value or a list of values. Empty values and None are left out of the result.
     """
     return [str(text) for text in (value if isinstance(value, list) else [value]) if text]

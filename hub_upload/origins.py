@@ -1,4 +1,4 @@
-"""Read the cards (README.md) of a model's base model and training datasets."""
+"""Read titles and licenses from the cards (README.md) of a model's base model and training datasets."""
 
 import re
 from collections.abc import Sequence
@@ -52,14 +52,14 @@ def read_origin_card_metadata(name: str, repo_type: str) -> dict[str, Any]:
     Returns:
         A dict with these keys. Values that the card does not state are None or empty.
 
-        - "name": the argument `name` without the folders of this machine.
+        - "name": the argument `name`. A path is shortened, because private folders must not be published.
         - "title": title on the card. If the card has no title, the Hub id or the last part of the path.
-        - "hub_id" and "revision": Hub id and commit. None if the card does not come from the Hub.
+        - "hub_id" and "revision": Hub id and commit of the card. None if the card does not come from the Hub.
         - "base_model": list of the Hub ids that the card names as base models.
         - "licenses": list of license identifiers.
         - "attribution": sentence that credits the authors, as the license requires.
-        - "translations": dict {language code: "human" or "machine"}, which says who translated the captions of this
-          language. Cards that `captions.build` writes state it.
+        - "translations": dict {language code: "human" or "machine"}, which says who translated the captions of a
+          dataset. Dataset cards that `captions.build` writes state it.
     """
     is_on_hub = not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     is_file_or_pattern = not Path(name).is_dir() and "/" in name
@@ -83,7 +83,7 @@ def read_origin_card_metadata(name: str, repo_type: str) -> dict[str, Any]:
 
 @cache  # training and evaluation often use the same dataset, whose card is then fetched once
 def _fetch_card(name: str, repo_type: str) -> Path | None:
-    """Return the local path of a card from the Hub. Downloads the card if it is not in the cache.
+    """Return the local path of a card on the Hub. If the card is not in the Hub's local cache, it is downloaded.
 
     Args:
         name: Hub id.
@@ -93,7 +93,8 @@ def _fetch_card(name: str, repo_type: str) -> Path | None:
         Path of README.md in the Hub's cache. None if there is no card or the Hub can't be reached.
     """
     try:
-        # The cache is tried first, because it holds the card of the commit that was loaded for training.
+        # The local cache is tried first: it has the card of the commit that was loaded for training, which may be older
+        # than the card on the Hub.
         cached = try_to_load_from_cache(name, "README.md", repo_type=repo_type)
         return Path(cached if isinstance(cached, str) else hf_hub_download(name, "README.md", repo_type=repo_type))
     except (OSError, ValueError):

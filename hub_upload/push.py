@@ -7,11 +7,13 @@
     python -m hub_upload.push --model data/mine --repo_id my-name/my-data --repo_type dataset --push
     python -m hub_upload.push --model demo --repo_id my-name/my-demo --repo_type space --push   # from hub_upload.space
 
-Without --push, nothing is changed on the Hub. The access token is the one that huggingface_hub uses: HF_TOKEN, or the
-token saved by `hf auth login`. Only files that belong to a model, dataset or Space are uploaded (see
-`hub_upload/upload_checks.py`). Files that are only on the Hub stay there, except if a Space is pushed again. In this
-case, files in the uploaded subfolders are deleted if the local folder no longer has them. Use the `hf` command to
-create tags or delete files. If the connection breaks, run the same command again.
+Without --push, the changes are only listed, and nothing is changed on the Hub. The access token is read from HF_TOKEN,
+or from the file that `hf auth login` saves. Only files that belong to a model, dataset or Space are uploaded (see
+`hub_upload/upload_checks.py`).
+
+Files that are on the Hub but not in the folder stay there. Only in a Space, files in the uploaded subfolders are
+deleted if the local folder no longer has them. To delete other files or to create tags, use the `hf` command. If the
+connection breaks, run the same command again.
 """
 
 import inspect
@@ -50,7 +52,8 @@ RETRY_HINT = (
     "check on the repository's page whether the pull request exists already."
 )
 RETRYABLE_STATUS_CODES = {408, 429, 500, 502, 503, 504}  # HTTP statuses of failures that may be temporary
-# HTTP status -> error message. For all other statuses, the error message quotes the explanation that the Hub gave.
+# HTTP status of an answer from the Hub -> error message for the user. For all other statuses, the message quotes the
+# explanation that the Hub gave.
 REFUSAL_MESSAGES = {
     401: "The Hub rejected the token (401): it is wrong or has expired. Create one with write access at {tokens}, then "
     "save it with `hf auth login` or set HF_TOKEN.",
@@ -59,23 +62,23 @@ REFUSAL_MESSAGES = {
     412: "{repo_id} was changed by somebody else in the meantime (412), so nothing was committed. Run the command "
     "without --push to see what the repository holds now, then with --push.",
 }
-REPOSITORY_FOLDER = "repository"  # subfolder of the run that holds the export until the export is on the Hub
-# Formats that a training run publishes. ONNX is not one of them, because its export takes minutes and needs additional
-# packages.
+REPOSITORY_FOLDER = "repository"  # subfolder of a training run, for the exported model until it has been uploaded
+# Formats in which a training run publishes its model. ONNX is left out, because its export takes minutes and needs
+# additional packages.
 PUBLISHED_FORMATS = ("transformers", "open_clip", "sentence_transformers")
 format_bytes = partial(tqdm.format_sizeof, suffix="B")  # for example "1.46GB"; units are powers of 1000
 logger = logging.getLogger("capivara")
 
 
 class PushError(OSError):
-    """Error of a failed push. Its message is one line with the reason and a hint, and never shows an access token."""
+    """Error that is raised if a push fails. The message is one line: the reason and a hint, without access tokens."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(make_printable(message).split()))
 
 
 class HubUnreachableError(PushError):
-    """Error of a push that failed because the Hub did not answer, or because huggingface_hub's offline mode is on."""
+    """Error that is raised if the Hub does not answer, or if the offline mode of huggingface_hub is on."""
 
 
 @dataclass
@@ -86,9 +89,9 @@ class PushArguments:
     repo_id: str = flag(..., "Repository on the Hub, owner/name. It is created if it does not exist.")
     push: bool = flag(False, "Upload the folder. Without this flag, nothing is changed on the Hub.")
     repo_type: Literal["model", "dataset", "space"] = flag("model", "Type of the repository.")
-    revision: str = flag("main", "Branch to commit to. It is created from main if it does not exist.")
-    pull_request: bool = flag(False, "Open a pull request to main instead of committing to it.")
-    private: bool = flag(False, "Create the repository as private. Fails if the repository exists and is public.")
+    revision: str = flag("main", "Branch to commit to. If it does not exist, it is created from the branch main.")
+    pull_request: bool = flag(False, "Open a pull request to the branch main, instead of committing to this branch.")
+    private: bool = flag(False, "Create the repository as private. If it exists and is public, the push fails.")
     message: str | None = flag(None, "Title of the commit. Default: generated from the files, such as 'Add 4 files'.")
 
     def __post_init__(self) -> None:
@@ -107,15 +110,15 @@ class PushArguments:
 class RemoteRepository:
     """State of a repository on the Hub before a push.
 
-    A private repository that can't be read with the access token is described as if it did not exist.
+    The defaults describe a repository that does not exist, or that is private and can't be read with the access token.
 
     Attributes:
-        exists: Whether the repository exists.
+        exists: Whether the repository exists and can be read.
         is_private: Whether the repository is private.
-        branch_head: Last commit of the branch to push to. None if the branch does not exist.
-        base_commit: Parent of the new commit. It is `branch_head`, or the last commit of main if the branch is new.
-            None if the repository does not exist.
-        files: Dict {path: size and hashes of the file}, for the files at `base_commit`.
+        branch_head: Hash of the last commit of the branch to push to. None if the branch does not exist.
+        base_commit: Hash of the commit that will be the parent of the new commit: `branch_head`, or the last commit of
+            main if the branch does not exist yet. None if the repository does not exist.
+        files: Files at `base_commit`, a dict {path: size and hashes of the file}.
     """
 
     exists: bool = False
@@ -131,14 +134,14 @@ class PushPlan:
 
     Attributes:
         args: Folder, repository and options of the push.
-        user: Name of the access token's owner. None if there is no token, or if the Hub did not tell the name.
+        user: User name of the access token's owner. None if there is no token, or if the Hub can't be reached.
         remote: State of the repository on the Hub.
         metadata: Front matter (YAML header) of the card README.md. None if there is no card.
         added_files: Files that the commit adds or changes.
-        unchanged_paths: Files in the folder that the Hub already has with the same content.
-        deleted_paths: Files of an earlier version of a Space, which the commit deletes.
-        unreachable: Reason why the Hub could not be reached for a preview. Empty if it was reached.
-        creates_branch: Whether the push creates the branch. Computed from `remote`.
+        unchanged_paths: Files of the folder that the Hub already has with the same content.
+        deleted_paths: Files on the Hub that the commit deletes. They belong to an earlier version of a Space.
+        unreachable: Reason why the Hub could not be reached. It is an empty string if the Hub was reached.
+        creates_branch: Whether the push must create the branch. It is computed from `remote`.
     """
 
     args: PushArguments
@@ -181,8 +184,8 @@ def plan_push(args: PushArguments) -> PushPlan:
 
     Nothing is changed on the Hub.
 
-    If `args.push` is not set, the plan is only a preview, and the Hub need not be reachable. If the Hub can't be
-    reached, all files count as added, and the field `unreachable` of the plan states the reason.
+    If `args.push` is False, the plan is only a preview, which is also possible if the Hub can't be reached. In this
+    case, all files count as added, and the field `unreachable` of the plan states the reason.
 
     Args:
         args: Folder, repository and options of the push.
@@ -192,9 +195,11 @@ def plan_push(args: PushArguments) -> PushPlan:
 
     Raises:
         ValueError: If the folder holds no file to send, or a file must not be published. Also if the card's front
-            matter (YAML header) is not valid. Also if the card states a license that the base model or the training
-            data does not permit.
-        PushError: If the Hub can't be reached and `args.push` is set, or if the Hub would refuse the push.
+            matter (YAML header) is malformed, or states a license that the base model or the training data does not
+            permit.
+        PushError: If the Hub refuses a request, or `args.push` is True and the Hub can't be reached. Also if
+            `args.private` is True and the repository is public, or if `args.pull_request` is True and the repository
+            does not exist.
     """
     paths, origins = list_and_check_files_to_send(args.model, args.repo_type), {}
     try:
@@ -219,8 +224,8 @@ def plan_push(args: PushArguments) -> PushPlan:
     added = [file for file in files if file.path_in_repo not in unchanged]
     deleted = []
     if args.repo_type == "space":
-        # A push of a Space deletes files on the Hub that the local folders no longer contain. Otherwise, files of
-        # earlier versions of the Space, such as fragments of its index, would stay forever.
+        # Files of an earlier version of the Space, such as old data files of its index, would stay on the Hub forever.
+        # So a file on the Hub is deleted if its top-level folder is uploaded again and no longer has the file.
         ours, folders = {path.as_posix() for path in paths}, {path.parts[0] for path in paths}
         deleted = [path for path in remote.files if path not in ours and path.partition("/")[0] in folders]
     _check_visibility(args.repo_id, remote, args.private)
@@ -232,16 +237,16 @@ def plan_push(args: PushArguments) -> PushPlan:
 
 
 def warn_or_fail_if_card_is_outdated(args: PushArguments) -> None:
-    """Warn before a push if the model card no longer agrees with the files of the model.
+    """Check before a push that the model card still agrees with the files of the model.
 
-    Only a card that was written by `hub_upload.card` is checked. In a preview, a warning is printed. If `args.push` is
-    set, an error is raised, so that the outdated card is not uploaded.
+    If it does not, a preview prints a warning. With --push, an error is raised, so that the outdated card is not
+    uploaded. Only a card that `hub_upload.card` wrote is checked, and only for models, not for datasets and Spaces.
 
     Args:
-        args: Folder, repository type and options of the push. Datasets and Spaces are not checked.
+        args: Folder, repository type and options of the push.
 
     Raises:
-        ValueError: If card and files differ and `args.push` is set.
+        ValueError: If card and files differ, and `args.push` is True.
     """
     faults = find_differences_between_generated_card_and_files(args.model) if args.repo_type == "model" else []
     if not faults:
@@ -260,8 +265,8 @@ def _describe_push(plan: PushPlan) -> str:
         plan: Result of `plan_push`.
 
     Returns:
-        A text of several lines: a line for the repository, a line for each file that is added, changed, deleted or only
-        on the Hub, the number of unchanged files, and notes on the license, the card and the token.
+        A text of several lines: a line for the repository, a line for each file that is added, changed, deleted or
+        exists only on the Hub, the number of unchanged files, and notes on the license, the card and the token.
     """
     args, remote, remote_files = plan.args, plan.remote, plan.remote.files
     state = f"does not exist, will be created{' as private' * args.private}"
@@ -280,7 +285,7 @@ def _describe_push(plan: PushPlan) -> str:
         lines.append(f"  {verb}  {_printable_name(path)}  ({format_bytes(sizes[path])})")
     lines += [f"  delete  {_printable_name(path)}" for path in plan.deleted_paths]
     lines += [f"  same    {len(plan.unchanged_paths)} files"] if plan.unchanged_paths else []
-    # The Hub itself creates .gitattributes, so this file is not reported as a file that is missing in the folder.
+    # Files that are only on the Hub are listed, except .gitattributes, which the Hub itself creates.
     others = sorted({*remote_files} - {".gitattributes", *plan.deleted_paths, *plan.unchanged_paths, *sizes})
     lines += [f"  stays   {_printable_name(path)}  (on the Hub, not in the folder)" for path in others]
     if plan.metadata is None:
@@ -357,7 +362,7 @@ def push_planned_changes(plan: PushPlan) -> str | None:
         URL of the commit or pull request. None if no commit was made, because the Hub already has all files.
 
     Raises:
-        PushError: If there is no token, the Hub refuses the push or the connection breaks.
+        PushError: If there is no access token, the Hub refuses the push, or the connection breaks.
     """
     args, remote, api = plan.args, plan.remote, HfApi()
     with _convert_hub_errors_and_mask_logs(args.repo_id):
@@ -375,12 +380,12 @@ def push_planned_changes(plan: PushPlan) -> str | None:
 def _create_commit(plan: PushPlan, parent: str) -> str:
     """Commit the planned changes on top of an existing commit.
 
-    If the answer of the Hub is lost, the commit is sent once more. A pull request is sent only once, because
-    sending it again might open a second pull request.
+    If the Hub does not answer, the commit is sent once more, because sending it twice does no harm. A pull request is
+    sent only once, because the Hub might open a second pull request.
 
     Args:
         plan: Result of `plan_push`.
-        parent: Hash of the last commit of the branch. The Hub refuses the new commit if the branch has changed since.
+        parent: Hash of the last commit of the branch. If the branch has newer commits, the Hub refuses the new commit.
 
     Returns:
         URL of the new commit or pull request.
@@ -398,9 +403,8 @@ def _create_commit(plan: PushPlan, parent: str) -> str:
     try:
         return send() if args.pull_request else _retry_once(send)
     except errors.HfHubHTTPError as error:
-        # Status 412 means that `parent` is no longer the last commit of the branch. Perhaps the first call to `send`
-        # made our commit and only the answer was lost. In that case, the files on the Hub equal ours: the push has
-        # succeeded.
+        # Status 412 means that `parent` is no longer the last commit of the branch. Perhaps the first call of `send`
+        # made our commit, and only the answer was lost. If the files on the Hub now equal ours, the push has succeeded.
         if error.response.status_code != 412:
             raise
         remote = _read_remote_repository(args.repo_id, args.repo_type, args.revision)
@@ -415,7 +419,8 @@ def _build_default_commit_title(plan: PushPlan) -> str:
     """Return the commit title for a push without --message, such as "Add 4 files" or "Update README.md".
 
     Args:
-        plan: Changes to commit. The verb is "Update" if at least one of the files exists on the Hub.
+        plan: Changes to commit. If at least one of the files exists on the Hub, the title begins with "Update",
+            otherwise with "Add".
     """
     names = [file.path_in_repo for file in plan.added_files] + plan.deleted_paths
     verb = "Update" if {*names} & {*plan.remote.files} else "Add"
@@ -434,8 +439,8 @@ def _read_remote_repository(repo_id: str, repo_type: str, revision: str) -> Remo
         revision: Name of the branch. If the branch does not exist, the files of main are listed.
 
     Returns:
-        The state of the repository. Its field `exists` is False if there is no such repository, or the access token
-        gives no access to it.
+        The state of the repository. Its field `exists` is False if there is no such repository, or if it can't be read
+        with the access token.
     """
     api = HfApi()
     try:
@@ -453,16 +458,17 @@ def _read_remote_repository(repo_id: str, repo_type: str, revision: str) -> Remo
 
 
 def _retry_once(call: Callable[[], Any]) -> Any:
-    """Return the result of `call()`. If the connection breaks or the Hub has a temporary problem, call it once more.
+    """Call a function that sends a request to the Hub, and call it once more if the failure may be temporary.
 
     Args:
-        call: Function without arguments that sends a request to the Hub.
+        call: Function without arguments.
 
     Returns:
-        The result of the first call that succeeds.
+        The result of `call()`.
 
     Raises:
-        HTTPError: If both calls fail, or the Hub refuses the first call for a reason that is not temporary.
+        HTTPError: If both calls fail, or if the first call fails for a reason that is not temporary, such as a wrong
+            token.
     """
     try:
         return call()
@@ -476,12 +482,12 @@ def _retry_once(call: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _convert_hub_errors_and_mask_logs(repo_id: str, again: str = RETRY_HINT) -> Iterator[None]:
-    """Convert all errors that calls to the Hub raise in a `with` block to PushError.
+    """Return a context manager that turns errors of calls to the Hub into PushError, with a message for the user.
 
-    Inside the block, access tokens and keys are masked in all log messages.
+    Inside the `with` block, access tokens and keys are masked in all log messages.
 
     Args:
-        repo_id: Repository to name in error messages.
+        repo_id: Repository to name in error messages, owner/name.
         again: Advice that is added to the error message if the failure may be temporary.
 
     Raises:
@@ -493,7 +499,8 @@ def _convert_hub_errors_and_mask_logs(repo_id: str, again: str = RETRY_HINT) -> 
 
     def create_masked_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = create_record(*args, **kwargs)
-        # If the arguments don't fit the message, the record stays as it is, because logging itself reports the error.
+        # If the arguments of a log message don't match its placeholders, the record stays as it is, and the logging
+        # module reports the mistake later.
         with suppress(TypeError, ValueError):
             record.msg, record.args = make_printable(record.getMessage()), None
         return record
@@ -505,13 +512,13 @@ def _convert_hub_errors_and_mask_logs(repo_id: str, again: str = RETRY_HINT) -> 
     # Errors of every type are caught: a proxy, for example, may answer with an HTML page, which causes a parsing error.
     except Exception as error:
         for bar in list(getattr(tqdm, "_instances", ())):
-            # Without this, the error message would be appended to the line of the progress bar.
+            # Closing the progress bar ends its line, so that the error message starts on a new line.
             bar.close()
         if isinstance(error, PushError):
             raise
         logger.debug("A call to the Hub failed.", exc_info=True)
         while isinstance(error, RuntimeError) and error.__cause__ is not None:
-            # huggingface_hub wraps errors of uploads in a RuntimeError, so the cause is the actual error.
+            # huggingface_hub wraps errors of uploads in a RuntimeError, whose `__cause__` is the actual error.
             error = error.__cause__
         has_answer = isinstance(error, errors.HfHubHTTPError)
         is_unreachable = isinstance(error, errors.OfflineModeIsEnabled | errors.HTTPError) and not has_answer
@@ -561,8 +568,8 @@ def ensure_writable_repository(repo_id: str, private: bool = False) -> None:
 
     Raises:
         ValueError: If `repo_id` is not a valid repository id.
-        PushError: If there is no token, the token has no write access, or the Hub can't be reached. Also if `private`
-            is set and the repository exists and is public.
+        PushError: If there is no access token, the token has no write access, or the Hub can't be reached. Also if
+            `private` is True, but the repository exists and is public.
     """
     check_repo_id(repo_id)
     api = HfApi()
@@ -573,8 +580,8 @@ def ensure_writable_repository(repo_id: str, private: bool = False) -> None:
         _check_visibility(repo_id, remote, private)
         if not remote.exists:
             api.create_repo(repo_id, private=private or None)
-        # Early 2.x releases of huggingface_hub can't check whether the token has write access. With them, a token
-        # without it fails only at the upload.
+        # Early 2.x releases of huggingface_hub can't check whether the token has write access. With these releases, a
+        # token without write access causes an error only after training, at the upload.
         elif "write" in inspect.signature(api.auth_check).parameters:
             _retry_once(lambda: api.auth_check(repo_id, write=True))
 
@@ -582,19 +589,20 @@ def ensure_writable_repository(repo_id: str, private: bool = False) -> None:
 def try_export_and_push_run(run: Path, repo_id: str, private: bool = False, card_language: str = "en") -> bool:
     """Export the model of a finished training run with a model card, and push the export to the Hub.
 
-    If the push fails, no error is raised, because the run itself is complete. Instead, a warning with the reason and a
-    hint is logged, and the exported folder is kept for a later push.
+    If the export or the push fails, no error is raised, because the training run itself is complete. Instead, a warning
+    with the reason and a hint is logged, and an exported folder is kept for a later push.
 
     Args:
         run: Folder of the training run.
         repo_id: Repository on the Hub, owner/name.
-        private: Whether the repository must be private. A new repository is then created as private.
+        private: True: the repository must be private; a new repository is created as private. False: a new repository
+            gets the default of the Hub account.
         card_language: Language of the model card, "en" or "pt".
 
     Returns:
-        True if the model is now on the Hub, False if the push failed.
+        True if the model is now on the Hub, False if the export or the push failed.
     """
-    # Imported here and not at the top of the file, because this module imports torch, which is slow, and other
+    # Imported here and not at the top of the file, because hub_upload.export imports torch. This is slow, and the other
     # functions of this file don't need it.
     from hub_upload.export import export_model
 
@@ -604,7 +612,7 @@ def try_export_and_push_run(run: Path, repo_id: str, private: bool = False, card
         export_model(run, repository, PUBLISHED_FORMATS, overwrite=True, repo_id=repo_id)
         write_card(repository, repo_id, card_language)
         url = push_planned_changes(plan_push(PushArguments(repository, repo_id, push=True, private=private)))
-    # Every failure is caught, because the training run is complete and must not appear to have failed.
+    # Errors of every type are caught. Otherwise, the command would end with an error although the training is complete.
     except (Exception, KeyboardInterrupt) as error:
         hint = "Export it with `python -m hub_upload.export`, then push the exported folder."
         if repository.is_dir():
@@ -618,11 +626,11 @@ def try_export_and_push_run(run: Path, repo_id: str, private: bool = False, card
 
 
 def _describe_error_with_secrets_masked(error: BaseException) -> str:
-    """Describe an exception in one sentence that ends with a full stop. Access tokens and keys are masked.
+    """Describe an exception in one line that ends with a full stop. Access tokens and keys are masked.
 
     Args:
-        error: Exception of any type. For types other than ValueError and OSError, the sentence starts with the name
-            of the type. For a KeyboardInterrupt, the sentence is "Stopped.".
+        error: Exception of any type. For types other than ValueError and OSError, the line starts with the name of the
+            type. For a KeyboardInterrupt, the line is "Stopped.".
     """
     if isinstance(error, KeyboardInterrupt):
         return "Stopped."

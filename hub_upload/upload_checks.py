@@ -1,8 +1,9 @@
-"""Decide which files may be published, and check them before they leave this machine.
+"""Choose the files of a model, dataset or Space that may be published, and check them before they are uploaded.
 
-Model folders have an allow-list of file names, `ALLOWED_FILES`. Dataset and Space folders are filtered by suffix and
-name in `list_uploadable_dataset_or_space_files`. The checks refuse files that contain access tokens, keys or absolute
-paths. They also refuse damaged files, and symbolic links that lead out of the folder.
+From a model folder, only files whose names match a pattern in `ALLOWED_FILES` are uploaded. From a dataset or Space,
+files are chosen by suffix and name (`list_uploadable_dataset_or_space_files`). The checks refuse files that contain
+access tokens, keys or absolute paths. They also refuse damaged files, and in datasets and Spaces symbolic links that
+lead out of the folder.
 """
 
 import io
@@ -46,7 +47,7 @@ ALLOWED_FILES = (
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 BINARY_SUFFIXES = IMAGE_SUFFIXES | {".safetensors", ".onnx", ".data", ".onnx_data", ".onnx_data_1", ".model", ".tar"}
-LINE_FEED_RE = re.compile(rb"\n")  # counts the lines of a memory-mapped file without loading the file into memory
+LINE_FEED_RE = re.compile(rb"\n")  # finds the lines of a memory-mapped file, without loading the file into memory
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # limit of the safetensors library
 
 
@@ -68,8 +69,8 @@ def check_repo_id(repo_id: str) -> None:
 def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
     """List the files of a folder that may be uploaded to the Hub, and check that they contain no secrets.
 
-    `HfApi.upload_folder` is not used for two reasons. A star in its patterns also matches slashes, and it follows links
-    that lead out of the folder.
+    The listed files are uploaded one by one. `HfApi.upload_folder` is not used for two reasons: a star in its patterns
+    also matches slashes, and it follows symbolic links that lead out of the folder.
 
     Args:
         folder: Folder of a model, dataset or Space.
@@ -104,7 +105,7 @@ def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
 def list_uploadable_model_files(folder: Path) -> list[Path]:
     """List the files of a model folder that may be uploaded, according to the allow-list `ALLOWED_FILES`.
 
-    All other files and symbolic links are skipped.
+    All other files are skipped, and symbolic links too.
 
     Args:
         folder: Folder of the model.
@@ -113,7 +114,7 @@ def list_uploadable_model_files(folder: Path) -> list[Path]:
         Sorted paths relative to `folder`.
 
     Raises:
-        ValueError: If a path that matches a pattern is not a regular file.
+        ValueError: If a path matches a pattern of the list but is not a regular file, for example a folder or a pipe.
     """
     names = []
     for path in sorted(folder.rglob("*")):
@@ -128,7 +129,7 @@ def list_uploadable_model_files(folder: Path) -> list[Path]:
 def check_regular_file(path: Path) -> None:
     """Check that a path is a regular file before it is read.
 
-    Folders and pipes are refused. Reading from a pipe would never end.
+    Folders and pipes are refused, because reading from a pipe might never end.
 
     Args:
         path: Path to check.
@@ -141,15 +142,16 @@ def check_regular_file(path: Path) -> None:
 
 
 def check_model_files(folder: Path) -> None:
-    """Check that the files of a model that may be uploaded contain no secrets and no absolute paths.
+    """Check that the files of a model that would be uploaded contain no secrets and no absolute paths.
 
-    These are the files that match the allow-list `ALLOWED_FILES`. A secret is an access token or a key. What is
-    searched depends on the type of the file:
+    Only files that match the allow-list `ALLOWED_FILES` are checked. A secret is an access token or a key. The type of
+    a file determines what must not be in it:
 
-    - Text files: secrets and absolute paths of any machine.
+    - Text files: secrets and absolute paths.
     - Safetensors files: secrets and absolute paths in the header. The weights are not searched.
-    - Vocabularies and binary files: secrets. ONNX graphs and `.model` files also: folders of this machine.
-    - PNG images: secrets, and in addition absolute paths in the text fields of the image.
+    - Vocabularies and most binary files: secrets.
+    - ONNX graphs and `.model` files: secrets, and paths of this machine, such as the home folder.
+    - PNG images: secrets, and absolute paths in the text fields of the image.
 
     Args:
         folder: Folder of the model.
@@ -178,19 +180,17 @@ UNSEARCHABLE_PREFIXES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", 
 def check_file_for_secrets(path: Path, name: Path | str) -> None:
     """Check that a file of any type and size contains no secret (access token or key).
 
-    The file is memory-mapped, so it is not loaded into memory as a whole.
+    ONNX graphs and binary vocabularies (`.model`) must also not contain paths of this machine, such as the home folder.
 
-    ONNX graphs and binary vocabularies (`.model`) are also searched for folders of this machine, such as the home
-    folder.
+    The file is memory-mapped, so it is not loaded into memory as a whole.
 
     Args:
         path: File to search.
         name: Name of the file in error messages.
 
     Raises:
-        ValueError: If the file contains a secret or a folder of this machine. Also if the file can't be searched,
-            because it is compressed or UTF-16. For a secret, the message names the line (text files) or byte (binary
-            files).
+        ValueError: If the file contains a secret or a path of this machine. For a secret, the message names the line
+            (text files) or byte (binary files). Also if the file is compressed or UTF-16 and so can't be searched.
     """
     if not path.stat().st_size:
         return
@@ -213,9 +213,9 @@ def check_file_for_secrets(path: Path, name: Path | str) -> None:
 
 
 def check_paths(path: Path, name: Path | str) -> None:
-    """Check that a text file contains no absolute path, which could reveal a user name, for example.
+    """Check that a text file contains no absolute path, because a path could reveal the name of a user, for example.
 
-    In JSON files, escape sequences are decoded before the search.
+    In JSON files, escape sequences are decoded before the search, because they can hide the slashes of a path.
 
     Args:
         path: File to search.
@@ -235,7 +235,7 @@ def check_text_is_publishable(text: str, subject: str) -> None:
 
     Args:
         text: Text to search.
-        subject: Source of the text, such as "A file name". It is the grammatical subject of the error message.
+        subject: What the text is, such as "A file name". The error message begins with it: "A file name contains …".
 
     Raises:
         ValueError: If the text contains a secret or an absolute path.
@@ -272,9 +272,10 @@ def _read_image_text_fields(file: Path | BinaryIO, name: Path | str) -> str:
 
 
 def _decode_json_escapes(line: str) -> str:
-    r"""Decode JSON escapes in a line, so that paths in it can be found.
+    r"""Decode the escape sequences in a line of a JSON file, so that absolute paths in the line can be found.
 
-    For example, `\/` becomes a slash and `\u2192` an arrow. Control escapes such as `\n` become a space.
+    For example, `\/` becomes a slash and `\u2192` an arrow. Escape sequences of control characters, such as `\n`,
+    become a space.
     """
 
     def decode(escape: re.Match[str]) -> str:
@@ -297,12 +298,12 @@ def _read_safetensors_header(path: Path) -> str:
 
 DATASET_SUFFIXES = IMAGE_SUFFIXES | {".parquet", ".tar", ".arrow", ".json", ".jsonl", ".csv", ".tsv"}
 DATASET_FILE_NAMES = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md"}
-# JSON files up to this size are searched for absolute paths, because they describe a dataset. Larger JSON files hold
-# the rows of the dataset. They are not searched for paths, because texts in rows may look like paths.
+# JSON files of a dataset up to this size are searched for absolute paths, because they probably describe the dataset.
+# Larger JSON files probably hold its rows. They are not searched for paths, because texts in rows may look like paths.
 MAX_METADATA_JSON_BYTES = 2**21
-BATCH_ROWS = 256  # rows that are checked at a time; a few megabytes even if the rows contain images
+BATCH_ROWS = 256  # rows that are read and checked at a time; even with images, they need only a few megabytes
 PARQUET_BUFFER_BYTES = 2**20  # bytes of a column that are read at a time
-OUTSIDE_PATH_PATTERN = r"^(/|~|[A-Za-z]:[\\/]|file:)|(^|/)\.\.(/|$)"  # image paths that lead out of the dataset
+OUTSIDE_PATH_PATTERN = r"^(/|~|[A-Za-z]:[\\/]|file:)|(^|/)\.\.(/|$)"  # matches image paths that leave the dataset
 SECRET_MESSAGE = "contains what looks like an access token or key. Remove it, and revoke it if it is real"
 
 
@@ -347,7 +348,7 @@ def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
         ValueError: If a file must not be published. The message names the file and, for Parquet and Arrow files, the
             column and row. It does not repeat a secret. The possible reasons are:
 
-            - A text, also a text in a nested column, contains a secret (access token or key).
+            - A text contains a secret (access token or key). Texts in nested columns are searched, too.
             - An image path leads out of the folder.
             - The bytes of an image can't be read.
             - A file that describes the dataset (card, license or small JSON file) contains an absolute path.
@@ -360,7 +361,8 @@ def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
         elif name.suffix in (".parquet", ".arrow"):
             _check_table_contents(path, name)
         else:
-            # All other files, including tar archives. `check_file_for_secrets` refuses compressed archives.
+            # This branch is for all other files, such as JSON files and tar archives. `check_file_for_secrets` refuses
+            # compressed archives.
             check_file_for_secrets(path, name)
             is_metadata = name.suffix == ".json" and path.stat().st_size <= MAX_METADATA_JSON_BYTES
             if name.name in DATASET_FILE_NAMES or is_metadata:
@@ -375,8 +377,9 @@ def _check_table_contents(path: Path, name: Path) -> None:
         name: Name of the file in error messages.
 
     Raises:
-        ValueError: If the file can't be read, the schema or a row contains a secret (access token or key), or an image
-            must not be published (see `_find_image_column_fault`). The message names the column and row.
+        ValueError: If the schema or a row contains a secret (access token or key), or a row has an image that must not
+            be published (see `_find_image_column_fault`). The message names the column and row. Also if the file can't
+            be read.
     """
     import pyarrow
 
@@ -388,8 +391,8 @@ def _check_table_contents(path: Path, name: Path) -> None:
             for column, array in zip(batch.schema.names, batch.columns, strict=True):
                 if not _find_array_fault(array):
                     continue
-                # Binary search finds the first faulty row in a few checks. To check every row would be slow, because
-                # each check compiles a long pattern.
+                # The batch has a row that must not be published. A binary search finds the first such row with a few
+                # calls of `_find_array_fault`. One call per row would be slow, because each compiles a long pattern.
                 row = bisect_left(range(len(array)), True, key=lambda row: bool(_find_array_fault(array[: row + 1])))
                 fault = _find_array_fault(array[row : row + 1])
                 raise ValueError(f"{name}, column {column!r}, row {first_row + row}, {fault}.")
@@ -405,8 +408,8 @@ def _iter_record_batches(path: Path) -> Iterator[Any]:
         path: File to read.
 
     Yields:
-        The pyarrow record batches of the file. For a Parquet file, the first batch has no rows, so that the schema is
-        checked even if the file contains no rows.
+        The pyarrow record batches of the file. For a Parquet file, the first batch has a schema but no rows, so that
+        the caller can check the schema even if the file contains no rows.
     """
     import pyarrow
     from pyarrow import parquet
@@ -427,10 +430,10 @@ def _find_array_fault(array: Any) -> str | None:
     `path` are images, which are also checked by `_find_image_column_fault`.
 
     Args:
-        array: pyarrow array of any type.
+        array: pyarrow array of any type, such as a column of a table.
 
     Returns:
-        Reason why the array must not be published. None if it may be published.
+        The reason, as the end of an error message. None if the array may be published.
     """
     from pyarrow import ExtensionArray, ListArray, compute, types
 
@@ -458,12 +461,14 @@ def _find_array_fault(array: Any) -> str | None:
 def _find_image_column_fault(contents: Any, paths: Any) -> str | None:
     """Find a reason not to publish the images of a `datasets.Image` column.
 
+    The bytes of each image must be readable, and its path must not lead out of the dataset.
+
     Args:
-        contents: pyarrow array with the bytes of each image file, or null.
-        paths: pyarrow array with the path of each image file. A path must not lead out of the dataset.
+        contents: pyarrow array with the bytes of each image file, or null for a row without bytes.
+        paths: pyarrow array with the path of each image file.
 
     Returns:
-        Reason why the images must not be published. None if they may be published.
+        The reason, as the end of an error message. None if the images may be published.
     """
     from pyarrow import compute, types
 

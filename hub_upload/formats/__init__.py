@@ -1,7 +1,7 @@
-"""Export formats for models, one module for each format, and the functions that several formats share.
+"""Export formats for models: one module for each format and, in this file, functions that several formats use.
 
-The shared functions in this module write tokenizer files and tensors, and compare an export with the model. They also
-check that a model and its base model have the same image encoder.
+The functions in this file write tokenizer files and tensors, and compare an export with the model. They also check that
+a model and its base model have the same image encoder.
 """
 
 import hashlib
@@ -36,20 +36,20 @@ def build_replace_step(pattern: str, content: str) -> dict[str, Any]:
 
 
 # Normalizer steps for programs that read tokenizer.json but don't run CAPIVARA's text cleaning code. The steps make
-# curly quotes straight and normalize accents (NFC), which typed text needs. The library ftfy, which the cleaning code
-# uses, does the same, so these steps don't change a text that is already cleaned. (Exception: ftfy leaves HTML entities
-# next to "<" alone, and these may stand for curly quotes.) The tokenizer's own normalizer does the rest of the
-# cleaning, except the repair of damaged text, which needs the code.
+# curly quotes straight and normalize accents (Unicode NFC). The cleaning code does the same with the library ftfy, so
+# the steps don't change a text that is already cleaned. There is one exception: ftfy keeps HTML entities next to "<",
+# and these entities may stand for curly quotes. The tokenizer's own normalizer does the rest of the cleaning, except
+# the repair of damaged text, which needs the code.
 PLAIN_QUOTE_STEPS = [
     {"type": "NFC"},
     build_replace_step("[\u2018-\u201b\u02bc]", "'"),
     build_replace_step("[\u201c-\u201f]", '"'),
 ]
-EMBEDDING_TOLERANCE = 1e-4  # largest difference per component between embeddings of the model and of an export
+EMBEDDING_TOLERANCE = 1e-4  # largest allowed difference of an embedding component between the model and an export
 
 
 def max_text_tokens(processor: ProcessorMixin) -> int:
-    """Return the maximum number of tokens in a text. The model's processor truncates longer texts.
+    """Return the maximum number of tokens of a text, at which the model's processor truncates longer texts.
 
     Args:
         processor: Processor of the model.
@@ -68,8 +68,8 @@ def resolve_compatible_base_folder(model: Path, base: str) -> Path:
         Local folder of the base model. If the base is on the Hub, the base is downloaded.
 
     Raises:
-        ValueError: If the image encoders are not bit-identical. In this case, text embeddings of the trained model
-            can't be compared with image embeddings of the base model.
+        ValueError: If the image encoders are not bit-identical. Text embeddings of the trained model could then not be
+            compared with image embeddings of the base model.
     """
     folder = find_download_or_convert_model_folder(base, convert_to_folder)
     if image_encoder_digest(model) != image_encoder_digest(folder):
@@ -83,13 +83,14 @@ def resolve_compatible_base_folder(model: Path, base: str) -> Path:
 def write_tokenizer_json_with_normalizer(folder: Path, content: dict[str, Any], is_capivara: bool) -> None:
     """Write tokenizer.json, with additional normalizer steps for a CAPIVARA model.
 
-    The additional steps straighten curly quotes and normalize accents (NFC). They replace a part of CAPIVARA's text
-    cleaning code for programs that read only tokenizer.json.
+    The additional steps make curly quotes straight and normalize accents (Unicode NFC). They serve programs that read
+    only tokenizer.json and don't run CAPIVARA's text cleaning code, which does the same.
 
     Args:
         folder: Folder to write to.
         content: Content of tokenizer.json, without or with the additional steps.
-        is_capivara: Whether to add the steps (`PLAIN_QUOTE_STEPS`) if `content` does not have them yet.
+        is_capivara: True: the steps (`PLAIN_QUOTE_STEPS`) are added, unless `content` already has them. False: the file
+            is written without additional steps.
     """
     normalizer = content["normalizer"] or {}
     has_steps = normalizer.get("normalizers", [])[: len(PLAIN_QUOTE_STEPS)] == PLAIN_QUOTE_STEPS
@@ -100,7 +101,10 @@ def write_tokenizer_json_with_normalizer(folder: Path, content: dict[str, Any], 
 
 
 def read_publishable_settings(path: Path) -> dict[str, Any]:
-    """Read the settings of a tokenizer or processor, without absolute paths and how they were loaded on this machine.
+    """Read the settings of a tokenizer or processor, and remove what must not be published.
+
+    Absolute paths are shortened. The entries "is_local" and "local_files_only" are removed, because they only say how
+    the settings were loaded on this machine.
 
     Args:
         path: JSON file with the settings.
@@ -110,7 +114,7 @@ def read_publishable_settings(path: Path) -> dict[str, Any]:
 
 
 def save_tokenizer_for_publication(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
-    """Write the files of a tokenizer with its current settings, without absolute paths of this machine.
+    """Write the files of a tokenizer with its current settings, and remove absolute paths of this machine.
 
     Args:
         tokenizer: Tokenizer to write.
@@ -140,7 +144,7 @@ def save_state_dict(state_dict: Mapping[str, Tensor], path: Path) -> None:
 
 
 def compute_tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
-    """Compute a digest of each tensor, so that tensors can be compared later without keeping them in memory.
+    """Compute a digest (hash) of each tensor, so that tensors can be compared later without keeping them in memory.
 
     Args:
         tensors: Dict {tensor name: tensor}.
@@ -161,7 +165,7 @@ def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
         expected: Digests of the model's tensors, from `compute_tensor_digests`.
 
     Raises:
-        ValueError: If the file lacks a tensor, has an additional tensor, or a tensor differs from the model's.
+        ValueError: If a tensor in the file differs from the model's, is missing, or does not exist in the model.
     """
     if wrong := {name for name, _ in compute_tensor_digests(tensors).items() ^ expected.items()}:
         names = format_weight_names_for_error(wrong)
@@ -172,15 +176,15 @@ def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
 
 
 def check_embedding_difference(program: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Check that another library computes the same embeddings with an export as the original model.
+    """Check that the embeddings that another library computes with an export equal the embeddings of the model.
 
     Args:
-        program: Name of the library that computed embeddings with the export, for the error message.
-        pairs: Tuples (embeddings of the model, embeddings computed by the library). Both tensors have the shape (rows,
-            width).
+        program: Name of the library, for the error message.
+        pairs: Tuples (embeddings of the model, embeddings computed by the library). Both tensors have the shape (texts
+            or images, width).
 
     Raises:
-        ValueError: If a number in the two embeddings differs by `EMBEDDING_TOLERANCE` or more.
+        ValueError: If a component of an embedding differs by `EMBEDDING_TOLERANCE` or more.
     """
     difference = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
     if not difference < EMBEDDING_TOLERANCE:

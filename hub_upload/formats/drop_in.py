@@ -1,11 +1,11 @@
 """Export only the text encoder of a model, as a drop-in replacement for the text encoder of its base model.
 
-This format is for users who have embedded their images with the base model and want to keep these image embeddings.
-These files are written:
+This format is for users who have embedded their images with the base model and want to search them with the text
+encoder of the trained model, without embedding the images again. These files are written:
 
     config.json, model.safetensors, tokenizer  text tower, for transformers (SigLIP: the whole text encoder)
     modules.json, 1_Pooling/, 2_Dense/, ...    CAPIVARA only: the whole text encoder, for sentence-transformers
-    open_clip_text.safetensors                 text encoder, `logit_scale` and `logit_bias`, under open_clip's names
+    open_clip_text.safetensors                 text encoder, `logit_scale`, `logit_bias`, with open_clip's tensor names
     onnx/text_model.onnx                       input_ids, attention_mask (CAPIVARA only) -> text_embeds (texts, width)
     drop_in.json                               names of model and base model, and digest of their image encoder
     README.md                                  card with code examples
@@ -36,8 +36,8 @@ from modeling_capivara.two_towers import embedding_width
 METADATA_FILE = "drop_in.json"
 OPEN_CLIP_TEXT_FILE = "open_clip_text.safetensors"
 TEXT_ENCODER_PREFIXES = ("text_model.", "text_projection.")  # tensor names of the text encoder start with these
-# Python package that held the module classes of Sentence Transformers before its version 6. Version 6 still accepts
-# these old class names in modules.json, so they work in all versions (tested with 3.4, 4.1, 5.0, 5.2 and 6.2).
+# Python package that contained the module classes of Sentence Transformers before its version 6. Version 6 still
+# accepts these class names in modules.json, so they work in all versions (tested with 3.4, 4.1, 5.0, 5.2 and 6.2).
 SENTENCE_TRANSFORMERS_MODELS = "sentence_transformers.models"
 # Classes of the activation functions that follow the hidden layers and the last layer of the text projection.
 HIDDEN_ACTIVATION = "torch.nn.modules.activation.GELU"
@@ -50,20 +50,21 @@ def write_drop_in_text_encoder(
 ) -> None:
     """Write the text encoder of a CAPIVARA or SigLIP model, without its image encoder, for several libraries.
 
-    The text encoder replaces the text encoder of the base model, so that image embeddings of the base model stay
-    usable. The libraries are transformers, open_clip, onnxruntime and, for CAPIVARA, Sentence Transformers. The
-    docstring of this module lists the files.
+    Users can replace the text encoder of the base model with it, and keep image embeddings of the base model. The
+    libraries are transformers, open_clip, onnxruntime and, for CAPIVARA, Sentence Transformers. The docstring of this
+    module lists the files.
 
     Args:
         source: Folder of the model.
         folder: Empty folder to write to.
         config: Configuration of the model.
         base: Folder or Hub id of the base model, with which the images were embedded.
-        repo_id: Hub id under which the folder will be published, for the code examples in the card.
+        repo_id: Hub id under which the folder will be published, for the code examples in the card. None: the examples
+            load the current folder.
 
     Raises:
-        ValueError: If the image encoders of model and base model differ, their text encoders are equal, or one of the
-            two models is damaged.
+        ValueError: If the image encoders of model and base model differ, or their text encoders are equal. Also if one
+            of the two models is damaged.
     """
     base_folder = formats.resolve_compatible_base_folder(source, base)
     if _compute_text_encoder_digests(source) == _compute_text_encoder_digests(base_folder):
@@ -95,13 +96,13 @@ def write_drop_in_text_encoder(
 
 
 def _compute_text_encoder_digests(folder: Path) -> dict[str, tuple]:
-    """Compute a digest of each tensor of a model's text encoder (text tower and text projection).
+    """Compute a digest (hash) of each tensor of a model's text encoder (text tower and text projection).
 
     Args:
         folder: Folder of the whole model.
 
     Returns:
-        The digests, from `compute_tensor_digests`.
+        The digests, a dict {tensor name: digest} from `compute_tensor_digests`.
     """
     tensors = loading.load_memory_mapped_tensors(find_weight_files(folder))
     text_tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER_PREFIXES)}
@@ -114,14 +115,14 @@ def _write_text_encoder(model: PreTrainedModel, folder: Path) -> list[str]:
     Each linear layer of the projection is written to a separate subfolder, such as `2_Dense`.
 
     Args:
-        model: Whole model. SigLIP has no separate text projection, so no Dense module is written.
+        model: Model with both towers. SigLIP has no separate text projection, so no Dense module is written for it.
         folder: Folder to write to.
 
     Returns:
         Names of the subfolders of the linear layers, in the order of execution.
 
     Raises:
-        ValueError: If a written tensor differs from the model.
+        ValueError: If a written tensor differs from the tensor of the model.
     """
     model.text_model.save_pretrained(folder)
     text_tower = loading.load_memory_mapped_tensors([folder / loading.WEIGHTS_FILE])
@@ -148,7 +149,7 @@ def _write_sentence_transformers_config(model: PreTrainedModel, folder: Path, de
     SigLIP models get no such files, because Sentence Transformers can't load SigLIP's text encoder alone.
 
     Args:
-        model: Whole model.
+        model: Model with both towers.
         folder: Folder to write to.
         dense_folders: Subfolders with the layers of the text projection, from `_write_text_encoder`.
     """
@@ -159,30 +160,31 @@ def _write_sentence_transformers_config(model: PreTrainedModel, folder: Path, de
     classes = {"": "Transformer", "1_Pooling": "Pooling", **dict.fromkeys(dense_folders, "Dense")}
     classes[f"{len(classes)}_Normalize"] = "Normalize"
     sentence_transformers.write_sentence_transformers_pipeline_files(folder, SENTENCE_TRANSFORMERS_MODELS, classes)
-    # The encoder is loaded without the pooler layer of transformers: mean pooling does not use it, and it would be
-    # initialized at random, because the export has no weights for it.
+    # The setting makes transformers load the text tower without its pooler layer. Mean pooling does not use this layer,
+    # and transformers would initialize it at random, because the export has no weights for it.
     kwargs = {"model_args": {"add_pooling_layer": False}} if hasattr(model.text_model, "pooler") else {}
     settings = {"max_seq_length": formats.CONTEXT_LENGTH, "do_lower_case": False} | kwargs
     write_json(folder / "sentence_bert_config.json", settings)
 
 
 def _try_write_open_clip_weights(model: PreTrainedModel, source: Path, base: Path, folder: Path) -> bool:
-    """Write the text encoder with open_clip's tensor names, so that the base model in open_clip can load it.
+    """Write the text encoder with open_clip's tensor names, so that it can be loaded into the base model in open_clip.
 
     The written tensors are compared with the model.
 
     Args:
-        model: Whole model.
+        model: Model with both towers.
         source: Folder of the model.
         base: Folder of the base model.
         folder: Folder to write to.
 
     Returns:
-        Whether the file was written. If it was not, the reason is logged: open_clip can't represent the model, or model
-        and base model have different tensor names or shapes.
+        True if the file was written. False if open_clip can't represent the model, or if model and base model have
+        different tensor names or shapes. In this case, the reason is logged.
     """
     try:
-        # Called only for its check: it raises a ValueError if the base model has other tensor names or shapes.
+        # The result is not used: the call raises a ValueError if the base model has other tensor names or shapes than
+        # the model.
         loading.load_memory_mapped_model(base, model.config)
         has_hf_text = KINDS[model.config.model_type].open_clip_layout == "hf_text"
         if has_hf_text:
@@ -190,7 +192,8 @@ def _try_write_open_clip_weights(model: PreTrainedModel, source: Path, base: Pat
             state = convert_open_clip.to_open_clip_state_dict(model)
         else:
             open_clip.check_siglip_supported(model.config)
-            # Writes the whole model to a temporary folder, because the comparison with open_clip needs both towers.
+            # The whole model is written to a temporary folder, because the comparison of embeddings with open_clip
+            # needs both towers.
             with TemporaryDirectory(dir=folder) as temporary:
                 state = open_clip.write_open_clip_siglip(source, Path(temporary))
     except (ValueError, ImportError) as error:
@@ -208,8 +211,8 @@ def _try_write_open_clip_weights(model: PreTrainedModel, source: Path, base: Pat
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: int, is_capivara: bool) -> None:
     """Write the files of the tokenizer, so that it can be loaded without the processor of the model.
 
-    CAPIVARA's tokenizer refers to its Python code for text cleaning. For programs that don't run this code, normalizer
-    steps in tokenizer.json at least straighten curly quotes and normalize accents.
+    CAPIVARA's tokenizer cleans texts with Python code. For programs that don't run this code, normalizer steps are
+    added to tokenizer.json, which at least make curly quotes straight and normalize accents.
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -239,7 +242,7 @@ def _render_card(
     The card says with which image embeddings the text encoder is compatible, and how each library loads it.
 
     Args:
-        source: Folder of the model. Its card states the license, and its run.json the language.
+        source: Folder of the model. The license is read from its card, and the language from its run.json.
         config: Configuration of the model.
         metadata: Content of drop_in.json.
         repo_id: Hub id that the code examples load. None: the examples load the current folder.

@@ -1,16 +1,18 @@
 """Export a model for the machine-learning service of the photo server Immich (tested with Immich 1.134 and 2.5).
 
-Immich accepts only models of a fixed list, so the folder takes the place of one of them. These files are written:
+Immich loads only models from a fixed list of names, so the exported folder is stored under one of these names. These
+files are written:
 
     config.json                                   embedding width, and maximum number of tokens in a text
-    textual/model.onnx                            text (1, tokens), int32 -> embedding (1, width), unit length
+    textual/model.onnx                            token ids (1, tokens), int32 -> embedding (1, width), unit length
     textual/tokenizer.json, tokenizer_config.json tokenizer and its pad_token; texts are padded to the full length
     visual/model.onnx                             image (1, 3, side, side), float32 -> embedding (1, width)
     visual/preprocess_cfg.json                    size, interpolation, mean, std, resize_mode
 
 Copy the folder to clip/NAME in Immich's model cache, where NAME is the name of a model in Immich's list. If a base
-model is given, `visual/` is not written, and the other files replace the files of the base model in the cache. The
-outputs of all ONNX graphs are compared with the outputs of the model. docs/how-to/immich.md describes the steps.
+model is given (`--base`), only the text encoder is exported: `visual/` is not written, and the other files replace the
+files of the base model in the cache. The outputs of all ONNX graphs are compared with the outputs of the model.
+docs/how-to/immich.md describes the steps.
 """
 
 import json
@@ -31,8 +33,9 @@ from modeling_capivara.convert_open_clip import to_preprocess_cfg
 from modeling_capivara.loading import load_model, load_processor
 
 XLM_R_TOKENS, SIGLIP_2_TOKENS = 250_002, 256_000  # vocabulary sizes of the published models
-# Maps an architecture to the name of the model in Immich's list, immich_ml/models/constants.py. The key is a tuple:
-# number of tokens in the published vocabulary, width of the image tower, patch size and image size in pixels.
+# Maps an architecture to the name of the model with this architecture in Immich's list (immich_ml/models/constants.py).
+# The key is a tuple: number of tokens in the published vocabulary, width of the image tower, patch size and image size
+# in pixels.
 IMMICH_NAMES_BY_SIZE = {
     (XLM_R_TOKENS, 768, 32, 224): "XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k",
     (XLM_R_TOKENS, 1280, 14, 224): "XLM-Roberta-Large-ViT-H-14__frozen_laion5b_s13b_b90k",
@@ -55,13 +58,13 @@ logger = logging.getLogger("capivara")
 
 
 class ImmichTower(nn.Module):
-    """Text or image encoder with the inputs that Immich provides, as a module to export to ONNX.
+    """Module to export to ONNX: the text or image encoder of a model, with the inputs that Immich passes to it.
 
-    Immich provides padded texts without an attention mask, and pixels of images.
+    Immich passes padded token ids without an attention mask, or preprocessed pixels of images.
 
     Args:
         model: Model with both towers.
-        pad_id: Id of the padding token, from which the attention mask is computed. None: the model uses no mask.
+        pad_id: Id of the padding token. The attention mask masks all tokens with this id. None: the model uses no mask.
     """
 
     def __init__(self, model: PreTrainedModel, pad_id: int | None):
@@ -97,17 +100,17 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
         base: Folder or Hub id of the base model. If given, only the text encoder is written.
 
     Raises:
-        ValueError: If the model is damaged, or Immich's layout can't represent it. Also if a tower exceeds 2 GB, the
-            limit of an ONNX file. Also if an ONNX graph gives other embeddings than the model. Also if the model and
-            the base model have different image encoders.
+        ValueError: If the model and the base model have different image encoders, the model is damaged, or Immich's
+            layout can't represent the model. Also if an encoder exceeds 2 GB, the limit of an ONNX file, or if an ONNX
+            graph gives other embeddings than the model.
     """
     if base is not None:
         resolve_compatible_base_folder(source, base)
     processor, is_capivara = load_processor(source), KINDS[config.model_type].is_native
     width = two_towers.embedding_width(config)
-    # These are the settings that Immich needs from config.json. The files that Immich publishes for SigLIP also contain
-    # `"clean": "canonicalize"`, which makes Immich remove punctuation from texts. It is left out here, because the
-    # model was trained with punctuation.
+    # Immich needs only these settings from config.json. The config.json files that Immich publishes for SigLIP also
+    # contain `"clean": "canonicalize"`, which makes Immich remove punctuation from texts. This setting is left out,
+    # because the model was trained with punctuation.
     settings = {"embed_dim": width, "text_cfg": {"context_length": max_text_tokens(processor)}}
     write_json(folder / "config.json", settings)
     ids = _write_and_check_tokenizer(processor, folder / "textual", is_capivara)
@@ -134,7 +137,8 @@ def find_immich_name_by_architecture(config: PreTrainedConfig) -> str | None:
     Immich loads only models of its list, so an exported model takes the name of one of them.
 
     Args:
-        config: Configuration of a CAPIVARA or SigLIP model. Its vocabulary may be trimmed.
+        config: Configuration of a CAPIVARA or SigLIP model. If the vocabulary was trimmed (tokens of
+            other languages removed), the size of the original vocabulary is compared.
     """
     trimmed = getattr(config, "trimmed_vocabulary", None)
     tokens = trimmed["of"] if trimmed else config.text_config.vocab_size
@@ -180,16 +184,16 @@ def _write_and_check_tokenizer(processor: ProcessorMixin, textual: Path, is_capi
 
 
 def _write_and_check_graph(tower: ImmichTower, input_name: str, examples: list[np.ndarray], path: Path) -> None:
-    """Write a tower as an ONNX file that includes the weights, and compare its outputs with the outputs of the tower.
+    """Export the text or image encoder to one ONNX file, including weights, and compare outputs of file and model.
 
     Args:
-        tower: Tower to export.
-        input_name: "text" or "image".
+        tower: Module to export.
+        input_name: "text" to export the text encoder, "image" to export the image encoder.
         examples: Input arrays for the comparison. The first array is also the example input of the export.
         path: File to write.
 
     Raises:
-        ValueError: If an output differs by more than `EMBEDDING_TOLERANCE`.
+        ValueError: If a component of an embedding differs by more than `EMBEDDING_TOLERANCE`.
     """
     import onnx
 

@@ -5,8 +5,8 @@
                             SigLIP: only input_ids (texts, 64)
     onnx/model.onnx         all inputs -> logits_per_image (images, texts), logits_per_text, text_embeds, image_embeds
 
-Embeddings have unit length. The weights of a graph are in a file with the suffix `.onnx_data` next to the graph. The
-names of int8 graphs end in `_quantized` and the names of float16 graphs in `_fp16`, as transformers.js expects.
+Embeddings have unit length. The weights of a graph are in a separate file with the suffix `.onnx_data`. The names of
+int8 graphs end in `_quantized` and the names of float16 graphs in `_fp16`, as transformers.js expects.
 """
 
 import logging
@@ -32,16 +32,19 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# Largest allowed difference of scores between the model and its float32 graph. It is larger than the tolerance of
-# embeddings (their usual difference is 1e-7), because scores are cosines times the logit scale, which may be up to 100.
+# Largest allowed difference of similarity scores between the model and its float32 graph. It is larger than
+# `EMBEDDING_TOLERANCE`, because a score is a cosine times the logit scale, which may be up to 100. Embeddings usually
+# differ by 1e-7.
 SCORE_TOLERANCE = 1e-3
-# Only matrix products and token embeddings are quantized to int8; they are most of a multilingual text tower.
-# Convolutions stay float32: with int8 convolutions, embeddings of EfficientNet-Lite0 become unusable (lowest cosine
-# with the float32 embeddings 0.56), and quantization would save little, because this image tower has only 16 MB.
+# In int8 graphs, only matrix products and token embeddings are quantized. They have most of the weights of a
+# multilingual text tower. Convolutions stay float32. With int8 convolutions, embeddings of the image tower
+# EfficientNet-Lite0 become unusable (lowest cosine with the float32 embeddings 0.56). Quantization would also save
+# little, because this image tower has only 16 MB.
 QUANTIZATION_BLOCK_SIZE = 128  # consecutive weights that share a scale and a zero point
-# MatMulNBits uses a scale per block. `quantize_dynamic`, which uses one scale for all activations of a batch in MatMul,
-# would be less accurate at the same size and speed: on Portuguese captions, the mean cosine with the float32 embeddings
-# is 0.998 with MatMulNBits and 0.986 with `quantize_dynamic` (text tower of the demo model).
+# Matrix products are quantized with onnxruntime's operator MatMulNBits, which has a scale for each block of weights.
+# The usual function `quantize_dynamic` uses one scale for all activations of a batch, which is less accurate at the
+# same size and speed: on Portuguese captions, the mean cosine with the float32 embeddings is 0.986, and 0.998 with
+# MatMulNBits (text tower of the demo model).
 QUANTIZATION_METHOD = (
     "by onnxruntime: weights of matrix products in 8 bits, with a scale and a zero point for "
     f"{QUANTIZATION_BLOCK_SIZE} numbers, their activations too (MatMulNBits, onnxruntime from 1.22); embeddings in 8 "
@@ -59,10 +62,11 @@ TOWER_GRAPHS = ("vision_model", "text_model")
 
 
 class EmbeddingGraph(nn.Module):
-    """Two-tower model as a module to export to ONNX, with embeddings and similarity scores as outputs.
+    """Module to export to ONNX: a two-tower model that returns chosen outputs, such as embeddings or similarity scores.
 
-    Embeddings have unit length. Scores are cosine similarities, scaled as in the model. Scores need both images and
-    texts. Pixels and outputs are float32, also if the model is float16.
+    Embeddings have unit length. Scores are the logits of the model: cosine similarities times the logit scale and, for
+    SigLIP, plus the logit bias. They need both images and texts. Pixels and outputs are float32, even if the model is
+    float16.
 
     Args:
         model: Model with both towers.
@@ -80,9 +84,9 @@ class EmbeddingGraph(nn.Module):
         """Compute the embeddings and scores that `self.outputs` names.
 
         Args:
-            input_ids: Token ids (texts, tokens). None if no output needs texts.
-            attention_mask: (texts, tokens), 1 for a token and 0 for padding. None if the model uses no mask.
-            pixel_values: Preprocessed images (images, 3, height, width). None if no output needs images.
+            input_ids: Token ids, shape (texts, tokens). None if no output needs texts.
+            attention_mask: 1 for a token and 0 for padding, shape (texts, tokens). None if the model uses no mask.
+            pixel_values: Preprocessed images, shape (images, 3, height, width). None if no output needs images.
 
         Returns:
             The outputs as float32 tensors, in the order of `self.outputs`.
@@ -115,16 +119,17 @@ def write_onnx(
         source: Folder of the model. None: the model is in `folder`.
         graphs: Names of the graphs to write: "vision_model", "text_model" or "model" (both towers with similarity
             scores).
-        precisions: Number formats of the weights: "float32", "int8" or "float16". "int8" must follow "float32", because
-            the float32 graph is quantized. "float16" must be last, because the export converts the model to float16 in
-            place.
+        precisions: Number formats in which each graph is written: "float32", "int8" and "float16". "float32" must come
+            before "int8", because the int8 graph is made from the float32 graph. "float16" must be last, because it
+            converts the model in memory to float16.
 
     Raises:
         ValueError: If a float32 graph differs from the model by more than `EMBEDDING_TOLERANCE` or `SCORE_TOLERANCE`.
     """
     model, processor, onnx = load_model(source or folder).eval(), load_processor(source or folder), folder / "onnx"
-    # The graphs are compared with the model on a batch of six images and texts, and on a batch of one. The exporter
-    # sees three images and two texts, so the comparison also shows whether a graph works for other batch sizes.
+    # The graphs are compared with the model on a batch of six images and texts, and on a batch of one image and text.
+    # The exporter traces the model with three images and two texts, so the comparison also shows whether a graph works
+    # for other batch sizes.
     pictures = [image.convert("RGB") for image in two_towers.random_images()]  # some processors don't convert to RGB
     pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
     tokenized = two_towers.tokenize(processor, two_towers.random_texts())
@@ -132,7 +137,7 @@ def write_onnx(
     with torch.inference_mode():
         expected = [model(**batch) for batch in batches]
     images, texts, tokens = (torch.export.Dim(name, min=1) for name in ("images", "texts", "tokens"))
-    # The example texts have at most 7 tokens, unless the model needs the full length.
+    # The exporter's example texts are cut to 7 tokens, unless the model needs texts of the full length.
     length, token_count = ({}, None) if two_towers.pads_to_max_length(processor) else ({1: tokens}, 7)
     shapes = {key: {0: images} if key in IMAGE_INPUTS else {0: texts} | length for key in batches[0]}
     example = {key: rows[:3] if key in IMAGE_INPUTS else rows[:2, :token_count] for key, rows in batches[0].items()}
@@ -160,13 +165,13 @@ def write_onnx(
 
 
 def open_session(path: Path) -> "InferenceSession":
-    """Load an ONNX graph with onnxruntime on the CPU. It uses as many threads as PyTorch.
+    """Load an ONNX graph with onnxruntime, to run it on the CPU with as many threads as PyTorch uses.
 
     Args:
         path: File of the graph.
 
     Returns:
-        The onnxruntime session that runs the graph.
+        The onnxruntime session, whose method `run` computes the outputs of the graph.
     """
     import onnxruntime
 
@@ -179,7 +184,7 @@ def weights_file(graph: Path) -> Path:
     """Return the path of the file that holds the weights of an ONNX graph.
 
     Args:
-        graph: File of the graph. For `text_model.onnx`, the result is `text_model.onnx_data` in the same folder.
+        graph: File of the graph, such as `onnx/text_model.onnx`. The result is then `onnx/text_model.onnx_data`.
     """
     return graph.with_name(f"{graph.name}_data")
 
@@ -189,19 +194,20 @@ def export_graph(
 ) -> None:
     """Export a PyTorch module as an ONNX graph, with the weights in a separate file next to the graph.
 
-    `weights_file` returns the path of the file with the weights.
+    The function `weights_file` returns the path of the file with the weights.
 
     Args:
         module: Module to export.
         inputs: Dict {input name: example input}, with which the exporter traces the module.
         outputs: Names of the outputs.
         path: File of the graph.
-        shapes: `dynamic_shapes` of `torch.onnx.export`: for each input, the dimensions that may vary, by index. All
-            other dimensions have the size of the example inputs. None: no dimension may vary.
+        shapes: Dimensions whose size may vary, a dict {input name: {index of the dimension: `torch.export.Dim`}}
+            (`dynamic_shapes` of `torch.onnx.export`). All other dimensions keep the size of the example input. None: no
+            dimension may vary.
     """
     with _silence_logs_and_warnings(), torch.no_grad():
-        # The exporter keeps the module in its current mode. In training mode, dropout would become part of the graph,
-        # so the module is set to evaluation mode first.
+        # The exporter uses the current mode of the module. In training mode, dropout would become part of the graph, so
+        # the module is set to evaluation mode first.
         program = torch.onnx.export(
             module.eval(), (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, verbose=False,
             input_names=list(inputs), output_names=list(outputs),
@@ -213,8 +219,7 @@ def export_graph(
 def _strip_metadata_and_rename_weights_file(path: Path) -> None:
     """Remove the exporter's metadata from a graph file, and rename its weight file as transformers.js expects.
 
-    The metadata must not be published, because it contains a stack trace of every operation, with paths of this
-    machine.
+    The metadata must not be published: it contains a stack trace of every operation, with paths of this machine.
 
     Args:
         path: File of the graph, which is rewritten.
@@ -234,11 +239,11 @@ def _strip_metadata_and_rename_weights_file(path: Path) -> None:
 
 
 def _quantize_weights(source: Path, target: Path) -> None:
-    """Write the int8 version of a float32 graph. Only matrix products and token embeddings are quantized.
+    """Write the int8 version of a float32 ONNX graph. Only matrix products and token embeddings are quantized.
 
     Args:
         source: File of the float32 graph.
-        target: File of the int8 graph. The weights are written next to it.
+        target: File of the int8 graph. The weights are written to a separate file in the same folder.
     """
     with _silence_logs_and_warnings():
         import onnx
@@ -258,7 +263,7 @@ def _quantize_weights(source: Path, target: Path) -> None:
 def _measure_size_and_accuracy(
     path: Path, batches: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]
 ) -> dict[str, float]:
-    """Measure the size of an ONNX graph, and how much the outputs of the graph differ from those of the model.
+    """Measure the size of an ONNX graph, and how much the outputs of graph and model differ.
 
     Args:
         path: File of the graph.
@@ -266,13 +271,14 @@ def _measure_size_and_accuracy(
         expected: Outputs of the model, one dict {output name: tensor} per batch.
 
     Returns:
-        A dict with "bytes" (size of graph and weights) and one or two differences between graph and model:
+        A dict with some of these keys:
 
-        - "lowest_cosine": lowest cosine similarity between an embedding of the graph and the same embedding of the
-          model. Missing for float32 graphs without scores.
+        - "bytes": size of graph and weights. All graphs have it.
         - "largest_difference": largest absolute difference of an embedding component. Only for float32 graphs without
           scores.
-        - "largest_score_difference": largest absolute difference of a score. Only for graphs with scores.
+        - "lowest_cosine": lowest cosine similarity between an embedding of the graph and the same embedding of the
+          model. For all other graphs.
+        - "largest_score_difference": largest absolute difference of a similarity score. Only for graphs with scores.
 
     Raises:
         ValueError: If a float32 graph differs by more than `EMBEDDING_TOLERANCE` or `SCORE_TOLERANCE`.
@@ -296,11 +302,11 @@ def _measure_size_and_accuracy(
 
 
 def check_difference(graph: Path, difference: float, tolerance: float = EMBEDDING_TOLERANCE) -> None:
-    """Check that an ONNX graph gives the same outputs as the model, up to a tolerance.
+    """Check that the measured difference between an ONNX graph and the model is within a tolerance.
 
     Args:
         graph: File of the graph, for the error message.
-        difference: Largest absolute difference of an output.
+        difference: Largest absolute difference between an output of the graph and the same output of the model.
         tolerance: Largest allowed difference.
 
     Raises:
@@ -315,9 +321,9 @@ def check_difference(graph: Path, difference: float, tolerance: float = EMBEDDIN
 
 @contextmanager
 def _silence_logs_and_warnings() -> Iterator[None]:
-    """Return a context manager that hides log messages and warnings, and then restores the root logger.
+    """Return a context manager that hides warnings and the log messages of the ONNX exporter and quantizer.
 
-    The ONNX exporter and the quantizer log much, and one of them changes the configuration of the root logger.
+    At the end, the root logger gets its old level and handlers back, because one of these libraries changes them.
     """
     root = logging.root
     disabled, level, handlers = root.manager.disable, root.level, root.handlers[:]

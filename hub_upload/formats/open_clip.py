@@ -1,8 +1,8 @@
-"""Export a model for open_clip.
+"""Export a CAPIVARA or SigLIP model in the format of open_clip.
 
-A SigLIP model is written by this module alone. The module also checks that open_clip computes the same embeddings with
-the written model as the original model. For a CAPIVARA model, this module only builds the configuration.
-`hub_upload/export.py` writes its weights, together with the weights for transformers.
+For a SigLIP model, this module writes the whole export, and checks that open_clip computes the same embeddings with it
+as the original model. For a CAPIVARA model, this module only builds the configuration, open_clip_config.json.
+`hub_upload/export.py` writes the weights, together with the weights for transformers.
 """
 
 import logging
@@ -30,9 +30,9 @@ TEXT_CONFIG_FIELDS = (
     "model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
 )
 TEXT_CONFIG_FIELDS += "layer_norm_eps max_position_embeddings type_vocab_size pad_token_id"
-# With the tokenizer type "xlm-roberta-xl", open_clip uses tokenizer.json as it is. With "xlm-roberta", it would build
-# the tokenizer again without the normalizer. Without a type, open_clip reads config.json and asks on the terminal
-# whether to run the Python code that config.json names.
+# The tokenizer type "xlm-roberta-xl" makes open_clip use tokenizer.json as it is. With "xlm-roberta", open_clip would
+# build the tokenizer again without its normalizer, which cleans texts. Without a type, open_clip would read
+# config.json, and ask the user on the terminal whether to run the Python code that config.json names.
 TOKENIZER_SETTINGS = {"tokenizer_type": "xlm-roberta-xl"}
 logger = logging.getLogger("capivara")
 
@@ -40,15 +40,15 @@ logger = logging.getLogger("capivara")
 def choose_and_check_text_config_id(config: CapivaraConfig, text_config: str | None) -> str | None:
     """Choose the Hub id from which open_clip loads the text tower's configuration, and check the configuration.
 
-    The check is necessary because the exported folder does not contain this configuration. open_clip would build a
-    wrong text tower from a configuration that differs.
+    open_clip does not read this configuration from the exported folder, but from another repository on the Hub. If it
+    differed from the configuration of the model, open_clip would build a wrong text tower.
 
     Args:
         config: Configuration of the model.
-        text_config: Hub id that the user gave. None: XLM-RoBERTa base.
+        text_config: Hub id that the user chose with --text_config. None: XLM-RoBERTa base.
 
     Returns:
-        The Hub id. None if no id is given and the text tower is not XLM-RoBERTa base.
+        The Hub id. None if `text_config` is None and the text tower of the model is not XLM-RoBERTa base.
 
     Raises:
         ValueError: If `text_config` is not a Hub id with a configuration, or this configuration differs from the
@@ -76,9 +76,9 @@ def build_open_clip_config(
 ) -> dict[str, Any] | None:
     """Build the content of open_clip_config.json, from which open_clip builds a CAPIVARA model.
 
-    No weights are read. If open_clip is installed, this function also builds the open_clip model, on PyTorch's meta
-    device without memory for weights. It then checks that the names and shapes of the tensors agree with the CAPIVARA
-    model.
+    No weights are read. If open_clip is installed, this function also checks that open_clip can build the model, with
+    tensors of the right names and shapes. For this check, the open_clip model is built on PyTorch's meta device, which
+    needs no memory for weights.
 
     Args:
         config: Configuration of the model.
@@ -88,11 +88,12 @@ def build_open_clip_config(
             open_clip loads the tokenizer from the same Hub id as the configuration of the text tower.
 
     Returns:
-        Content of open_clip_config.json: `{"model_cfg": architecture, "preprocess_cfg": image preprocessing}`. None
-        (with a log message) if the text tower is not XLM-RoBERTa base and `text_config` is None.
+        Content of open_clip_config.json: `{"model_cfg": architecture, "preprocess_cfg": image preprocessing}`. None if
+        `text_config` is None and the text tower is not XLM-RoBERTa base. In this case, a message is logged.
 
     Raises:
-        ValueError: If open_clip can't represent the architecture, a tower or the preprocessing.
+        ValueError: If open_clip can't represent the architecture or the preprocessing of the model, or if `text_config`
+            is invalid.
     """
     source = choose_and_check_text_config_id(config, text_config)
     if source is None:
@@ -110,11 +111,12 @@ def build_open_clip_config(
                 theirs = convert_open_clip.new_open_clip_model(config)
                 tensors = convert_open_clip.to_capivara_state_dict(theirs.state_dict())
                 build_save_only_model_from_tensors(tensors, config, "Its tensors")
-        # The tensors don't fit, for example, for a few timm image towers whose output has another width in open_clip.
+        # The names or shapes of the tensors may differ, for example with a few timm image towers whose output has
+        # another width in open_clip.
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"open_clip can't build this model: {' '.join(str(error).split())}") from error
-    # open_clip loads the tokenizer from this Hub id if the model is loaded with a `hf-hub:` name. If it is loaded with
-    # a `local-dir:` name, open_clip loads the tokenizer from the local folder.
+    # If a user loads the model by a name that starts with `hf-hub:`, open_clip loads the tokenizer from this Hub id. If
+    # the name starts with `local-dir:`, open_clip loads the tokenizer from the local folder.
     tokenizer = model_cfg["text_cfg"]["hf_tokenizer_name"] = repo_id or source
     model_cfg["text_cfg"]["tokenizer_kwargs"] = TOKENIZER_SETTINGS
     logger.info("open_clip: configuration of the text tower from %s, tokenizer from %s.", source, tokenizer)
@@ -129,7 +131,8 @@ def _describe_config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfi
         theirs: Configuration that open_clip would load.
 
     Returns:
-        A description of each field that differs, such as "vocab_size is 250002, not 50000".
+        A description of each field that differs, such as "vocab_size is 250002, not 50000": first the value in
+        `theirs`, then the value in `ours`.
     """
     pairs = {name: (getattr(ours, name, None), getattr(theirs, name, None)) for name in TEXT_CONFIG_FIELDS.split()}
     return [f"{name} is {theirs!r}, not {ours!r}" for name, (ours, theirs) in pairs.items() if ours != theirs]
@@ -137,7 +140,8 @@ def _describe_config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfi
 
 # --- SigLIP in the layout of open_clip's ViT-…-SigLIP2 ---------------------------------------------------------------
 
-# (width, layers, patch size) -> start of the name of timm's SigLIP image tower. The full name ends in the image size.
+# (width, number of layers, patch size) of an image tower -> name of this SigLIP tower in the library timm, without the
+# image size at the end of the name.
 TIMM_TOWERS = {(768, 12, 16): "vit_base_patch16_siglip", (768, 12, 32): "vit_base_patch32_siglip"}
 TIMM_TOWERS |= {(1024, 24, 16): "vit_large_patch16_siglip", (1152, 27, 14): "vit_so400m_patch14_siglip"}
 TIMM_TOWERS |= {(1152, 27, 16): "vit_so400m_patch16_siglip", (1536, 40, 16): "vit_giantopt_patch16_siglip"}
@@ -184,8 +188,8 @@ def write_open_clip_siglip(source: Path, folder: Path, repo_id: str | None = Non
     Args:
         source: Folder of the model.
         folder: Folder to write to.
-        repo_id: Hub id under which the model will be published, from which open_clip loads the tokenizer. None: the
-            name of the model's folder stands in for the Hub id.
+        repo_id: Hub id under which the model will be published. The configuration names it, and open_clip loads the
+            tokenizer from there. None: the configuration has the name of the model's folder instead.
 
     Returns:
         The written weights as a dict {tensor name in open_clip: tensor of the model}.
@@ -204,8 +208,8 @@ def write_open_clip_siglip(source: Path, folder: Path, repo_id: str | None = Non
         "heads": text.num_attention_heads, "layers": text.num_hidden_layers, "no_causal_mask": True, "proj_bias": True,
         "pool_type": "last", "norm_kwargs": {"eps": text.layer_norm_eps}, "act_kwargs": {"approximate": "tanh"},
         "mlp_ratio": text.intermediate_size / text.hidden_size, "hf_tokenizer_name": tokenizer_name,
-        # open_clip may clean up white space, but must not convert texts to lowercase. If a model needs lowercase texts,
-        # its tokenizer converts them.
+        # With this setting, open_clip cleans up white space, but does not convert texts to lowercase. If a model needs
+        # lowercase texts, its own tokenizer converts them.
         "tokenizer_kwargs": {"clean": "whitespace"},
     }  # fmt: skip
     model_cfg = {"embed_dim": text.projection_size, "init_logit_bias": model.logit_bias.item(), "custom_text": True}
@@ -220,7 +224,7 @@ def write_open_clip_siglip(source: Path, folder: Path, repo_id: str | None = Non
 
 @torch.inference_mode()
 def _check_open_clip_embeddings(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
-    """Compare the embeddings that open_clip and the model compute from the same pixels and token ids.
+    """Check that open_clip and the model compute the same embeddings from the same pixels and token ids.
 
     Args:
         model: SigLIP model.
@@ -228,13 +232,14 @@ def _check_open_clip_embeddings(model: PreTrainedModel, processor: ProcessorMixi
         folder: Folder of the export, from which open_clip loads the model.
 
     Raises:
-        ValueError: If open_clip can't build the model, or an embedding differs by `EMBEDDING_TOLERANCE` or more.
+        ValueError: If open_clip can't build the model, or a component of an embedding differs by `EMBEDDING_TOLERANCE`
+            or more.
     """
     import open_clip
 
     try:
         theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-    # This happens, for example, if timm has no tower for the image size of the model.
+    # open_clip raises this error, for example, if the library timm has no tower for the image size of the model.
     except RuntimeError as error:
         raise ValueError(f"open_clip can't build this model: {' '.join(str(error).split())}") from error
     ids = pad_batch(processor, tokenize(processor, random_texts()))["input_ids"]

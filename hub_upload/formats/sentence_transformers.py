@@ -12,8 +12,8 @@ from hub_upload.formats import check_embedding_difference
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_texts, pads_to_max_length, random_texts
 
-# Python package that holds the module classes of Sentence Transformers since its version 6. modules.json names the
-# classes with this package.
+# Python package that contains the module classes of Sentence Transformers since its version 6. The class names in
+# modules.json start with it.
 SENTENCE_TRANSFORMERS_MODULES = "sentence_transformers.base.modules"
 SENTENCE_EMBEDDING_KEY = "sentence_embedding"  # key under which Sentence Transformers passes embeddings between modules
 logger = logging.getLogger("capivara")
@@ -22,8 +22,8 @@ logger = logging.getLogger("capivara")
 def write_sentence_transformers_config(folder: Path, processor: ProcessorMixin) -> None:
     """Write the configuration files with which Sentence Transformers loads the exported model.
 
-    Sentence Transformers builds a pipeline of two modules from these files. The first module is the whole model with
-    both towers. The second module scales its embeddings to unit length.
+    From these files, Sentence Transformers builds a pipeline of two modules. The first module is the whole model with
+    both towers, for texts and images. The second module scales the embeddings to unit length.
 
     Args:
         folder: Folder of the export, which already has the files for transformers.
@@ -41,8 +41,8 @@ def write_sentence_transformers_config(folder: Path, processor: ProcessorMixin) 
         "module_output_name": SENTENCE_EMBEDDING_KEY,
     }
     if pads_to_max_length(processor):
-        # Some models, such as SigLIP, need texts of the full length. By default, Sentence Transformers would pad texts
-        # only to the longest text of a batch.
+        # Some models, such as SigLIP, need texts that are padded to the full length. By default, Sentence Transformers
+        # pads texts only to the length of the longest text in a batch.
         rule = {"padding": "max_length", "max_length": processor.tokenizer.model_max_length}
         settings["processing_kwargs"] = {"text": rule}
     write_json(folder / "sentence_bert_config.json", settings)
@@ -51,7 +51,7 @@ def write_sentence_transformers_config(folder: Path, processor: ProcessorMixin) 
 
 
 def check_sentence_transformers_embeddings(source: Path, folder: Path) -> None:
-    """Check that Sentence Transformers computes the same text embeddings with an export as the original model.
+    """Check that the text embeddings of an export in Sentence Transformers equal those of the original model.
 
     If Sentence Transformers is not installed, the comparison is skipped, and a message is logged.
 
@@ -60,7 +60,7 @@ def check_sentence_transformers_embeddings(source: Path, folder: Path) -> None:
         folder: Folder of the export.
 
     Raises:
-        ValueError: If an embedding differs by more than `EMBEDDING_TOLERANCE`.
+        ValueError: If a component of an embedding differs by `EMBEDDING_TOLERANCE` or more.
     """
     if not find_spec("sentence_transformers"):
         logger.info(
@@ -71,8 +71,8 @@ def check_sentence_transformers_embeddings(source: Path, folder: Path) -> None:
 
     texts = [*random_texts(), "Uma FOTO de São João"]  # of several lengths; one with capital letters
     ours = embed_texts(load_model(source).eval(), load_processor(source), texts)
-    # Each batch has one text, because in a larger batch the longest text could hide an error: if short texts are not
-    # padded to the full length, they are at least padded to the longest text.
+    # Each batch has a single text, so that missing padding changes the embeddings. In a larger batch, short texts would
+    # at least be padded to the longest text, which could hide the error.
     theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, batch_size=1, show_progress_bar=False)
     check_embedding_difference("sentence-transformers", [(ours, torch.from_numpy(theirs))])
 
@@ -90,7 +90,7 @@ def write_sentence_transformers_pipeline_files(folder: Path, package: str, class
         for index, (path, class_name) in enumerate(classes.items())
     ]
     write_json(folder / "modules.json", modules)
-    # Library versions are not written. If they were, users with an older release of Sentence Transformers 6 would see a
-    # warning.
+    # The library versions that this file usually contains are left out, because users with an older release of Sentence
+    # Transformers 6 would see a warning.
     settings = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}}
     write_json(folder / "config_sentence_transformers.json", settings)

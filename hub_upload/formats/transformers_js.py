@@ -1,11 +1,14 @@
-"""Write the files that transformers.js needs in addition to the ONNX graphs from `hub_upload/formats/onnx.py`.
+"""Write the settings and tokenizer files with which transformers.js runs the ONNX graphs of a model, in a browser.
 
-    onnx/model.onnx                       graph with both towers, which returns the scores of images and texts
-    onnx/*_fp16.onnx                      every graph again, in float16
     config.json                           with the key transformers.js_config: how many weight files each graph has
     preprocessor_config.json              image processor, with a class name that transformers.js knows
     tokenizer.json                        tokenizer with only those normalizer steps that transformers.js knows
     tokenizer_config.json                 maximum number of tokens in a text
+
+`hub_upload/formats/onnx.py` writes the ONNX graphs. For transformers.js, it writes two more kinds of graphs:
+
+    onnx/model.onnx                       graph with both towers, which returns similarity scores of images and texts
+    onnx/*_fp16.onnx                      every graph again, in float16
 
 The file names and settings follow `models/session.js` and `utils/model-loader.js` of transformers.js 4.3.
 """
@@ -20,7 +23,8 @@ from modeling_capivara.loading import load_processor
 from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 
 CONFIG_KEY = "transformers.js_config"  # key in config.json that transformers.js reads
-# Settings of image processors that transformers.js supports. preprocessor_config.json gets no other settings.
+# Settings of image processors that transformers.js supports. All other settings are left out of
+# preprocessor_config.json.
 IMAGE_SETTINGS = (
     *("do_resize", "size", "do_center_crop", "crop_size", "do_convert_rgb", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std"),
@@ -37,17 +41,18 @@ NMT_STEPS = [
     formats.build_replace_step(r"[\u0001-\u0008\u000B\u000E-\u001F\u007F\u008F\u009F]", ""),
     formats.build_replace_step(r"[\u0009\u000A\u000C\u000D\u1680\u200B-\u200F\u2028\u2029\u2581\uFEFF\uFFFD]", " "),
 ]
-# PIL's number of the LANCZOS resize filter. The bicubic filter of transformers.js skips pixels when it makes images
-# smaller. The LANCZOS filter does not, and its result is closest to that of the model's image processor in Python. In a
-# browser, this setting has no effect, because the canvas resizes the images.
+# PIL's number of the LANCZOS resize filter. It is written instead of the model's own filter (usually bicubic), because
+# the bicubic filter of transformers.js skips pixels when it makes images smaller. LANCZOS gives the pixels that are
+# closest to those of the model's image processor in Python. In a browser, this setting has no effect, because the
+# canvas resizes images.
 LANCZOS_RESAMPLE = 1
 
 
 def write_model_and_preprocessor_configs(folder: Path) -> None:
     """Write the settings that transformers.js needs for the model (config.json) and images (preprocessor_config.json).
 
-    The transformers library for Python ignores these settings. It reads only the other keys of config.json, and it
-    reads the settings for images from processor_config.json.
+    The transformers library for Python is not affected. It ignores the additional key in config.json, and reads the
+    settings for images from processor_config.json.
 
     Args:
         folder: Folder of the export, which already has the ONNX graphs and the files for transformers.
@@ -65,7 +70,7 @@ def write_model_and_preprocessor_configs(folder: Path) -> None:
 def read_and_convert_tokenizer(folder: Path) -> dict[str, Any]:
     """Read a tokenizer.json, and replace normalizer steps that transformers.js does not support.
 
-    Normalizer steps change a text before it is split into tokens, for example to lower case.
+    A normalizer step changes a text before it is split into tokens, for example to lowercase.
 
     Args:
         folder: Folder with the tokenizer.json, which is not changed.
@@ -83,7 +88,8 @@ def read_and_convert_tokenizer(folder: Path) -> dict[str, Any]:
 def convert_tokenizer_files_in_place(folder: Path) -> None:
     """Rewrite the tokenizer files of an export, so that transformers.js splits texts into the same tokens.
 
-    For a CAPIVARA model, the token ids are the same for texts that CAPIVARA's Python code has already cleaned.
+    For a CAPIVARA model, the token ids are the same if a text is already clean. Other texts may get other tokens,
+    because transformers.js does not run CAPIVARA's text cleaning code, which is written in Python.
 
     Args:
         folder: Folder of the export, with config.json and the tokenizer files.
@@ -108,7 +114,7 @@ def _convert_normalizer(normalizer: dict[str, Any] | None) -> dict[str, Any] | N
         The converted value.
 
     Raises:
-        ValueError: If transformers.js does not support a step of another type.
+        ValueError: If there is a step of another type that transformers.js does not support.
     """
     if normalizer is None:
         return None

@@ -2,12 +2,16 @@
 
     python -m hub_upload.space --model runs/mine --pictures pictures.lance --space demo
     python -m hub_upload.space --model runs/mine --static page --library node_modules  # page without a server
-    python -m hub_upload.push --model demo --repo_id org/demo --repo_type space --push     # uploads either folder
+    python -m hub_upload.push --model demo --repo_id org/demo --repo_type space --push     # uploads the folder
 
-With --space, the folder holds the program with its server, the model and an index of your pictures. The Space shows
-thumbnails of the pictures. The picture files, the full paths of their folders and the GPS coordinates at which pictures
-were taken are not published. With --static, the folder holds a page on which users search the pictures on their own
-device. To search on this machine only, use `capivara app`.
+With --space, users search your pictures. The folder contains a server program, the model and an index of the pictures.
+The Space shows thumbnails of the pictures. It contains neither the picture files, nor the full paths of their folders,
+nor the GPS coordinates at which pictures were taken.
+
+With --static, users search the pictures on their own device. The folder contains a page that runs the model in the
+browser.
+
+To search on this machine only, use `capivara app`.
 """
 
 from dataclasses import dataclass
@@ -24,15 +28,15 @@ class SpaceArguments:
     """Command-line arguments of `hub_upload.space`, which writes the picture search page as a web demo."""
 
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model.")
-    pictures: str | None = flag(None, "Index of pictures, created by `capivara index` (required for --space).")
-    space: Path | None = flag(None, "Folder to write: a Space with a server, the model and an index.")
+    pictures: str | None = flag(None, "Index of the pictures, created by `capivara index` (required for --space).")
+    space: Path | None = flag(None, "Folder to write a Space to, with a server program, the model and an index.")
     static: Path | None = flag(
         None,
-        "Folder to write: a page without a server, which any file server can serve. Users choose pictures on their "
-        "own device and search them in the browser. --pictures is not used.",
+        "Folder to write static files to: a page that any file server can serve, and on which users search pictures of "
+        "their own device in the browser. --pictures is not used.",
     )
     library: Path | None = flag(
-        None, f"Folder node_modules that `{NPM_COMMAND}` creates (required for --static). Version 4.3 or later."
+        None, f"Folder node_modules, created by `{NPM_COMMAND}`, version 4.3 or later (required for --static)."
     )
 
     def __post_init__(self) -> None:
@@ -55,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 
     folder = args.static or args.space
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        # The folder is checked first, because reading the index and exporting the model may take an hour.
+        # The folder is checked before reading the index and exporting the model, which may take an hour.
         raise ValueError(f"{folder} is a file or a folder that is not empty. Choose another folder, or remove it.")
     if args.static:
         write_static_page(args.model, folder, args.library)

@@ -1,8 +1,8 @@
-"""Write the search page as a Docker Space of the Hub: a folder with the program, an index of pictures and the model.
+"""Write the search page as a Docker Space (web demo on the Hub): a folder with program, model and index of pictures.
 
-The published index is a copy that has only thumbnails of the pictures. It contains neither the paths of this machine's
-folders nor the GPS coordinates at which pictures were taken. Owner and license of the pictures come from the README.md
-of the folder with the pictures. The Python requirements are pinned to the installed versions.
+The index in this folder is a copy without private data. It has thumbnails of the pictures, but neither the paths of
+this machine's folders nor the GPS coordinates at which pictures were taken. Owner and license of the pictures are read
+from the README.md of the folder with the pictures. The Python requirements are pinned to the installed versions.
 """
 
 import json
@@ -30,11 +30,11 @@ TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 PROGRAM_PACKAGES = ("capivara_common", "capivara_search", "modeling_capivara")
 PROGRAM_SUFFIXES = (".py", ".html", ".css", ".js", ".svg", ".json", ".txt", ".yaml")
 STORAGE_PREFIXES = ("s3://", "gs://", "az://")  # URIs of indexes in cloud storage
-# Python packages that the search page needs in addition to the packages that the model needs.
+# Python packages that the search page needs, in addition to the packages that the model needs.
 PAGE_PACKAGES = ("jinja2", "lancedb", "pillow-heif", "starlette", "threadpoolctl", "uvicorn")
 SPACE_MODEL_FILES = ("config.json", *upload_checks.PROCESSOR_FILES, *upload_checks.WEIGHT_FILES)
 SPACE_TITLE = "CAPIVARA: busca em português"
-# Front matter of the Space's README.md that sets its appearance in the Hub's list of Spaces.
+# Settings in the front matter (YAML header) of README.md: how the Space looks in the Hub's list of Spaces.
 SPACE_CARD_STYLE = {"emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "pinned": False}
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def open_index_and_read_credit(pictures: str, model: str) -> tuple[PictureIndex,
         model: Folder or Hub id of the model.
 
     Returns:
-        A tuple of the index and the credit: name, license and attribution of the pictures, from
+        A tuple (index, credit). The credit has the name, license and attribution of the pictures, from
         `read_picture_credit_from_card`.
 
     Raises:
@@ -63,16 +63,14 @@ def open_index_and_read_credit(pictures: str, model: str) -> tuple[PictureIndex,
 
 
 def read_picture_credit_from_card(folder: Path) -> Credit:
-    """Read who must be credited for the pictures in a folder, from the folder's README.md.
-
-    The front matter (YAML header) of README.md states it.
+    """Read who must be credited for the pictures in a folder, from the front matter (YAML header) of its README.md.
 
     Args:
         folder: Folder with the pictures.
 
     Returns:
-        Name, license and attribution of the pictures. If README.md states no name, the name of the folder is used. A
-        license or attribution that is not stated is "".
+        Name, license and attribution of the pictures. If README.md states no name, the name of the folder is used. If
+        it states no license or attribution, the value is "".
     """
     metadata = read_card_metadata(folder / "README.md")
     values = [metadata.get(key) for key in ("pretty_name", "license", "attribution")]
@@ -88,19 +86,18 @@ def copy_index_for_publication(index: PictureIndex, output: Path, model: str, ti
 
     Args:
         index: Index to copy.
-        output: Folder of the copy. It must not exist.
-        model: Folder of the model relative to the folder of the Space, or Hub id of the model. The copy stores where
-            the model is.
-        title: Public name of the folder of pictures. It is used only if the index has a single folder. "": the last
-            part of the folder's path is used.
+        output: Folder of the copy. It must not exist yet.
+        model: Place of the model, which the copy stores: a folder relative to the folder of the Space, or a Hub id.
+        title: Public name of the indexed folder, if the index has a single folder. "", or several folders: the last
+            part of each folder's path is its public name.
 
     Returns:
-        Number of copied pictures. Only pictures that the model of the index has embedded are copied.
+        Number of copied pictures. Only pictures that were embedded with the model of the index are copied.
 
     Raises:
-        ValueError: If the model of the index has not embedded any picture.
+        ValueError: If the index has no pictures that were embedded with its model.
     """
-    # Maps each indexed folder to its public name. Subfolders come before their parent folders, because
+    # Maps each indexed folder to its public name. An indexed subfolder of another indexed folder comes first, because
     # `_anonymize_path` uses the first folder that contains the picture.
     names: dict[str, str] = {}
     folders = sorted(index.folders(), key=len, reverse=True)
@@ -130,15 +127,16 @@ def copy_index_for_publication(index: PictureIndex, output: Path, model: str, ti
 
 
 def _anonymize_path(path: str, new_names: dict[str, str]) -> str:
-    """Replace the folder of a picture's path with its public name.
+    """Replace the indexed folder in a picture's path with the public name of this folder.
 
     Args:
         path: Absolute path of a picture.
-        new_names: Dict {indexed folder: public name}. Subfolders must come before their parent folders, because the
-            first folder that contains the picture is used.
+        new_names: Dict {indexed folder: public name}. The first folder that contains the picture is replaced, so
+            subfolders must come before their parent folders.
 
     Returns:
-        The path with the public name. If no folder contains the picture, only the file name is kept.
+        The path with the public name, such as "/photos/2024/beach.jpg". If none of the folders contains the picture,
+        only the file name is kept.
     """
     for folder, name in new_names.items():
         if PurePath(path).is_relative_to(folder):
@@ -157,14 +155,14 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
     model.
 
     Args:
-        index: Index of pictures. A copy without private data is written.
+        index: Index of pictures, of which the Space gets a copy without private data.
         credit: Name, license and attribution of the pictures.
-        model: Folder or Hub id of the model. A folder is copied to the Space. With a Hub id, the Space downloads the
-            model.
-        folder: Folder to write.
+        model: Folder or Hub id of the model. A folder is copied to the Space. From a Hub id, the Space itself downloads
+            the model.
+        folder: Folder to write. It must be empty or not exist yet.
 
     Raises:
-        ValueError: If `folder` is not empty, or a file contains an absolute path or an access token.
+        ValueError: If `folder` is not empty, or a file to publish contains an absolute path or an access token.
     """
     with atomic_folder(folder) as output:
         program = (path for package in PROGRAM_PACKAGES for path in (CODE_ROOT / package).rglob("*"))
@@ -192,8 +190,8 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
         card_data["models"] = None if Path(model).is_dir() else [model]
         model_name = get_publishable_model_or_dataset_name(model)
         write_space_card(output, "space", card_data, name=model_name, credit=credit, model_license=model_license)
-        # These two files contain texts from the cards of the model and the pictures, which may contain secrets or
-        # paths.
+        # These two files quote texts from the cards of the model and the pictures. Such a text may contain an access
+        # token or an absolute path.
         for name in ("README.md", "app.py"):
             upload_checks.check_file_for_secrets(output / name, name)
             upload_checks.check_paths(output / name, name)
@@ -206,7 +204,7 @@ def write_space_card(folder: Path, template: str, card_data: dict[str, Any], **v
         folder: Folder of the Space.
         template: "space" for a Space with a server, "static" for a page without a server.
         card_data: Settings of the Space, which become the front matter (YAML header) of the card.
-        values: Variables of the card template, such as the name of the model.
+        values: Variables of the Jinja template of the card, such as the name of the model.
     """
     path = TEMPLATE_FOLDER / f"{template}.md.jinja"
     card = SpaceCard.from_template(SpaceCardData(**card_data, **SPACE_CARD_STYLE), template_path=str(path), **values)
@@ -217,10 +215,10 @@ def read_model_license(model: Path) -> str:
     """Read the license of a model from the card (README.md) in its folder.
 
     Args:
-        model: Folder of the model. A Hub id is accepted, but its card is not read.
+        model: Folder of the model. For a Hub id, the result is always "", because cards on the Hub are not read.
 
     Returns:
-        Identifier of the license, such as "mit". "" if no license is stated, or `model` is a Hub id.
+        Identifier of the license, such as "mit". "" if the card states no license or does not exist.
     """
     return str(read_card_metadata(model / "README.md").get("license") or "")
 
@@ -229,10 +227,10 @@ def _get_required_package_versions(model: str) -> dict[str, str]:
     """Return the Python packages that the search page and a model need, with their installed versions.
 
     Args:
-        model: Folder or Hub id of the model. Only some models need timm.
+        model: Folder or Hub id of the model. The package timm is included only if the model needs it.
 
     Returns:
-        A dict {package name: version}. The versions have no local suffix such as "+cu128".
+        A dict {package name: version}. Suffixes of local builds, such as "+cu128", are removed from the versions.
     """
     requirements = [line for line in metadata.requires("modeling-capivara") if "extra ==" not in line]
     names = [*(re.match(r"[\w.-]+", line)[0] for line in requirements), *PAGE_PACKAGES]
@@ -242,25 +240,25 @@ def _get_required_package_versions(model: str) -> dict[str, str]:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file to a path whose folder need not exist yet.
+    """Copy a file, and create the folder of the copy if it does not exist.
 
     Args:
         source: File to copy.
-        target: Path of the copy. The folder that contains this path is created if it does not exist.
+        target: Path of the copy.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
 
 
 def _copy_local_model(model: str, space_folder: Path) -> str:
-    """Copy a model to the folder of a Space, without the files that search does not need, and check the copy.
+    """Copy the files of a model that the search needs to the folder of a Space, and check that they may be published.
 
     Args:
-        model: Folder or Hub id of the model.
+        model: Folder or Hub id of the model. For a Hub id, nothing is copied.
         space_folder: Folder of the Space.
 
     Returns:
-        Folder of the copy relative to the Space. A Hub id is returned unchanged, and nothing is copied.
+        Folder of the copy relative to the folder of the Space. A Hub id is returned unchanged.
 
     Raises:
         ValueError: If a copied file contains an absolute path or an access token.

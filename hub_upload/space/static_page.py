@@ -9,8 +9,9 @@
     library/               transformers.js and onnxruntime, from npm
     model/<digest>/        both towers in int8, tokenizer and settings, as `hub_upload.export` writes them
 
-This package's source.js runs the model in the browser. The source.js of capivara_search, which it replaces, sends
-requests to a server. The page's Content-Security-Policy forbids requests to other hosts.
+There are two scripts with the name source.js. The script of capivara_search sends requests to a search server. The
+script of this package, which replaces it, runs the model in the browser. The page's Content-Security-Policy forbids
+requests to other hosts, so the pictures stay on the user's device.
 """
 
 import hashlib
@@ -32,8 +33,8 @@ SOURCE_SCRIPT = Path(__file__).parent / "static" / "source.js"
 # Maps a language to a tuple: file of the page, relative URL of the page, and URL of the page in the other language.
 PAGE_FILES = {"pt": ("index.html", "./", "en.html"), "en": ("en.html", "en.html", "./")}
 LIBRARY_PACKAGE = "@huggingface/transformers"  # npm package
-# Maps a file in `library/` to its source in node_modules. `.mjs` files are renamed to `.js`, because some file servers
-# send `.mjs` files with a media type that browsers don't run.
+# Maps a file in the folder `library/` of the page to its source in node_modules. `.mjs` files get the suffix `.js`,
+# because some file servers send `.mjs` files with a media type that browsers refuse to run.
 LIBRARY_FILES = {
     "transformers.js": "@huggingface/transformers/dist/transformers.min.js",
     "onnxruntime.js": "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs",
@@ -55,9 +56,9 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
     """Write the picture search page as static files, which run the model in the browser of the user.
 
     Args:
-        model: Folder or Hub id of a CAPIVARA model. If the folder is an export for transformers.js, its ONNX graphs are
-            copied. Otherwise, the graphs are exported from the model, which takes minutes for a full-size model.
-        folder: Folder to write. It must not exist or must be empty.
+        model: Folder or Hub id of a CAPIVARA model. If it is an export for transformers.js, its ONNX graphs are copied.
+            Otherwise, the graphs are exported from the model, which takes minutes for a full-size model.
+        folder: Folder to write. It must be empty or not exist yet.
         library: Folder node_modules in which npm has installed `LIBRARY_PACKAGE` (transformers.js).
 
     Raises:
@@ -78,7 +79,8 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
             transformers_js.write_model_and_preprocessor_configs(repository)
         check_model_files(repository)
         digests = [hashlib.sha256((repository / name).read_bytes()).digest() for name in PAGE_MODEL_FILES]
-        # The URL of the model contains the digest. Otherwise, browsers would use the cached files of an old model.
+        # The URL of the model files contains a hash of their content. Otherwise, browsers would use cached files of an
+        # older model.
         digest = hashlib.sha256(b"".join(digests)).hexdigest()[:16]
         for name in PAGE_MODEL_FILES:
             copy_file(repository / name, output / "model" / digest / name)
@@ -103,7 +105,7 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
 
 
 def render_static_page(language: str, model: dict[str, str | int]) -> str:
-    """Render the HTML of the picture search page that runs in the browser, without a search server.
+    """Render the HTML of the picture search page that runs the model in the browser, without a search server.
 
     Args:
         language: Language of the page, "pt" or "en".
@@ -122,10 +124,11 @@ def render_static_page(language: str, model: dict[str, str | int]) -> str:
 def _copy_npm_libraries(node_modules: Path, target: Path) -> None:
     """Copy the scripts of transformers.js and onnxruntime, and the license of transformers.js.
 
-    References to source maps are removed from the scripts, because the source maps are not published.
+    References to source maps (files for debugging) are removed from the scripts, because the page does not contain
+    these files.
 
     Args:
-        node_modules: Folder in which npm has installed `LIBRARY_PACKAGE`.
+        node_modules: Folder in which npm has installed `LIBRARY_PACKAGE` (transformers.js).
         target: Folder to write to.
 
     Raises:
