@@ -1,4 +1,4 @@
-"""Manage the folders of an index: record them, load their rules for ignoring files, move them and forget them.
+"""Manage the folders of an index: record them, load and save rules for ignoring files, and move or remove folders.
 
 The list of folders that an index stores can't be trusted, because the index may come from another machine. A malicious
 index could list the folder "/" and so give access to every picture on this machine. Therefore picture files are read
@@ -22,13 +22,13 @@ from capivara_search.ignore_rules import IgnoreRules
 from capivara_search.messages import log_message_from_code, make_error_from_code
 from capivara_search.table import PICTURES_TABLE, SKIPPED_FILES_TABLE, PictureTable, folders_clause, quote_sql
 
-RULES_KEY = "rules"  # key of the index's metadata; the value is JSON with the rules, which apply to all folders
+RULES_KEY = "rules"  # key in the metadata of the index; the value is JSON with the rules for ignoring files
 
 
 def load_requested_folders(table: PictureTable) -> dict[str, str]:
     """Load the list of folders that the user has added to an index on this machine.
 
-    The list is in a file outside the index. Folders that were added on another machine are not in the list.
+    The list is in a file outside the index, because an index from another machine can't be trusted.
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.
@@ -49,14 +49,12 @@ def record_requested_folders(
     """Record on this machine that the user has added folders to an index.
 
     Pictures are read only in recorded folders, because the list of folders in an index from another machine can't be
-    trusted.
-
-    If the record can't be written, a message is logged, and no error is raised.
+    trusted. If the record can't be written, a message is logged instead of raising an error.
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.
-        folders: Dictionary `{path of the folder: its real path, in which symbolic links are resolved, at the time when
-            the user added it}`.
+        folders: Dictionary `{path of the folder: its real path when the user added it}`. In a real path, symbolic links
+            are resolved.
         moved_from: Old path of a folder that was moved. This folder and the folders inside it are removed from the
             record. None: nothing is removed.
     """
@@ -73,8 +71,8 @@ def record_requested_folders(
 def _get_requested_folders_file_path(table: PictureTable) -> Path:
     """Return the path of the JSON file that records the folders of an index on this machine.
 
-    The file is in the user's state directory. It is not in the index, because the index possibly comes from another
-    machine, and not in a cache, because users can empty a cache.
+    The file is in the user's state directory. It is not in the index, because the index may come from another machine
+    and can't be trusted. It is not in a cache, because users may empty a cache.
     """
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     where = table.where if table.is_remote else os.path.realpath(table.where)
@@ -103,9 +101,9 @@ def save_ignore_rules(table: PictureTable, rules: IgnoreRules) -> None:
 
 
 def load_ignored_counts_by_reason(table: PictureTable) -> Counter[str]:
-    """Return how many files and folders of an index are ignored for each reason, summed over all folders.
+    """Return how many files and folders of an index are ignored for each reason, summed over all indexed folders.
 
-    The numbers come from the latest update of each whole folder. Updates of single files do not change them.
+    The numbers come from the latest update of each whole folder. An update of single files does not change them.
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.
@@ -116,8 +114,8 @@ def load_ignored_counts_by_reason(table: PictureTable) -> Counter[str]:
     """
     counts = Counter[str]()
     for value in table.folders().values():
-        # Values that can't be parsed are skipped: the value is "" until the first update of the folder ends, and in
-        # indexes of older versions.
+        # The value of a folder is "" until the first update of the folder ends, and in indexes of older versions. It
+        # can't be parsed and is skipped.
         with suppress(ValueError, AttributeError):
             counts.update({reason: n for reason, n in json.loads(value).items() if type(n) is int})
     return counts
@@ -133,19 +131,19 @@ def resolve_folders_to_scan(
         folders: The folders that the user names: `{absolute path: real path}`. Empty: all folders that were added on
             this machine and are available (`is_folder_available`). A warning in the log lists the other folders.
         exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
-        include: What to stop ignoring: patterns that an earlier `exclude` stored in the index, and paths that were
-            forgotten (`IgnoreRules.forgotten`). If a forgotten folder lies in none of the other folders, it is scanned
-            as well.
+        include: What to stop ignoring: patterns that an earlier `exclude` stored in the index, and paths that the user
+            has removed from the index (`IgnoreRules.forgotten`). If such a path is a folder outside of all other
+            folders, it is scanned as well.
 
     Returns:
         Dictionary `{absolute path of a folder to scan: its real path}`. In a real path, symbolic links are resolved.
 
     Raises:
-        ValueError: If there is no folder to scan, or a pattern is invalid. If an entry of `include` is neither a stored
-            pattern nor a forgotten path. If `exclude` contains the path of a file instead of a pattern.
+        ValueError: If there is no folder to scan. If an entry of `exclude` is an invalid pattern, or is the path of a
+            file or folder instead of a pattern. If the index does not ignore an entry of `include`.
     """
     rules = load_ignore_rules(table)
-    rules.updated(exclude, include)  # the result is not used; the call raises an error if a pattern is invalid
+    rules.updated(exclude, include)  # the result is not used; the call raises an error if an argument is invalid
     known, paths = table.folders(), dict(folders)
     recorded = {folder: real for folder, real in load_requested_folders(table).items() if folder in known}
     if not folders:
@@ -167,15 +165,15 @@ def resolve_folders_to_scan(
 def _is_pattern_probably_a_mistaken_path(pattern: str, folders: Iterable[Path]) -> bool:
     """Return whether the user has probably given a path relative to the working directory instead of a pattern.
 
-    Patterns are relative to the indexed folders, so such a path usually has no effect as a pattern.
+    A pattern is relative to each indexed folder. So a path relative to the working directory usually matches nothing.
 
     Args:
         pattern: Pattern in the syntax of `.gitignore`.
         folders: Absolute paths of the indexed folders.
 
     Returns:
-        True if the pattern, read as a path relative to the working directory, names an existing file or folder inside
-        one of the indexed folders, but the pattern does not match this file or folder.
+        True if the pattern is the path of an existing file or folder inside one of the indexed folders, but does not
+        match this file or folder as a pattern.
     """
     path = Path(os.path.abspath(os.path.expanduser(pattern)))
     parents = [folder for folder in folders if path.is_relative_to(folder)] if "/" in pattern.rstrip("/") else []
@@ -186,7 +184,7 @@ def _is_pattern_probably_a_mistaken_path(pattern: str, folders: Iterable[Path]) 
 def is_folder_available(folder: str | Path, real_path: str, allow_empty: bool = False) -> bool:
     """Return whether a folder exists, can be read, and still has its recorded real path.
 
-    An empty folder counts as unavailable by default. It may be the mount point of a disk that is not mounted.
+    By default, an empty folder counts as unavailable, because it may be the mount point of a disk that is not mounted.
 
     Args:
         folder: Path of the folder.
@@ -194,7 +192,7 @@ def is_folder_available(folder: str | Path, real_path: str, allow_empty: bool = 
         allow_empty: Whether an empty folder counts as available.
 
     Returns:
-        True if the folder is available.
+        True if the folder is available, otherwise False.
     """
     with suppress(OSError), os.scandir(folder) as entries:
         return os.path.realpath(folder) == real_path and (allow_empty or next(entries, None) is not None)
@@ -202,7 +200,7 @@ def is_folder_available(folder: str | Path, real_path: str, allow_empty: bool = 
 
 
 def remove_from_index_and_ignore_path(table: PictureTable, path: Path) -> int:
-    """Remove a folder or file from an index, and add its path to the rules so that later updates ignore it.
+    """Remove a folder or file from an index, and add its path to the ignore rules so that later updates skip it.
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.
@@ -237,8 +235,8 @@ def update_paths_after_move(table: PictureTable, old: Path, new: Path) -> tuple[
         old folder. The second number says how many of them exist as files in the new folder.
 
     Raises:
-        ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its
-            pictures exists in the new folder.
+        ValueError: If the index has no entry for the old folder. If none of the pictures that the index has in the old
+            folder exists in the new folder. If one of the two folders lies inside the other.
     """
     if old == new or old in new.parents or new in old.parents:
         raise make_error_from_code(ValueError, "move_nested", old=old, new=new)
@@ -263,8 +261,9 @@ def update_paths_after_move(table: PictureTable, old: Path, new: Path) -> tuple[
             # added to the index as a folder of its own.
             new_folders[str(new)] = ""
         table.set_folders(new_folders)
-        # A folder is recorded as added by the user only if its real path is inside the new folder, which the user has
-        # named. The list in the index alone is not trusted: a manipulated index could name any private folder.
+        # The list of folders in the index is not trusted, because a manipulated index could name any private folder.
+        # Therefore a folder is recorded as added by the user only if its real path is inside the new folder, which the
+        # user has named.
         real_paths = {folder: os.path.realpath(folder) for folder in table.folders()}
         real_new = Path(os.path.realpath(new))
         requested = {folder: real for folder, real in real_paths.items() if Path(real).is_relative_to(real_new)}
@@ -275,20 +274,21 @@ def update_paths_after_move(table: PictureTable, old: Path, new: Path) -> tuple[
 
 
 def _moved_path(path: str, old: Path, new: Path) -> str:
-    """Return the new path of a file or folder after its parent folder was moved.
+    """Return the new path of a file or folder after a folder was moved.
 
     Args:
-        path: Absolute path before the move, equal to `old` or inside it.
-        old: Absolute path of the parent folder before the move.
-        new: Absolute path of the parent folder now.
+        path: Absolute path of the file or folder before the move, equal to `old` or inside it.
+        old: Absolute path of the moved folder before the move.
+        new: Absolute path of the moved folder now.
     """
     return str(new) + path[len(str(old)) :]
 
 
 def _update_rows_after_move(table: PictureTable, name: str, old: Path, new: Path) -> None:
-    """Rewrite the paths of one table after a folder was moved.
+    """Rewrite the paths in one table of the index after a folder was moved.
 
-    If the table already has a row for a new path, this row is kept because it is newer, and the old row is deleted.
+    If the table already has a row for the new path of a file, this row is newer and is kept. The row with the old path
+    is deleted.
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.

@@ -54,12 +54,12 @@ if TYPE_CHECKING:
 
     from capivara_search.models import SearchModel
 
-# A search that groups near-duplicates fetches this many rows per requested hit, because several rows may become one
-# hit. If the rows form too few groups, the search fetches `OVERFETCH_GROWTH` times as many rows and groups them again.
+# A search that groups near-duplicates fetches this many rows per requested hit, because the rows of a group become one
+# hit. If there are too few groups, the search fetches `OVERFETCH_GROWTH` times as many rows and groups them again.
 DUPLICATE_OVERFETCH = 4
 OVERFETCH_GROWTH = 16
-# If at most this many rows match the filters of a search, their vectors are kept in memory, and all of them are
-# compared exactly. For larger results, LanceDB searches the files of the index.
+# If at most this many rows match the filters of a search, their vectors are kept in memory, and the search compares all
+# of them. If more rows match, LanceDB searches the files of the index.
 MAX_CACHED_ROWS = 20_000
 
 FolderFilter, DateFilter = str | Path | None, date | None
@@ -68,7 +68,7 @@ FolderFilter, DateFilter = str | Path | None, date | None
 def _default_index_path() -> str | Path:
     """Return the default location of an index.
 
-    It is the value of the environment variable CAPIVARA_INDEX if that is set, otherwise the folder
+    This is the value of the environment variable CAPIVARA_INDEX if it is set. Otherwise it is the folder
     `capivara/pictures.lance` in the user's data directory ($XDG_DATA_HOME, by default ~/.local/share).
     """
     if configured := os.environ.get("CAPIVARA_INDEX"):
@@ -82,11 +82,11 @@ class CachedRows:
 
     Args:
         model: Model in use.
-        rows: Either all rows of an index, or the rows that match the filters of a search. They have the columns that
+        rows: All rows of an index, or only the rows that match the filters of a search. They have the columns that
             `table.comparison_columns` lists.
 
     Attributes:
-        rows: The rows, sorted by path.
+        rows: The same rows, sorted by path.
     """
 
     def __init__(self, model: "SearchModel", rows: pa.Table):
@@ -140,11 +140,10 @@ class PictureIndex:
 
     Attributes:
         relevance_threshold: Whether a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
-            True: yes. False: no. None: only if a measurement shows that the model separates relevant from irrelevant
-            pictures well (`query.is_relevance_auc_of_model_high_enough`). A hit is relevant if its z-score, that is,
-            its similarity relative to all pictures, is above a limit. The limit is found with sentences that describe
-            no particular picture, such as "uma imagem": it is the z-score of their best hit
-            (`query.estimate_relevance_z_score_threshold`).
+            True: yes. False: no. None, the default: only if a measurement has shown that the model separates relevant
+            from irrelevant pictures well (`query.is_relevance_auc_of_model_high_enough`). A hit counts as relevant if
+            its score is at least as high as the score that the best picture reaches by chance, for sentences such as
+            "uma imagem" that describe no particular picture (`query.estimate_relevance_z_score_threshold`).
 
     Example:
         >>> from pathlib import Path
@@ -181,8 +180,8 @@ class PictureIndex:
             where: Folder of the index, or an address on object storage such as `s3://bucket/fotos`. "auto": the value
                 of the environment variable `CAPIVARA_INDEX` if it is set, otherwise a folder in the user's data
                 directory.
-            model: Folder or Hub id of a model, or a loaded `SearchModel`. None: the model that the index was built
-                with. For a new index, None stands for the default model (`models.resolve_search_model`).
+            model: Folder or Hub id of a model, or a `SearchModel`. None: the model that the index was built with. For a
+                new index, None means the default model (`models.resolve_search_model`).
             device: Device of the model, for example "cuda:1". None: the GPU if there is one, otherwise the CPU.
 
         Returns:
@@ -195,7 +194,7 @@ class PictureIndex:
         """
         table = PictureTable(_default_index_path() if where == "auto" else where)
         with suppress(DamagedIndexError):  # `add` may be able to repair a damaged index
-            table.exists()  # called only for its errors, so that they come now and not at the first search
+            table.exists()  # the result is not used; errors of the index are raised now and not at the first search
         return cls(table, model, device)
 
     @property
@@ -240,25 +239,27 @@ class PictureIndex:
             *folders: Folders of pictures. Their subfolders are included. If no folder is given, the folders that were
                 added on this machine before are updated.
             batch_size: Number of pictures per batch of the model, at least 1.
-            on_progress: Callback that takes the number of processed pictures and the total number. Two calls in a row
-                with the same numbers mean that the model was loaded between them. An estimate of the remaining time
-                should ignore this interval.
+            on_progress: Callback that takes the number of processed pictures and the total number. If the model must be
+                loaded, the callback is called before and after this with the same numbers. An estimate of the remaining
+                time should ignore the time between two such calls.
             exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`, relative to each folder.
                 The index stores them for later calls.
-            include: Stored patterns to remove, and forgotten paths (see `forget`) to index again.
-            only_paths: Absolute paths of files or folders inside `folders`. Only these paths are updated; rows of paths
-                that no longer exist are removed. None, or more than 500 paths: everything in the folders is updated.
+            include: What to stop ignoring: patterns that an earlier call passed as `exclude`, and paths that were
+                removed with `forget`.
+            only_paths: Absolute paths of files or folders inside `folders`. Only these paths are updated. The rows of
+                paths that no longer exist are removed. None: everything in the folders is updated. This is also done
+                for more than 500 paths, because the SQL conditions for so many paths are too long.
             real_paths: Real paths (with symbolic links resolved) that `folders_to_add` returned earlier: `{absolute
-                path: real path}`. A folder whose real path has changed since then, for example because a symbolic link
-                was replaced, is refused. None: the real paths are resolved now.
+                path: real path}`. A folder is refused if its real path has changed since then, for example because a
+                symbolic link was replaced. None: the real paths are resolved now.
 
         Returns:
             Report of the update: numbers of embedded, new, changed, moved and removed pictures, and the skipped files.
 
         Raises:
-            ValueError: If a folder does not exist, was forgotten or contains no picture; nothing is then removed from
-                the index. If a pattern is invalid, or an entry of `include` is neither a stored pattern nor a forgotten
-                path. If `batch_size` is below 1, or the model does not exist.
+            ValueError: If a folder does not exist, was removed with `forget`, or contains no picture. In these cases,
+                nothing is removed from the index. If a pattern in `exclude` is invalid, or the index does not ignore
+                an entry of `include`. If `batch_size` is below 1, or the model does not exist.
             OSError: If there is no disk space left, or no permission to write the index.
         """
         if only_paths is None or len(only_paths) > MAX_PATHS_PER_CLAUSE:
@@ -288,24 +289,25 @@ class PictureIndex:
     ) -> dict[Path, str]:
         """Return the folders that `add` would scan for pictures if it were called with these arguments.
 
-        The result contains all folders in `folders`. If `folders` is empty, the result contains all folders that were
-        added on this machine before and whose real path is the same as at that time. A warning in the log lists the
-        other folders of the index. A forgotten folder in `include` is added to the result if it lies outside of all
-        these folders.
+        Usually these are the folders in `folders`. If `folders` is empty, these are the folders that were added on this
+        machine before and are available (`folders.is_folder_available`). A warning in the log then lists the other
+        folders of the index. A forgotten folder in `include` is scanned as well if it lies in none of these folders.
 
         Args:
             folders: Folders of pictures that the user names now.
             exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
-            include: Stored patterns to remove, and forgotten paths (see `forget`) to index again.
+            include: What to stop ignoring: patterns that an earlier `exclude` stored in the index, and paths that were
+                removed with `forget`.
             real_paths: Real paths that were resolved before: `{absolute path of the folder: its real path}`. The real
                 paths of other folders are resolved now.
 
         Returns:
-            Dictionary `{absolute path of the folder: its real path}`. In a real path, symbolic links are resolved.
+            A dictionary that maps the absolute path of each folder to its real path, in which symbolic links are
+            resolved.
 
         Raises:
-            ValueError: If there is no folder to scan, a pattern is invalid, or an entry of `include` is neither a
-                stored pattern nor a forgotten path.
+            ValueError: If there is no folder to scan. If a pattern in `exclude` is invalid, or the index does not
+                ignore an entry of `include`.
         """
         recorded = real_paths or {}
         absolute_folders = map(to_absolute_path_with_disk_case, folders)
@@ -324,8 +326,8 @@ class PictureIndex:
         Args:
             *folders: Folders of pictures. Their subfolders are included. If no folder is given, the folders that were
                 added on this machine before are watched.
-            poll: Whether to scan all files every two seconds instead of waiting for events of the operating system.
-                None: poll only if a folder is on a network file system, which reports no events.
+            poll: How changes are noticed. True: scan all files every two seconds. False: wait for events of the
+                operating system. None: scan only if a folder is on a network file system, which reports no events.
             stop: Event that ends the iteration when it is set. None: the iteration ends only when it is interrupted,
                 for example by Ctrl-C.
             on_progress: Callback that takes the number of processed pictures and the total number.
@@ -334,7 +336,7 @@ class PictureIndex:
             One report for the initial update of all folders, then one report per burst of changes.
 
         Raises:
-            ValueError: If a folder does not exist, was removed by `forget`, or contains no picture.
+            ValueError: If a folder does not exist, was removed with `forget`, or contains no picture.
             OSError: If the index can't be written, or there are too many folders for the operating system to watch.
             ImportError: If the package watchfiles is not installed.
         """
@@ -345,17 +347,17 @@ class PictureIndex:
         """Return the progress of an update of this index that is running in any process.
 
         Returns:
-            Dictionary `{"done": number of processed pictures, "total": number of pictures to process, "left_s":
-            estimated seconds left}`. The value of "left_s" is None while there is no estimate. If no update is running,
-            the method returns None instead of a dictionary.
+            A dictionary with the keys "done" (number of processed pictures), "total" (number of pictures to process)
+            and "left_s" (estimated seconds left, or None while there is no estimate). None instead of a dictionary if
+            no update is running.
         """
         return read_progress_of_running_update(self._table.where)
 
     def repair(self) -> None:
         """Restore the newest readable version of each damaged table of the index.
 
-        The folder of a table without a readable version is renamed, and `add` creates the table again. Warnings in the
-        log say what was lost.
+        If a table has no readable version, its folder is renamed, and the next `add` creates the table again. Warnings
+        in the log say what was lost. An index on object storage is not repaired.
         """
         with self._table.locked():
             self._table.repair()
@@ -363,7 +365,7 @@ class PictureIndex:
     def forget(self, folder: str | Path) -> int:
         """Remove a folder or a picture from the index, and keep it out of later updates.
 
-        The file itself is not deleted. To index the path again, pass it to `add` as `include`.
+        No file is deleted from the disk. To index the path again, pass it to `add` as `include`.
 
         Args:
             folder: Path of the folder or picture.
@@ -389,8 +391,8 @@ class PictureIndex:
             the old folder. The second number says how many of them exist as files in the new folder.
 
         Raises:
-            ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its
-                pictures exists in the new folder.
+            ValueError: If the index has no entry for the old folder. If none of the pictures that the index has in the
+                old folder exists in the new folder. If one of the two folders lies inside the other.
         """
         old, new = to_absolute_path_with_disk_case(old), to_absolute_path_with_disk_case(new)
         return known_folders.update_paths_after_move(self._table, old, new)
@@ -420,13 +422,13 @@ class PictureIndex:
             folder: Return only pictures in this folder and its subfolders. None: all folders.
             since: Return only pictures of this day or later (`Hit.date`). None: no earliest day.
             until: Return only pictures of this day or earlier. None: no latest day.
-            exact: Compare every vector, even in an index large enough for an approximate vector index.
+            exact: True: compare the query with every vector. False: use the approximate vector index of a large index.
             more: One or more texts to move the query towards (Rocchio relevance feedback). A text may begin with a
                 weight, as in "0.5:praia". The default weight is 1.
             less: One or more texts to move the query away from, each with an optional weight. Pictures that show what a
-                text says get a lower rank. No picture is excluded.
-            group_duplicates: Return only the best hit of each group of near-duplicates (`DUPLICATE_MIN_SIMILARITY`).
-                `Hit.copies` is the number of near-duplicates of a hit.
+                text says get a lower rank, but are not excluded.
+            group_duplicates: True: return only the best hit of each group of near-duplicates, and count its
+                near-duplicates in `Hit.copies`. False: return near-duplicates as separate hits.
 
         Returns:
             Hits, best first.
@@ -441,8 +443,8 @@ class PictureIndex:
         feedback += [(-weight, words) for weight, words in map(query.parse_weighted_feedback, less)]
         if not text and like is None and not feedback:
             raise make_error_from_code(ValueError, "empty_query")
-        # The result is not used. The call raises errors of the index now, so that the user does not wait for the model
-        # to load first.
+        # The result is not used. If the index has an error, this call raises it now, before the model is loaded, which
+        # takes time.
         self._model_clauses()
         vectors = [self.model.embed_texts([text])] if text else []
         if like is not None:
@@ -460,8 +462,8 @@ class PictureIndex:
 
         Args:
             vector: Vector (width,) of the query. None: the feedback alone is the query.
-            feedback: Pairs of a weight and the vector (width,) of a sentence or picture. A positive weight moves the
-                query towards the vector, a negative weight away from it.
+            feedback: Pairs (weight, vector). The vector (width,) is the embedding of a sentence or picture. A positive
+                weight moves the query towards this vector, a negative weight away from it.
 
         Returns:
             The new query vector (width,), not normalized.
@@ -479,8 +481,9 @@ class PictureIndex:
     def _compute_relevance_threshold(self, vector: np.ndarray) -> float:
         """Compute the minimum cosine with a sentence that makes a picture count as relevant.
 
-        The threshold is a z-score (`query.estimate_relevance_z_score_threshold`). It is converted to a cosine with the
-        mean and the standard deviation of the cosines between the sentence and a sample of the index.
+        The index has one threshold for all sentences, a z-score (`query.estimate_relevance_z_score_threshold`). It is
+        converted to a cosine for this sentence. For that, the mean and the standard deviation of the cosines between
+        the sentence and a sample of the pictures are used.
 
         Args:
             vector: Vector (width,) of the sentence, of unit length.
@@ -492,7 +495,7 @@ class PictureIndex:
         def background() -> float:
             """Compute the z-score that the best picture of the index reaches by chance.
 
-            It is the best picture's z-score for neutral sentences, which describe no particular picture.
+            It is computed with neutral sentences: sentences such as "uma imagem" that describe no particular picture.
             """
             neutral_vectors = self.model.embed_texts(query.NEUTRAL_SENTENCES)
             nearest = self._make_nearest(join_clauses(self._model_clauses()))
@@ -521,17 +524,18 @@ class PictureIndex:
             folder: Return only pictures in this folder and its subfolders. None: all folders.
             since: Return only pictures of this day or later (`Hit.date`). None: no earliest day.
             until: Return only pictures of this day or earlier. None: no latest day.
-            exact: Compare every vector, even in an index large enough for an approximate vector index.
+            exact: True: compare the query with every vector. False: use the approximate vector index of a large index.
             is_text_query: Whether the vector is the embedding of a sentence. If True, scores of SigLIP models are
-                converted to probabilities, and the relevance threshold is applied (`relevance_threshold`).
-            group_duplicates: Return only the best hit of each group of near-duplicates.
+                converted to probabilities, and hits are marked as relevant or not (`relevance_threshold`).
+            group_duplicates: True: return only the best hit of each group of near-duplicates, and count its
+                near-duplicates in `Hit.copies`. False: return near-duplicates as separate hits.
 
         Returns:
             Hits, best first.
 
         Raises:
-            ValueError: If `k` is below 1, the vector does not have the width of the model, `since` is after `until`,
-                there is no index, or all pictures in the index were embedded with another model.
+            ValueError: If there is no index, or all its pictures were embedded with another model. If `k` is below 1,
+                the vector does not have the width of the model, or `since` is after `until`.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}.")
@@ -560,7 +564,7 @@ class PictureIndex:
     def _load_cached_rows(self, clause: str | None) -> CachedRows | None:
         """Load the rows that match an SQL clause into memory.
 
-        Only the rows of the latest clause are kept, and only until the index changes.
+        The rows stay in memory until the index changes or another clause is used.
 
         Args:
             clause: SQL condition. None: all rows.
@@ -580,7 +584,7 @@ class PictureIndex:
 
         Args:
             clause: SQL condition. None: all rows.
-            exact: Compare every vector, even if there is an approximate vector index.
+            exact: True: compare every vector. False: use the approximate vector index if there is one.
 
         Returns:
             Function that takes a unit-length vector (width,) and a maximum number of rows. The function returns the
@@ -632,8 +636,8 @@ class PictureIndex:
             until: Return only pictures of this day or earlier. None: no latest day.
 
         Returns:
-            Hits without the picture itself, most similar first. Their scores are not cosines, but similarities for
-            near-duplicate detection, which are at most 1 (`duplicates.compute_duplicate_similarity`).
+            Hits without the picture itself, most similar first. The score of a hit is its similarity to the picture, at
+            most 1, as near-duplicate detection computes it (`duplicates.compute_duplicate_similarity`).
 
         Raises:
             KeyError: If the picture is not indexed, or was embedded with another model.
@@ -667,13 +671,14 @@ class PictureIndex:
             folder: Return only pictures in this folder and its subfolders. None: all folders.
             since: Return only pictures of this day or later. None: no earliest day.
             until: Return only pictures of this day or earlier. None: no latest day.
-            group_duplicates: Return only the latest hit of each group of near-duplicates.
+            group_duplicates: True: return only the latest picture of each group of near-duplicates, and count its
+                near-duplicates in `Hit.copies`. False: return near-duplicates as separate hits.
 
         Returns:
             Hits, latest first. Their score is 0.
         """
         clause = join_clauses(_build_filter_clauses(folder, since, until))
-        if not group_duplicates:  # this case avoids loading the model, which only grouping needs
+        if not group_duplicates:  # handled separately, because only grouping needs the model, which is slow to load
             return convert_rows_to_hits(self._fetch_newest(clause, HIT_COLUMNS, k))
         cached = self._load_cached_rows(clause)
         newest = cached.newest if cached else partial(self._fetch_newest, clause, comparison_columns(self.model.width))
@@ -710,7 +715,7 @@ class PictureIndex:
         Raises:
             ValueError: If there is no index, or all vectors in the index were made with other models.
         """
-        _ = self._table.pictures  # this property raises an error if there is no index
+        _ = self._table.pictures  # the result is not used; the property raises an error if there is no index
         digest, total = self.model.image_digest, len(self)
         other_count = self._table.count_other_models(digest)
         if total and (other_count == total or self.model.width not in self._table.widths()):
@@ -731,8 +736,8 @@ class PictureIndex:
 
         Returns:
             Groups of at least two hits, the largest group first. The first hit of a group is its picture with the most
-            pixels. The other hits are sorted by their similarity to the first hit, most similar first. The score of
-            each hit is this similarity.
+            pixels. The score of each hit is its similarity to the first hit. The other hits are sorted by this score,
+            most similar first.
 
         Raises:
             ValueError: If the threshold is out of range, or all pictures in the index were embedded with another model.
@@ -743,8 +748,8 @@ class PictureIndex:
             return []
         rows = self._table.rows(comparison_columns(self.model.width), join_clauses(self._model_clauses()))
         rows = rows.append_column("pixels", pc.multiply(rows["width"], rows["height"]))
-        # The first row of a group becomes its first hit, which should be the best copy. Rows are therefore sorted by
-        # quality: most pixels first, then the largest file.
+        # The first row of a group becomes its first hit, which should be the copy of the best quality. Therefore rows
+        # are sorted by the number of pixels, then by the size of the file.
         rows = rows.sort_by([("pixels", "descending"), ("size", "descending"), ("path", "ascending")])
         vectors, groups = duplicates.get_comparison_vectors(self.model, rows), []
         for numbers in (group for group in duplicates.cluster_near_duplicates(vectors, threshold) if len(group) > 1):
@@ -818,7 +823,7 @@ class PictureIndex:
         """Return the number of pictures in each folder that was added to the index.
 
         Returns:
-            Dictionary `{path of the folder: number of pictures in the folder and its subfolders}`.
+            A dictionary that maps the path of each folder to the number of pictures in the folder and its subfolders.
         """
         return {folder: self._table.count(folders_clause(folder)) for folder in self._table.folders()}
 
@@ -826,7 +831,8 @@ class PictureIndex:
         """Return the number of pictures in each folder that was added to the index, and in each of its subfolders.
 
         Returns:
-            Dictionary `{path of the folder: number of pictures in the folder and its subfolders}`, sorted by path.
+            A dictionary that maps the path of each folder or subfolder to the number of pictures in it, including its
+            own subfolders. The dictionary is sorted by path.
         """
         added = self._table.folders()
         counts, separator = dict.fromkeys(added, 0), re.escape(os.sep)
@@ -841,12 +847,13 @@ class PictureIndex:
     def requested_folders(self) -> dict[str, str]:
         """Return the folders of the index that the user has added on this machine.
 
-        `add` updates these folders if it is called without folders. Folders that were added on another machine are not
-        returned. So the result is empty for an index that was copied from another machine.
+        If `add` is called without folders, it updates these folders. Folders that were added on another machine are not
+        returned, because the list of folders in an index from another machine can't be trusted. For an index that was
+        copied from another machine, the result is therefore empty.
 
         Returns:
-            Dictionary `{path of the folder: its real path when it was added}`. In a real path, symbolic links are
-            resolved.
+            A dictionary that maps the path of each folder to the real path that the folder had when it was added. In a
+            real path, symbolic links are resolved.
         """
         recorded = known_folders.load_requested_folders(self._table)
         return {folder: recorded[folder] for folder in self._table.folders() if folder in recorded}
@@ -871,7 +878,7 @@ class PictureIndex:
         )
 
     def version(self) -> int:
-        """Return a number that grows whenever the index changes, so that callers notice when cached results are old."""
+        """Return a number that grows with each change of the index, so that callers can discard outdated results."""
         return self._table.version()
 
     def __len__(self) -> int:
@@ -888,15 +895,15 @@ class PictureIndex:
         Args:
             source: Folder of pictures, path of one picture, or an image in memory.
             labels: Words or phrases to choose from, in a language of the model.
-            template: Sentence that is compared with the pictures. It contains the placeholder `{}` once, which each
-                label replaces in turn.
+            template: Sentence with the placeholder `{}`, such as "uma imagem de {}". Each label in turn replaces the
+                placeholder, and the resulting sentences are compared with the pictures.
 
         Returns:
-            One classification per readable picture, sorted by path. It has the best label and the probability of each
+            One classification per readable picture, sorted by path, with the best label and the probability of each
             label.
 
         Raises:
-            ValueError: If there is no label, or a label is empty or repeated. If the template does not contain `{}`
+            ValueError: If there is no label, or a label is empty or occurs twice. If the template does not contain `{}`
                 exactly once. If the folder does not exist or contains no picture.
         """
         labels = query.clean_and_check_labels(labels, template)
@@ -943,8 +950,8 @@ class PictureIndex:
         """
         from capivara_search.index_export import export_all_rows
 
-        # The export only reads, but while it holds the lock, no other process can compact the index, which deletes
-        # files that the export still has to read.
+        # The export only reads. It holds the lock so that no other process compacts the index in the meantime, because
+        # that would delete files that the export still has to read.
         with self._table.locked():
             return export_all_rows(self._table, path)
 

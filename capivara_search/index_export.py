@@ -58,8 +58,8 @@ def _to_export_columns(rows: pa.Table | pa.RecordBatch, as_csv: bool) -> pa.Tabl
     """Convert rows of an index to the columns of an exported file.
 
     The column `mtime_ns` (nanoseconds) is replaced by `modified` (timestamp). The columns `date` and `date_source` are
-    added, with the same meaning as in `Hit`. In Parquet, vectors become float32, because not every reader supports
-    float16. In CSV, timestamps become strings, and vectors are dropped.
+    added, with the same meaning as in `Hit`. For Parquet, vectors become float32, because not every reader supports
+    float16. For CSV, timestamps become strings, and vectors are dropped.
 
     Args:
         rows: Rows with columns of the table `pictures`, at least `mtime_ns` and `taken`.

@@ -1,7 +1,7 @@
-"""Measure and publish the progress of an index update, with an estimate of the time left.
+"""Measure the progress of an index update, estimate the time left, and show both to other processes.
 
 The process that updates an index holds the lock of the index and writes its progress to a small file in the folder of
-the index. Other processes, such as the server of the web page, read this file. Indexes on object storage have no
+the index. Other processes, such as the server of the web page, read this file. An index on object storage has no
 progress file.
 """
 
@@ -17,17 +17,17 @@ from capivara_common.files import acquire_folder_lock, read_json, write_json
 
 PROGRESS_FILE = ".progress.json"
 WRITE_INTERVAL_S = 0.5  # minimum seconds between two writes of the progress file, so that writing costs hardly any time
-# The rate is measured over the second half of the elapsed time, but at most over this many seconds. An average over the
-# whole update would not follow a change of speed, for example when the machine becomes busy.
+# The speed is measured over the second half of the elapsed time, but at most over this many seconds. An average over
+# the whole update would hardly show that the speed has changed, for example because the machine has become busy.
 RATE_WINDOW_S = 120.0
 
 ProgressCallback = Callable[[int, int], None]  # arguments: number of processed files, total number of files
 
 
 class RateEstimator:
-    """Estimator of the current speed of an index update, in pictures per second.
+    """Estimator of the current speed of an index update, from which the remaining time is computed.
 
-    The remaining time of the update is computed from this speed.
+    Call `update` whenever pictures have been processed. `rate` is then the speed in pictures per second.
     """
 
     def __init__(self) -> None:
@@ -36,8 +36,8 @@ class RateEstimator:
     def update(self, done: int) -> None:
         """Record how many pictures have been processed up to now.
 
-        If the number is the same as in the previous call, earlier measurements are discarded. The time since the
-        previous call was then spent on something else, such as loading the model.
+        The same number as in the previous call means that the time since then was spent on something else, such as
+        loading the model. In this case, earlier measurements are discarded.
 
         Args:
             done: Number of pictures that have been processed since the start of the update.
@@ -48,9 +48,10 @@ class RateEstimator:
 
     @property
     def rate(self) -> float | None:
-        """Current speed of the update in pictures per second; None before the second call of `update`.
+        """Current speed of the update in pictures per second, or None while there are fewer than two measurements.
 
-        The speed is measured over the recent past only: at most over the last `RATE_WINDOW_S` seconds.
+        The speed is measured over the second half of the elapsed time, but at most over the last `RATE_WINDOW_S`
+        seconds.
         """
         if len(self._measurements) < 2:
             return None
@@ -65,9 +66,8 @@ class RateEstimator:
 def mirror_progress_to_file(where: str, progress: ProgressCallback | None) -> Iterator[ProgressCallback]:
     """Extend a progress callback so that each call also updates the progress file of an index.
 
-    With this file, other processes can show the progress (`read_progress_of_running_update`). The file is removed at
-    the end of the `with` block. Nothing is written for an index on object storage. The caller must hold the lock of the
-    index.
+    Other processes read this file to show the progress (`read_progress_of_running_update`). It is removed at the end of
+    the `with` block. For an index on object storage, no file is written. The caller must hold the lock of the index.
 
     Args:
         where: Folder or address of the index.
@@ -105,16 +105,16 @@ def read_progress_of_running_update(where: str) -> dict[str, int | None] | None:
     """Return the progress of an index update that is running in any process.
 
     The progress is read from a small file in the folder of the index. This file alone does not prove that an update is
-    running, because a killed process leaves its file behind. Therefore the lock of the index is checked, too. The
-    operating system releases the lock of a killed process. A progress file without a lock is removed.
+    running, because a killed process leaves its file behind. Therefore the lock of the index is checked, too, which the
+    operating system releases when a process is killed. If no process holds the lock, the file is removed.
 
     Args:
         where: Folder or address of the index.
 
     Returns:
-        Dictionary `{"done": number of processed pictures, "total": number of pictures to process, "left_s": estimated
-        seconds left}`. The value of "left_s" is None while there is no estimate. If no update is running, the function
-        returns None instead of a dictionary.
+        A dictionary with the keys "done" (number of processed pictures), "total" (number of pictures to process) and
+        "left_s" (estimated seconds left, or None while there is no estimate). None instead of a dictionary if no update
+        is running.
     """
     with suppress(OSError, ValueError):
         file = Path(where, PROGRESS_FILE)
@@ -122,14 +122,14 @@ def read_progress_of_running_update(where: str) -> dict[str, int | None] | None:
         try:
             lock = acquire_folder_lock(Path(where))
         except BlockingIOError:
-            # Another process holds the lock, so an update is running. The estimate in the file is as old as the file,
-            # so the file's age is subtracted.
+            # Another process holds the lock, so an update is running. The estimate was made when the file was written.
+            # Therefore the age of the file is subtracted from the estimate.
             left_s, age_s = progress.get("left_s"), round(time.time() - os.stat(file).st_mtime)
             left_s = max(0, left_s - max(0, age_s)) if type(left_s) is int else None
             return {"done": progress["done"], "total": progress["total"], "left_s": left_s}
         try:
-            # No update is running, so the file is left over from an earlier one. It is removed, so that later calls
-            # return without taking the lock. An update that starts while this process holds the lock has to wait.
+            # No update is running, so the file is left over from a killed process. It is removed, so that later calls
+            # return without taking the lock. Otherwise an update that starts at the same moment would have to wait.
             file.unlink()
         finally:
             os.close(lock)

@@ -1,14 +1,15 @@
-"""Update the table of an index from folders: plan the work, then read and embed pictures and write their rows.
+"""Update the tables of an index from folders: plan the work, then read and embed pictures and write their rows.
 
-`PictureIndex.add` calls three functions in turn. `plan_update_and_prepare_index` plans the work and prepares the table.
-`IndexWriter.run` embeds pictures and writes rows. `finish_indexing` removes rows and optimizes the table.
+`PictureIndex.add` calls three functions in turn. `plan_update_and_prepare_index` plans the work and prepares the
+tables. `IndexWriter.run` embeds pictures and writes rows. `finish_indexing` removes the rows of files that are gone,
+and optimizes the tables.
 
-A file whose size and modification time have not changed since the last update is not read again, even if it could not
-be decoded then. Only files that could not be opened (`RETRYABLE_REASONS`) are tried again. If the content of a file is
+A file is read only if it is new, if its size or modification time has changed, or if its vector is of another model. A
+file that could not even be opened in the last update (`RETRYABLE_REASONS`) is tried again. If the content of a file is
 in the index already, because the file was moved, copied or touched, the stored vector is reused.
 
-Rows are committed every `COMMIT_ROWS` files or `COMMIT_INTERVAL_S` seconds, and removed only at the end. If an update
-is killed, it loses at most the rows since its last commit, and the next update does the rest.
+New rows are committed every `COMMIT_ROWS` files or `COMMIT_INTERVAL_S` seconds. If an update is killed, it loses at
+most the rows since its last commit, and the next update does the rest.
 """
 
 import json
@@ -45,12 +46,12 @@ if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
 # Rows are collected in memory and written in commits of this many files (about 5 MB with thumbnails). Each commit adds
-# a data file, so more commits would make the index slower to read.
+# a data file to the index, so smaller commits would make the index slower to read.
 COMMIT_ROWS = 400
 COMMIT_INTERVAL_S = 20.0  # maximum seconds between two commits, so that a crash of a slow machine loses little work
 CLASSIFY_BATCH_SIZE = 32  # batch size for classifying pictures that are not in the index
 # Number of pictures in the first batch. Each later batch has twice as many pictures as the batch before it, up to the
-# batch size. Batches start small so that the time left can be estimated early.
+# batch size. The first batches are small so that the remaining time can be estimated early.
 FIRST_BATCH_SIZE = 4
 
 # A file, and its decoded picture or the exception that was raised when it was read.
@@ -62,9 +63,9 @@ ReadResult = tuple[FileState, Picture | Exception]
 class StoredRows:
     """Rows of the table `pictures` in memory, for looking up what the index knows about a path.
 
-    `stored_rows[path]` is None if the path has no row, otherwise a tuple (digest, is_current). `digest` is the
-    hexadecimal digest of the file's content. `is_current` says whether the stored vector was made with the model in
-    use. The rows are stored in arrays to save memory.
+    `stored_rows[path]` is a tuple (digest, is_current), or None if the path has no row. `digest` is the hexadecimal
+    digest (hash) of the file's content. `is_current` says whether the stored vector was made with the model in use. The
+    rows are stored in arrays to save memory.
 
     Args:
         rows: Rows with the columns path, size, mtime_ns, digest and model.
@@ -84,8 +85,8 @@ class StoredRows:
             path: Absolute path of the picture.
 
         Returns:
-            Tuple of the hexadecimal digest of the file's content, and whether the stored vector was made with the model
-            in use. None if the path has no row.
+            Tuple (digest, is_current): the hexadecimal digest of the file's content, and whether the stored vector was
+            made with the model in use. None if the path has no row.
         """
         position = self.positions.get(path)
         return None if position is None else (self.digests[position].as_py(), bool(self.is_current[position]))
@@ -115,8 +116,8 @@ class IndexPlan:
     """
 
     clause: str  # SQL condition for the rows that were compared with the files on disk
-    covers_folders: bool  # True if whole folders were compared, False if only some paths in them
-    roots: Sequence[str]  # real paths of the folders; files outside of these folders are not read
+    covers_folders: bool  # True: whole folders were compared. False: only some paths in the folders.
+    roots: Sequence[str]  # real paths (symbolic links resolved) of the folders; files outside of them are not read
     files: list[FileState]  # files to read: new, changed, or with a vector of another model
     stored_rows: StoredRows  # rows of the table `pictures` before the update
     removed_paths: list[str]  # paths of rows to remove, because the file is gone or is now ignored
@@ -135,8 +136,9 @@ def plan_index_update(
 ) -> IndexPlan:
     """Plan an index update by comparing the files in folders with the rows of the table.
 
-    If all folders are in the index already, and one of several folders is unavailable, a warning is logged, and the
-    plan covers the other folders. A folder is unavailable, for example, if its disk is not mounted.
+    A folder may be unavailable, for example because its disk is not mounted. Usually this raises an error. But if there
+    are several folders, and all of them are in the index already, a warning is logged instead, and the plan covers the
+    other folders.
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.
@@ -173,14 +175,14 @@ def plan_index_update(
     known_bad_files = bad_files & set(todo)
     present = {file.path for file in files} | {skipped.path for skipped in unreadable}
     folder_prefixes = tuple(os.path.join(folder, "") for folder in folders)
-    # A file in a folder that can't be read possibly still exists, so the rows of such files are not removed.
+    # If a folder can't be read, its files possibly still exist, so their rows are not removed.
     unreadable_prefixes = tuple(skipped.path + os.sep for skipped in unreadable)
     missing = (path for path in stored.positions if path not in present and path.startswith(folder_prefixes))
     removed = [path for path in missing if not path.startswith(unreadable_prefixes)]
     emptied = (_would_remove_all_rows_of_folder(table, folder, removed, files) for folder in folders)
     if only_paths is not None and any(emptied):
-        # All pictures of a folder seem to be gone, for example because its disk was unmounted. The plan for whole
-        # folders refuses empty folders with an error, so it is made instead of removing all rows.
+        # All pictures of a folder seem to be gone, perhaps because its disk was unmounted. Their rows must not be
+        # removed. So a plan for whole folders is made, which raises an error if a folder is empty.
         return plan_index_update(table, image_digest, folders, rules)
     return IndexPlan(
         clause=clause,
@@ -223,7 +225,7 @@ def _would_remove_all_rows_of_folder(
 
 @dataclass
 class IndexWriter:
-    """Worker that reads the files of a plan, embeds them in batches, and commits their rows to the table.
+    """Object that reads the files of a plan, embeds them in batches, and writes their rows to the index.
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.
@@ -234,7 +236,7 @@ class IndexWriter:
 
     Attributes:
         report: Report of the update up to now, for example the numbers of embedded, new and changed pictures.
-        reported: Number of processed files in the last call of `progress`.
+        reported: Number of processed files that the last call of `progress` reported.
     """
 
     table: PictureTable
@@ -250,8 +252,8 @@ class IndexWriter:
         self.estimate, self.write_s = RateEstimator(), 0.0
         new = sum(plan.stored_rows[file.path] is None for file in plan.files)
         self.optimize_s = table.estimate_optimize_seconds(model.width, table.count() + new)
-        # {digest of a file's content: number of files with this content that are gone}. If a new file has the same
-        # content, it counts as moved.
+        # {digest of a file's content: number of files with this content that are gone}. A new file with such a content
+        # counts as moved.
         self.removed_digests = Counter(plan.stored_rows[path][0] for path in plan.removed_paths)
         self._start_commit()
 
@@ -285,18 +287,17 @@ class IndexWriter:
         return self.report
 
     def _report(self) -> None:
-        """Call the progress callback with a number of processed files that is scaled down.
+        """Call the progress callback with a number of processed files that leaves room for the work at the end.
 
-        After the last picture is embedded, the last commit and `PictureTable.optimize` still have to run. Their
-        expected duration is converted to the number of pictures that could be processed in the same time, and this
-        number is added to the total in the scaling. So the reported number reaches the total only when everything is
-        done.
+        After the last picture is embedded, the last commit and `PictureTable.optimize` still have to run. If they need
+        as much time as n pictures, the number of processed files is multiplied by total / (total + n). So the reported
+        number reaches the total only when everything is done.
         """
         self.estimate.update(self.done_count)
         total, remaining_s = len(self.plan.files), self.write_s + self.optimize_s
         reported = int(self.done_count * total / (total + remaining_s * (self.estimate.rate or 0)))
-        # A number is never reported twice here, because `RateEstimator.update` takes a repeated number as the sign that
-        # the model was loaded in between, and discards its measurements.
+        # The same number must not be reported twice here. Otherwise `RateEstimator.update` would assume that the time
+        # was spent on loading the model, and discard its measurements.
         if reported > self.reported:
             self.reported = reported
             self.progress(reported, total)
@@ -304,9 +305,9 @@ class IndexWriter:
     def commit(self) -> None:
         """Write the rows and the skipped files that were collected since the last commit to the tables of the index.
 
-        A skipped file may have a row from an earlier update. If the file was opened but could not be decoded, this row
-        is removed from the table `pictures`. If the file could not be opened or read (`RETRYABLE_REASONS`), the row
-        stays, because the file may be intact.
+        A skipped file may have a row in the table `pictures` from an earlier update. If the file was read but could not
+        be decoded, the row is removed. If the file could not be opened or read (`RETRYABLE_REASONS`), the row stays,
+        because the file may be intact.
         """
         start = time.monotonic()
         if self.rows:
@@ -322,14 +323,15 @@ class IndexWriter:
     def _embed_batch(self, batch: Sequence[ReadResult]) -> None:
         """Embed the pictures of a batch, and collect their rows for the next commit.
 
-        Only pictures whose content has no stored vector are embedded. Files that could not be read are collected as
-        skipped files.
+        If the index has a vector for the content of a picture already, the vector is reused. Files that could not be
+        read are collected as skipped files.
 
         Args:
-            batch: Pairs of a file and its decoded picture or the exception that was raised when it was read.
+            batch: Pairs (file, result). The result is the decoded picture, or the exception that was raised when the
+                file was read.
 
         Raises:
-            Exception: If reading a file raised an exception that is not a BadImage, this exception.
+            Exception: If a result is an exception other than BadImage, this exception is raised.
         """
         pictures = dict[FileState, Picture]()
         for file, result in batch:
@@ -346,8 +348,8 @@ class IndexWriter:
         if new and not self.report.embedded:
             self.model.prepare_images()
             self.estimate.update(self.done_count)
-            # The repeated number is a sign for the callback: the time since the last report was spent on loading the
-            # model, so it must not count in the estimated rate.
+            # The same number as in the last report tells the callback that the model was loaded since then. So the
+            # callback can leave this time out of the estimated speed.
             self.progress(self.reported, len(self.plan.files))
             self.embed = self.model.tune_image_embedding(len(self.plan.files), self.batch_size)
         if new:
@@ -358,7 +360,7 @@ class IndexWriter:
         self.done_count += len(batch)
 
     def _load_vectors(self, digests: Collection[str]) -> dict[str, np.ndarray]:
-        """Look up the stored vectors of pictures by the digests of their file contents.
+        """Look up the stored vectors of pictures by the digests (hashes) of their file contents.
 
         Args:
             digests: Digests of the file contents.
@@ -372,7 +374,7 @@ class IndexWriter:
     def _add_row(self, file: FileState, picture: Picture, vector: np.ndarray) -> None:
         """Collect the row of a picture for the next commit, and count the picture in the report.
 
-        The picture counts as new, moved, changed, unchanged or reembedded (`IndexReport`).
+        The picture counts as new, moved, changed, unchanged or reembedded. `IndexReport` explains these words.
 
         Args:
             file: State of the file when the folder was scanned.
@@ -380,8 +382,8 @@ class IndexWriter:
             vector: Vector (width,) of the picture.
         """
         digest, stored = picture.digest, self.plan.stored_rows[file.path]
-        # The row stores size and modification time as the scan found them, before the file was read. If the file has
-        # changed since then, the next update notices the difference and reads the file again.
+        # The row stores the size and the modification time that the file had in the folder scan, before it was read. If
+        # the file has changed since then, the next update notices the difference and reads the file again.
         row = vars(picture) | asdict(file) | {"model": self.image_digest, self.column: np.float16(vector)}
         row[COLOR_SIGNATURE_COLUMN] = compute_color_signature(row.pop("image"))
         self.rows[file.path] = row
@@ -410,40 +412,41 @@ def plan_update_and_prepare_index(
     Args:
         table: Object that reads and writes the LanceDB tables of the index.
         model: Model that embeds the pictures.
-        folders: Folders to update: `{absolute path: expected real path}`.
+        folders: Folders to update: `{absolute path: expected real path}`. In a real path, symbolic links are resolved.
         exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`. The index stores them.
-        include: Stored patterns to remove, and forgotten paths (`IgnoreRules.forgotten`) to index again.
+        include: What to stop ignoring: patterns that an earlier `exclude` stored in the index, and paths that the user
+            has removed from the index (`IgnoreRules.forgotten`).
         only_paths: Absolute paths of files and folders inside `folders`. Only these are updated. None: everything in
             the folders is updated.
-        progress: Callback that takes the number of processed files and the total number. If the callback is given, and
-            the index is new or was built with another model, the model is loaded now. Errors of loading are then raised
-            before the index is changed. None: the model is not loaded, because tasks on a cluster load it later.
+        progress: Callback that takes the number of processed files and the total number. If the index is new or was
+            built with another model, the model is loaded now, so that errors of loading come before the index is
+            changed. None: the model is not loaded, because tasks on a cluster load it later.
 
     Returns:
         The plan: the files to read and the rows to remove.
 
     Raises:
-        ValueError: If a folder does not exist, can't be opened, was forgotten or contains no picture, or if its real
-            path is not the expected one. If a pattern is invalid, or an entry of `include` is neither a stored pattern
-            nor a forgotten path. If the model can't embed pictures. In all these cases, a new index is not created, and
-            an existing index keeps its model.
+        ValueError: If a folder does not exist, can't be opened, contains no picture, was removed from the index by the
+            user, or has another real path than expected. If a pattern in `exclude` is invalid, or the index does not
+            ignore an entry of `include`. If the model can't embed pictures. In all these cases, no index is created,
+            and an existing index keeps its model.
     """
-    # This property raises an error if the search does not support the model's image processor. It must come before the
-    # index is changed.
+    # The result is not used. This property raises an error if the search does not support the model's image processor,
+    # and the error must come before the index is changed.
     _ = model.image_size
     rules = load_ignore_rules(table).updated(exclude, include)
     plan = plan_index_update(table, model.image_digest, folders, rules=rules, only_paths=only_paths)
     stored_model = table.model()
     if progress and plan.files and (stored_model is None or stored_model["image_digest"] != model.image_digest):
-        # Without this first report, the web page would not show a new index while the model loads.
+        # With this first report, the web page shows that the update is running while the model loads.
         progress(0, len(plan.files))
         model.prepare_images()  # loaded before the index is created or changed, because loading may fail
     table.create(model.width)
     record_requested_folders(table, folders)
     save_ignore_rules(table, rules)
     if plan.covers_folders:
-        # The folders are recorded now, so that the index knows them even if this update is interrupted.
-        # `finish_indexing` adds the numbers of ignored files.
+        # New folders are recorded now, so that the index knows them even if this update is interrupted. Their value ""
+        # is replaced in `finish_indexing` by the numbers of ignored files.
         table.set_folders(dict.fromkeys(plan.ignored_counts.keys() - table.folders().keys(), ""))
     _record_current_model(table, model, plan)
     return plan
@@ -452,8 +455,8 @@ def plan_update_and_prepare_index(
 def _record_current_model(table: PictureTable, model: "SearchModel", plan: IndexPlan) -> None:
     """Store in the index which model it uses.
 
-    If the index used another model before, a message is logged. It says whether pictures must be embedded again because
-    the image encoder is different, or whether only the text encoder is different.
+    If the index used another model before, a message is logged. If the image encoder is different, the message says how
+    many pictures are embedded again. Otherwise it says that only the text encoder is different.
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.
@@ -479,8 +482,8 @@ def finish_indexing(table: PictureTable, model: "SearchModel", plan: IndexPlan, 
         table: Object that reads and writes the LanceDB tables of the index.
         model: Model that embedded the pictures.
         plan: Plan of the update.
-        report: Report of `IndexWriter.run`. Its fields `removed`, `ignored_counts` and `skipped_files` are updated in
-            place.
+        report: Report of `IndexWriter.run`. This function changes its fields `removed`, `ignored_counts` and
+            `skipped_files`.
     """
     table.delete_paths(plan.removed_paths)
     report.removed += len(plan.removed_paths) - report.moved
@@ -491,7 +494,7 @@ def finish_indexing(table: PictureTable, model: "SearchModel", plan: IndexPlan, 
     new_paths = {skipped.path for skipped in report.skipped_files}
     report.skipped_files = _update_and_list_skipped_files(table, plan, new_paths)
     if len(table.widths()) > 1 and not table.count_other_models(model.image_digest):
-        # All rows have vectors of the model in use, so the columns of models with other widths are no longer needed.
+        # All rows have vectors of the model in use, so the vector columns of other widths are no longer needed.
         columns = [vector_column(width) for width in table.widths() if width != model.width]
         table.run_write(lambda opened: opened.drop_columns(columns))
     table.optimize(model.width)
@@ -506,7 +509,8 @@ def _update_and_list_skipped_files(table: PictureTable, plan: IndexPlan, new_pat
     Args:
         table: Object that reads and writes the LanceDB tables of the index.
         plan: Plan of the update.
-        new_paths: Paths of the files that `IndexWriter` could not read in this update and has written to the table.
+        new_paths: Paths of the files that `IndexWriter` could not read in this update. They are in the table of skipped
+            files already.
 
     Returns:
         All skipped files among the paths that the plan compared, sorted by path.
@@ -516,7 +520,8 @@ def _update_and_list_skipped_files(table: PictureTable, plan: IndexPlan, new_pat
     for skipped in plan.unreadable:
         # LanceDB stores only valid UTF-8, so the invalid characters of a file name are replaced by "?".
         path = skipped.path.encode("utf-8", "replace").decode()
-        # No file has the size and time -1, so the row matches no file on disk, and each update tries the file again.
+        # No file has the size and time -1. So the row matches no file on disk, and each update tries to read the path
+        # again.
         valid[FileState(path, -1, -1)] = replace(skipped, path=path)
     valid_paths = {file.path for file in valid}
     table.delete_skipped_files([file.path for file in stored if file.path not in valid_paths])
@@ -531,8 +536,8 @@ def embed_files_without_indexing(model: "SearchModel", files: list[FileState], f
     Args:
         model: Model that embeds the pictures.
         files: Files to read.
-        folder: Folder that contains the files, or the path of the only file. Files whose real path lies outside of this
-            folder are not read, for example symbolic links to other folders.
+        folder: Folder that contains the files, or the path of the only file. A file is not read if its real path lies
+            outside of this folder, for example if the file is a symbolic link to another folder.
 
     Returns:
         Dictionary `{path: vector (width,)}`. Vectors are float32 and have unit length. Files that can't be read are
@@ -547,7 +552,7 @@ def embed_files_without_indexing(model: "SearchModel", files: list[FileState], f
 
 
 def _make_reader(model: "SearchModel", folders: Sequence[str]) -> Callable[[FileState], Picture]:
-    """Return a function that reads a picture file, if it is in `folders`, and resizes it for the image encoder."""
+    """Return a function that reads a picture file inside `folders` and resizes the picture for the image encoder."""
     return partial(
         read_picture_for_indexing, image_size=model.image_size, resize_filter=model.resize_filter, folders=folders
     )
@@ -556,7 +561,7 @@ def _make_reader(model: "SearchModel", folders: Sequence[str]) -> Callable[[File
 def prefetch_pictures(
     files: Iterable[FileState], read: Callable[[FileState], Picture], batch_size: int
 ) -> Iterator[list[ReadResult]]:
-    """Read files in background threads while the caller works on earlier batches.
+    """Read and decode picture files in background threads while the caller works on earlier batches.
 
     Args:
         files: Files to read.

@@ -1,7 +1,4 @@
-"""Dataclasses that the methods of `PictureIndex` return, such as hits of a search and the report of an update.
-
-The command line and the web page use them, too.
-"""
+"""Dataclasses that the methods of `PictureIndex` return, such as hits of a search and the report of an update."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +8,7 @@ from typing import Any
 # Default sentence for zero-shot classification, Portuguese for "a picture of {}". The label replaces `{}`.
 DEFAULT_LABEL_TEMPLATE = "uma imagem de {}"
 # Pictures with at least this similarity (`duplicates.compute_duplicate_similarity`, at most 1) are near-duplicates. The
-# value was chosen by `python -m benchmarks.duplicates`; docs/reference/benchmarks.md has the table.
+# value was chosen with `python -m benchmarks.duplicates`. Its measurements are in docs/reference/benchmarks.md.
 DUPLICATE_MIN_SIMILARITY = 0.84
 
 
@@ -19,22 +16,23 @@ DUPLICATE_MIN_SIMILARITY = 0.84
 class Hit:
     """A picture that a search found, with its score and metadata.
 
-    The score is the cosine similarity to the query, or a probability for a sentence and a SigLIP model. The metadata
-    are the absolute path, the size of the picture and of its file, the date and the location.
+    The score is the cosine similarity to the query. If a SigLIP model searches for a sentence, it is a probability.
+    The metadata are the absolute path, the size of the picture and of its file, the date and the location.
     """
 
     path: str  # absolute path of the file
     # Cosine similarity to the query, from -1 to 1. If the query is a sentence and the model is a SigLIP model, the
     # score is the probability, from 0 to 1, that sentence and picture match.
     score: float
-    width: int  # pixels, after rotating the picture upright
+    width: int  # in pixels, of the picture rotated upright
     height: int
     taken: datetime | None = None  # when the picture was taken, from the EXIF data, in the camera's local time
     latitude: float | None = None  # degrees, from the EXIF data; south is negative
     longitude: float | None = None  # degrees, from the EXIF data; west is negative
     size: int = 0  # size of the file in bytes
     modified: datetime | None = None  # modification time of the file, in this machine's local time
-    # Whether the score reaches the relevance threshold of the sentence. None if no threshold was applied.
+    # Whether the picture counts as relevant to the sentence, because the score reaches the relevance threshold. None if
+    # the search applied no threshold.
     above_threshold: bool | None = None
     date: datetime | None = None  # for display, sorting and date filters: `taken`, or `modified` if `taken` is None
     date_source: str = ""  # where `date` comes from: "camera" (`taken`) or "file" (`modified`)
@@ -49,7 +47,7 @@ class SkippedFile:
     """
 
     path: str  # absolute path of the file, or of a folder that could not be read
-    code: str  # the reason in a few words, such as "no permission"; messages.yaml translates it under `reason.CODE`
+    code: str  # the reason in a few words, such as "no permission"; messages.yaml translates it (`reason.CODE`)
     detail: str  # explanation of the reason, in English
 
     @classmethod
@@ -85,14 +83,14 @@ class IndexReport:
     embedded: int = 0  # pictures that the image encoder processed
     new: int = 0  # pictures that were added to the index, including copies of pictures that are already in it
     changed: int = 0  # pictures whose file content has changed since the last update
-    moved: int = 0  # pictures that have moved to another path; their stored vectors were reused
-    reembedded: int = 0  # unchanged pictures that were embedded again, because their vectors were of another model
-    unchanged: int = 0  # pictures that needed no work, because their files have not changed
+    moved: int = 0  # pictures whose files have moved to another path
+    reembedded: int = 0  # pictures with the same content that were embedded again because the model has changed
+    unchanged: int = 0  # pictures that were not embedded again, because their content has not changed
     removed: int = 0  # rows that were removed because the file is gone, can't be decoded any more, or is now ignored
     skipped_files: list[SkippedFile] = field(default_factory=list)  # unreadable files of this and earlier updates
     # Number of ignored files and folders, by reason. "forgotten" (removed by the user) and "excluded" (matched a
-    # pattern) count pictures, "hidden" and "system" count pictures and folders, "link" counts symbolic links and
-    # "video" counts video files.
+    # pattern) count pictures. "hidden" and "system" count pictures and folders. "link" counts symbolic links to
+    # pictures and folders. "video" counts video files.
     ignored_counts: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0  # duration of the update, in seconds
 
@@ -106,8 +104,8 @@ class Classification:
 
     path: str  # path of the picture; empty if the picture was given as an image
     label: str | None  # the best label; None if a neutral sentence such as "uma imagem" fits better than every label
-    # Probability of each label, from 0 to 1. The probabilities sum to 1 (softmax), except for SigLIP models, which rate
-    # each label on its own (sigmoid).
+    # {label: its probability, from 0 to 1}. The probabilities sum to 1 (softmax). With a SigLIP model, they need not
+    # sum to 1, because each label is rated on its own (sigmoid).
     shares: dict[str, float]
 
 
@@ -130,5 +128,5 @@ class IndexStatus:
     last: datetime | None = None  # latest EXIF date of all pictures
     exclude: list[str] = field(default_factory=list)  # patterns of ignored files and folders, in .gitignore syntax
     forgotten: list[str] = field(default_factory=list)  # paths that the user removed from the index (`forget`)
-    # Number of ignored files and folders by reason, as in `IndexReport`, from the latest update of whole folders.
+    # Number of ignored files and folders by reason, as in `IndexReport`, from the latest update of each whole folder.
     ignored_counts: dict[str, int] = field(default_factory=dict)

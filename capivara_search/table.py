@@ -1,13 +1,13 @@
-"""Storage of an index: LanceDB tables in a folder of this machine or on object storage.
+"""Store an index of pictures in LanceDB tables, in a folder of this machine or on object storage.
 
 An index has three tables. `pictures` has one row per picture. `left_out` lists the files that could not be read, with
-the reason. `about` contains key-value metadata of the index. LanceDB writes a new version of a table for each change;
-every method of this module reads the newest version.
+the reason. `about` contains key-value metadata of the index. LanceDB writes a new version of a table for each change.
+Every method of this module reads the newest version.
 
-Searches compare all vectors in tables of up to `MAX_EXACT_ROWS` rows. Larger tables get an approximate vector index of
-the type IVF-RQ: an inverted file (IVF) whose vectors are quantized to RaBitQ codes (arXiv 2405.12497). A search
-compares the best candidates of the vector index again by their full vectors. Rows that are not in the vector index yet
-are compared exactly.
+If the table `pictures` has at most `MAX_EXACT_ROWS` rows, a search compares the query with every vector. A larger table
+gets an approximate vector index of the type IVF-RQ: an inverted file (IVF) whose vectors are compressed to RaBitQ codes
+(arXiv 2405.12497). A search finds candidates with the vector index, then compares the full vectors of the best
+candidates. Rows that are not in the vector index yet are compared by their full vectors, too.
 """
 
 import itertools
@@ -47,46 +47,46 @@ if TYPE_CHECKING:
 LAYOUT_VERSION = 1
 LAYOUT_METADATA_KEY = b"capivara.layout"
 PICTURES_TABLE, SKIPPED_FILES_TABLE, METADATA_TABLE = "pictures", "left_out", "about"
-# {table: its key column}, in the order in which the tables are created. `pictures` comes last: if it exists, the index
-# is complete, even if the creation of an index was interrupted.
+# {table: its key column}, in the order in which the tables are created. `pictures` is created last. So if it exists,
+# the other tables exist as well, even if the creation of an index was interrupted before.
 TABLE_KEY_COLUMNS = {SKIPPED_FILES_TABLE: "path", METADATA_TABLE: "key", PICTURES_TABLE: "path"}
-# Keys of the metadata table. Each indexed folder has the key `FOLDER_KEY_PREFIX` + path (`PictureTable.folders`).
+# Keys of the metadata table `about`. Each indexed folder has an entry with the key `FOLDER_KEY_PREFIX` + its path.
 FOLDER_KEY_PREFIX = "folder:"
 TRAINED_ROWS_KEY = "approximate_rows"  # number of rows that the approximate vector index was trained on
 THUMBNAIL_COLUMN = "thumbnail"
 COLOR_SIGNATURE_COLUMN = "look"  # missing in indexes of older versions
 # Columns that `convert_rows_to_hits` converts to a `Hit`.
 HIT_COLUMNS = ("path", "width", "height", "taken", "latitude", "longitude", "size", "mtime_ns")
-# Date filters are limited to this range. File times are stored as 64-bit integers in nanoseconds since 1970, which
-# can't represent dates before 1677 and after 2262.
+# Days outside of this range in a date filter are replaced by its ends. The reason: file times are stored as 64-bit
+# integers in nanoseconds since 1970, which can't represent dates before 1677 and after 2262.
 EARLIEST_DATE, LATEST_DATE = date(1800, 1, 1), date(2200, 1, 1)
 # Makes a column the primary key. If two processes then insert the same key at the same time, one of the writes fails
 # and is repeated. Without a primary key, both writes would succeed and leave two rows with this key.
 PRIMARY_KEY_METADATA = {b"lance-schema:unenforced-primary-key:position": b"1"}
 
 MAX_EXACT_ROWS = 50_000  # tables with more rows get an approximate vector index
-# Settings of the approximate vector index, measured on 1,000,000 clustered vectors of width 512 on two busy cores:
-# recall@10 is 0.999 for queries like sentences (cosine 0.37 to their picture) and 1.0 for queries like pictures (cosine
-# 0.99). A search has a median of 17 ms and a 95th percentile of 21 ms, and needs 0.55 GB of memory. The alternatives
-# are worse: IVF_SQ takes 23 ms and 0.85 GB, codes of one bit reach a recall of 0.985 with 200 probed partitions, and
-# IVF_HNSW_SQ takes 3 minutes to build for 200,000 vectors.
+# The next three constants are settings of the approximate vector index. Measured with 1,000,000 clustered vectors of
+# width 512 on two busy cores: recall@10 is 0.999 for queries that resemble sentences (cosine 0.37 to their picture) and
+# 1.0 for queries that resemble pictures (cosine 0.99). The median search takes 17 ms (95th percentile: 21 ms), and the
+# memory is 0.55 GB. Other settings are worse: IVF_SQ takes 23 ms and 0.85 GB. With one bit per dimension, the recall is
+# 0.985 even with 200 probed partitions. IVF_HNSW_SQ takes 3 minutes to build for 200,000 vectors.
 BITS_PER_DIMENSION = 4
-# The vector index divides the vectors into partitions of about 8,192 similar vectors. A search compares only the
-# vectors in this many partitions, the nearest to the query.
+# The vector index divides the vectors into partitions of about 8,192 similar vectors. A search looks only into this
+# many partitions: those nearest to the query.
 PROBED_PARTITIONS = 64
-# The compressed vectors in the vector index give only approximate distances. For k requested rows, the full vectors of
-# REFINE_FACTOR * k candidates are therefore compared.
+# The compressed vectors in the vector index give only approximate distances. Therefore a search for k rows takes
+# REFINE_FACTOR * k candidates from the vector index and compares their full vectors.
 REFINE_FACTOR = 4
-# Time to build the vector index, in seconds per row. Measured: 3.2e-5 s per row of 100,000 rows, 6.9e-5 s per row of
-# 1,000,000 rows (`benchmarks.search`).
+# Estimated time to build the vector index, in seconds per row. Measured with `benchmarks.search`: 3.2e-5 for a table of
+# 100,000 rows, 6.9e-5 for 1,000,000 rows.
 TRAINING_S_PER_ROW = 5e-5
 # Each search compares the rows that are not in the vector index one by one. If there are more of them than this,
 # `PictureTable.optimize` adds them to the vector index.
 MAX_UNINDEXED_ROWS = 10_000
 # Many small data files make reading slow. From this number on, `PictureTable.optimize` merges them.
 MAX_SMALL_FRAGMENTS = 24
-# The partitions of the vector index fit the rows that it was trained on. It is trained again when the table has grown
-# by this factor.
+# The vector index chooses its partitions when it is trained, and they fit later rows less well. So it is trained again
+# when the table has grown by this factor.
 RETRAIN_GROWTH_FACTOR = 2
 # Bytes of memory for caching the vector index. The vector index of 1,000,000 vectors of width 512 needs 520 MiB, so it
 # fits as a whole.
@@ -113,23 +113,23 @@ def pictures_schema(width: int) -> pa.Schema:
         pa.field("size", pa.int64(), False),  # size of the file in bytes
         pa.field("mtime_ns", pa.int64(), False),  # modification time, in nanoseconds since 1970
         pa.field("digest", pa.string(), False),  # BLAKE2b-128 digest of the file's content, in hexadecimal
-        pa.field("width", pa.int32(), False),  # pixels, after rotating the picture upright, like the height
-        pa.field("height", pa.int32(), False),  # pixels
-        pa.field("taken", pa.timestamp("us")),  # EXIF date, in the camera's local time
+        pa.field("width", pa.int32(), False),  # in pixels, of the picture rotated upright
+        pa.field("height", pa.int32(), False),  # in pixels, of the picture rotated upright
+        pa.field("taken", pa.timestamp("us")),  # when the picture was taken (EXIF), in the camera's local time
         pa.field("latitude", pa.float64()),  # degrees
         pa.field("longitude", pa.float64()),  # degrees
         pa.field(THUMBNAIL_COLUMN, pa.binary()),  # WebP file
         pa.field(COLOR_SIGNATURE_COLUMN, pa.binary()),  # result of `duplicates.compute_color_signature`
-        pa.field("model", pa.string(), False),  # digest of the model that made the vector (`image_digest`)
+        pa.field("model", pa.string(), False),  # hash of the image encoder that made the vector (`image_digest`)
         pa.field(vector_column(width), pa.list_(pa.float16(), width)),  # vector (embedding) of unit length
     ]
     return pa.schema(columns, {LAYOUT_METADATA_KEY: str(LAYOUT_VERSION).encode()})
 
 
 def vector_column(width: int) -> str:
-    """Return the name of the column that contains vectors of a given width.
+    """Return the name of the column of the table `pictures` that contains vectors of a given width.
 
-    Vectors of models with different widths are stored in different columns.
+    Each width has its own column, because models differ in the width of their vectors.
 
     Args:
         width: Number of values per vector.
@@ -138,7 +138,7 @@ def vector_column(width: int) -> str:
 
 
 def comparison_columns(width: int) -> list[str]:
-    """Return the names of the columns that hits and near-duplicate detection need.
+    """Return the columns of the table `pictures` that are needed to create hits and to find near-duplicates.
 
     Args:
         width: Width of the model's vectors, which determines the name of the vector column.
@@ -165,7 +165,7 @@ class PictureTable:
             yet.
 
     Raises:
-        ValueError: If the address is invalid. If the path is a file, or a folder that contains something other than an
+        ValueError: If the address is invalid, or the path is a file. If the folder contains something other than an
             index.
         OSError: If there is no permission to read the folder.
     """
@@ -188,7 +188,7 @@ class PictureTable:
         folder = Path(self.where)
         if os.path.isfile(folder) or (os.path.islink(folder) and not os.path.exists(folder)):
             raise make_error_from_code(ValueError, "index_is_file", path=folder)
-        if not os.path.isdir(folder):  # not there yet, or no permission for a parent folder, which `open_table` reports
+        if not os.path.isdir(folder):  # not created yet, or a parent folder can't be read (`open_table` reports it)
             return
         with storage_errors.wrap_storage_errors(self.where):
             names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -241,11 +241,12 @@ class PictureTable:
             try:
                 table = self._connection.open_table(table_name)
                 if not table.schema.names:
-                    # A power cut may leave a manifest of zeros, which LanceDB reads as a table without columns.
-                    raise RuntimeError("LanceError: the newest record of its files holds zeros")
+                    # A power cut may leave a manifest (list of data files) of zeros. LanceDB then reads a table without
+                    # columns.
+                    raise RuntimeError("LanceError: the newest manifest (list of data files) has only zeros")
             except Exception as error:  # not only `LANCEDB_ERRORS`, because a damaged table may raise a RustPanic
-                # "was not found" may also mean that only the manifest (the list of data files) is missing. If there are
-                # data files, the table does exist and is damaged.
+                # "was not found" usually means that the table does not exist. But if there are data files, only the
+                # manifest (list of data files) is missing, and the table is damaged.
                 has_data = not self.is_remote and any(Path(path, "data").glob("*"))
                 if "was not found" in str(error) and not has_data:
                     return None
@@ -308,8 +309,7 @@ class PictureTable:
     def widths(self) -> list[int]:
         """Return the widths of the vectors that the table `pictures` can store.
 
-        Vectors of models with different widths are in different columns. So the result has one number per vector
-        column.
+        The table has one vector column per width, because models differ in the width of their vectors.
         """
         return [column.type.list_size for column in self.columns() if pa.types.is_fixed_size_list(column.type)]
 
@@ -344,8 +344,8 @@ class PictureTable:
     def run_read(self, operation: Callable[[Any], T], table_name: str = PICTURES_TABLE) -> T:
         """Run a read operation on the newest version of a table.
 
-        If the operation fails, it is run once more, because another process may have merged and removed the files that
-        it was reading.
+        If the operation fails, it is run once more. Another process may have merged the data files of the table and
+        removed the old files during the first attempt.
 
         Args:
             operation: Function that takes the table as an object of LanceDB, and returns a result.
@@ -365,8 +365,8 @@ class PictureTable:
             except LANCEDB_ERRORS as error:
                 if storage_errors.convert_storage_refusal_to_os_error_or_none(error, self.where):
                     raise
-                # The error may come from an old version, whose files another process has removed in the meantime. The
-                # files of the newest version still exist, so the read is tried once more with it.
+                # Perhaps the read used an old version of the table, and another process has removed its files. The
+                # files of the newest version exist, so this version is tried now.
                 table.checkout_latest()
                 return operation(table)
 
@@ -412,18 +412,17 @@ class PictureTable:
         Yields:
             Batches of rows.
         """
-        # Errors can also occur during the iteration, after `run_read` has only started the scan. They must be converted
-        # as well, hence this block.
+        # `run_read` only starts the scan. Errors during the iteration come later, so this block converts them.
         with storage_errors.wrap_storage_errors(self.where, PICTURES_TABLE):
             yield from self.run_read(lambda table: _build_row_scan_query(table, columns, clause).to_batches())
 
     def sample(self, width: int, image_digest: str, max_rows: int) -> np.ndarray:
-        """Read a sample of the vectors in the index, from rows that are spread evenly over the table `pictures`.
+        """Read the vectors of a sample of rows, which are spread evenly over the table `pictures`.
 
         Args:
             width: Width of the model's vectors.
             image_digest: Digest of the model (`SearchModel.image_digest`). Vectors of other models are not returned.
-            max_rows: Maximum number of rows to read, including rows with vectors of other models.
+            max_rows: Maximum number of rows to read. Rows with vectors of other models count, too.
 
         Returns:
             Array (rows, width), float16.
@@ -436,7 +435,9 @@ class PictureTable:
         return _vector_column_to_array(rows.filter(pc.equal(rows["model"], image_digest))[column])
 
     def vectors_of_digests(self, digests: Collection[str], width: int, image_digest: str) -> dict[str, np.ndarray]:
-        """Look up the stored vectors of pictures by the digests of their file contents.
+        """Look up the stored vectors of pictures by the digests (hashes) of their file contents.
+
+        So a file that was moved or copied need not be embedded again.
 
         Args:
             digests: Digests of the file contents.
@@ -520,7 +521,7 @@ class PictureTable:
             vector: Query vector (width,), of unit length.
             k: Maximum number of rows.
             clause: SQL condition that the rows must match. None: all rows.
-            exact: Compare every vector, even if there is an approximate vector index.
+            exact: True: compare every vector. False: use the approximate vector index if there is one.
 
         Returns:
             Rows with the columns that `comparison_columns` lists, and an additional column `score`: the cosine between
@@ -537,7 +538,7 @@ class PictureTable:
         return vector_column(width) in self.indices()
 
     def indices(self) -> dict[str, Any]:
-        """Return the LanceDB indexes of the table `pictures`.
+        """Return the indexes that LanceDB has for columns of the table `pictures`, such as the vector index.
 
         Returns:
             Dictionary `{name of the indexed column: LanceDB's description of the index}`.
@@ -577,7 +578,7 @@ class PictureTable:
                     self._open_tables[table_name].checkout_latest()
 
     def upsert(self, rows: pa.Table, table: str = PICTURES_TABLE) -> None:
-        """Insert rows into a table in one commit. Existing rows with the same keys are replaced.
+        """Insert rows into a table in one commit, and replace existing rows that have the same keys.
 
         Args:
             rows: Rows to insert, with the columns of the table.
@@ -588,18 +589,17 @@ class PictureTable:
             """Insert or replace the rows in LanceDB's table."""
             query = opened.merge_insert(TABLE_KEY_COLUMNS[table])
             query = query.when_matched_update_all().when_not_matched_insert_all()
-            # Vector columns of other widths have no values in these rows. By default, LanceDB would refuse them as bad
-            # vectors.
+            # The rows have no values in the vector columns of other widths. By default, LanceDB would refuse such rows
+            # because of bad vectors.
             query.execute(rows, on_bad_vectors="null")
 
         self.run_write(merge, table)
 
     def delete_paths(self, paths: Sequence[str], table: str = PICTURES_TABLE) -> None:
-        """Delete the rows with the given paths.
+        """Delete the rows with the given paths, or with the given keys in the metadata table.
 
         Args:
-            paths: Paths of the rows to delete. For the metadata table, whose rows have no path, keys of the rows to
-                delete.
+            paths: Paths of the rows to delete. For the metadata table, whose rows have no path: their keys.
             table: Name of the table.
         """
         for start in range(0, len(paths), MAX_PATHS_PER_CLAUSE):
@@ -645,7 +645,7 @@ class PictureTable:
         self.delete_paths(paths, SKIPPED_FILES_TABLE)
 
     def set_folders(self, values: Mapping[str, str]) -> None:
-        """Add folders to the list of indexed folders, or change their values.
+        """Add folders to the list of indexed folders, or change the numbers of ignored files that are stored for them.
 
         Args:
             values: Dictionary `{path of the folder: new value}`, in the form that `folders` returns.
@@ -660,16 +660,16 @@ class PictureTable:
     def locked(self) -> Iterator[None]:
         """Hold the lock of the index during the `with` block, so that only one process at a time writes to the index.
 
-        If another process holds the lock, a warning is logged, and the call waits. Indexes on object storage have no
-        lock; there, the primary key prevents two processes from writing two rows for the same path.
+        If another process holds the lock, a warning is logged, and the call waits. An index on object storage has no
+        lock. There, the primary key prevents two processes from writing two rows for the same path.
         """
         lock = None if self.is_remote else self._acquire_lock()
         try:
             yield
         finally:
             if lock is not None:
-                # The folder was created only for the lock. If no table was created, it is removed; if it is not empty,
-                # rmdir fails.
+                # `_acquire_lock` creates the folder if necessary. If no table was created in it, it is empty and is
+                # removed. Otherwise rmdir fails.
                 with suppress(OSError):
                     Path(self.where).rmdir()
                 os.close(lock)
@@ -685,7 +685,7 @@ class PictureTable:
         while True:
             with storage_errors.wrap_storage_errors(self.where):
                 folder.mkdir(parents=True, exist_ok=True)
-                os.scandir(folder).close()  # called only for the error that it raises if the folder can't be opened
+                os.scandir(folder).close()  # raises an error now if the folder can't be opened
             try:
                 lock = acquire_folder_lock(folder)
             except BlockingIOError:
@@ -693,13 +693,13 @@ class PictureTable:
                 lock = acquire_folder_lock(folder, wait=True)
             except OSError:
                 return None
-            # The process that held the lock before may have removed the folder, and another process may have created it
-            # again. A lock on the removed folder would protect nothing, so the locked folder must still be the one at
-            # this path.
+            # While this process waited, another process may have removed the folder and created a new folder at the
+            # same path. A lock on the removed folder would protect nothing. So if the folder has been replaced, it is
+            # locked again.
             with suppress(FileNotFoundError):
                 if not CAN_OPEN_FOLDERS or os.path.samestat(os.fstat(lock), os.stat(folder)):
-                    # On Windows, the lock belongs to the name and stays when the folder is removed, so only the folder
-                    # must be made again.
+                    # On Windows, the lock belongs to the path, so it stays valid if the folder is removed. Then only
+                    # the folder must be created again.
                     folder.mkdir(exist_ok=True)
                     return lock
             os.close(lock)
@@ -709,9 +709,9 @@ class PictureTable:
     def optimize(self, width: int) -> None:
         """Make searches fast: merge small data files, train or update the vector index, and remove old table versions.
 
-        The vector index makes searches of a large table fast, because they no longer compare every vector. Each step is
-        done only if the table is large enough, or has changed enough, for the step to save time. The constants of this
-        module, such as `MAX_EXACT_ROWS` and `MAX_SMALL_FRAGMENTS`, are the limits.
+        With a vector index, a search of a large table need not compare every vector. Each step is done only if the
+        table is large enough, or has changed enough, for the step to save time. Constants of this module, such as
+        `MAX_EXACT_ROWS` and `MAX_SMALL_FRAGMENTS`, are the limits.
 
         Args:
             width: Width of the model's vectors.
@@ -750,21 +750,22 @@ class PictureTable:
         return vector_column(width) not in self.indices() or row_count >= RETRAIN_GROWTH_FACTOR * trained_rows
 
     def estimate_optimize_seconds(self, width: int, row_count: int) -> float:
-        """Estimate how long `optimize` will take.
+        """Estimate how many seconds `optimize` will take, for the progress that is shown to the user.
 
         Args:
             width: Width of the model's vectors.
             row_count: Number of rows that the table will have when `optimize` is called.
 
         Returns:
-            Seconds. The estimate is 0 if the approximate vector index need not be trained.
+            Seconds to train the approximate vector index, or 0 if `optimize` will not train it.
         """
         return TRAINING_S_PER_ROW * row_count if self._must_train_index(width, row_count) else 0.0
 
     def purge(self) -> None:
         """Remove the data of deleted rows, for example thumbnails of forgotten pictures, from the disk for good.
 
-        LanceDB only marks deleted rows. This method rewrites the tables and removes all old versions.
+        LanceDB only marks rows as deleted. This method rewrites the tables without these rows and removes all old
+        versions.
         """
         for name in TABLE_KEY_COLUMNS:
             if self.open_table(name) is not None:
@@ -773,12 +774,12 @@ class PictureTable:
     def repair(self) -> None:
         """Restore the newest readable version of each damaged table, and log what is lost.
 
-        The folder of a table without a readable version is renamed, so that `create` makes the table again. Indexes on
+        If a table has no readable version, its folder is renamed, so that `create` makes the table again. Indexes on
         object storage are not repaired. The caller must hold the lock (`locked`).
 
         Raises:
-            DamagedIndexError: If the newest manifest of a table is complete but can't be read, for example because a
-                newer LanceDB wrote it.
+            DamagedIndexError: If the newest manifest (list of data files) of a table is complete but can't be read, for
+                example because a newer version of LanceDB wrote it.
         """
         for name in () if self.is_remote else reversed(TABLE_KEY_COLUMNS):
             self._repair_table(name)
@@ -800,11 +801,11 @@ class PictureTable:
             manifest = min(folder.glob("_versions/*.manifest"), default=None)
             if manifest is None:
                 return self._set_aside(folder, None)
-            # A manifest that was written completely ends with these bytes. It may come from a newer LanceDB, so it is
-            # not replaced by an older version.
+            # A manifest that was written completely ends with these bytes. If it can't be read, a newer version of
+            # LanceDB may have written it, so it is kept.
             if manifest.read_bytes().endswith(b"LANC"):
                 raise
-            # The incomplete manifest is renamed, so that LanceDB no longer finds it and opens the version before it.
+            # The incomplete manifest is renamed. LanceDB then no longer finds it and opens the version before it.
             manifest.rename(manifest.with_name(f"{manifest.name}.damaged"))
             manifest.with_name("latest_version_hint.json").unlink(missing_ok=True)
             self._repair_table(name)
@@ -814,8 +815,8 @@ class PictureTable:
         if table is None or self._is_readable(table):
             return None
         row_count = table.count_rows()
-        # Perhaps only an index is damaged, and the rows are intact. All indexes are dropped; `optimize` creates them
-        # again.
+        # Perhaps only an index of LanceDB (vector index or path index) is damaged, and the rows are intact. So all
+        # indexes are dropped. `optimize` creates them again.
         for index in table.list_indices():
             self.run_write(methodcaller("drop_index", index.name), name)
         for version in sorted((entry["version"] for entry in table.list_versions()), reverse=True):
@@ -832,8 +833,8 @@ class PictureTable:
     def _is_readable(self, table: Any) -> bool:
         """Return whether the current version of a table can be read.
 
-        To find out, all columns except the thumbnails are read. In a table of more than `MAX_EXACT_ROWS` rows, only the
-        column `size` is read. If there is a vector index, one of its partitions is searched.
+        To find out, all columns except the thumbnails are read. To save time, only the column `size` is read if the
+        table has more than `MAX_EXACT_ROWS` rows. If there is a vector index, one of its partitions is searched.
 
         Args:
             table: LanceDB's table.
@@ -871,7 +872,7 @@ class PictureTable:
         candidates = (Path(f"{folder}.damaged{number or ''}") for number in itertools.count())
         new_folder = next(candidate for candidate in candidates if not os.path.lexists(candidate))
         folder.rename(new_folder)
-        del self._connection  # opened again on the next access, because it may have cached files of the old folder
+        del self._connection  # the next access opens a new one, without cached files of the old folder
         if row_count is None:
             log_message_from_code("set_aside_unknown", folder, new_folder, level=logging.WARNING)
         else:
@@ -892,14 +893,14 @@ def _vector_column_to_array(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def extract_unit_vectors_of_model_or_zeros(model: "SearchModel", rows: pa.Table) -> np.ndarray:
-    """Return the vector of each row as float32, or zeros for a row that was embedded with another model.
+    """Return the vector of each row. Rows that were embedded with another model get a vector of zeros.
 
     Args:
         model: Model in use.
         rows: Rows of the table `pictures`, with the columns that `comparison_columns` lists.
 
     Returns:
-        Array (rows, width), float32. All vectors have unit length, except for vectors of zeros.
+        Array (rows, width), float32. Vectors of the model have unit length.
     """
     vectors, name = np.zeros((len(rows), model.width), np.float32), vector_column(model.width)
     if name in rows.column_names:
@@ -938,9 +939,9 @@ def newest_first_order(rows: pa.Table) -> pa.Array:
         rows: Rows with the columns path, taken and mtime_ns.
 
     Returns:
-        Indices of the rows in this order, for `rows.take`.
+        Indices of the rows, the latest row first. `rows.take` sorts the rows with them.
     """
-    # Cameras record local time, so the modification times of files (UTC) are converted to local time.
+    # The dates of cameras are in local time, so the modification times of files (UTC) are converted to local time.
     offset_ns = time.localtime().tm_gmtoff * 10**9
     modified = ((rows["mtime_ns"].to_numpy() + offset_ns) // 1000).astype("datetime64[us]")
     dated = pa.table({"path": rows["path"], "date": pc.coalesce(rows["taken"], pa.array(modified))})
@@ -972,13 +973,13 @@ def join_clauses(clauses: Sequence[str]) -> str | None:
         clauses: SQL conditions.
 
     Returns:
-        A single SQL condition, or None, which means no condition, if `clauses` is empty.
+        One SQL condition. None, which means no condition, if `clauses` is empty.
     """
     return " AND ".join(clauses) or None
 
 
 def folders_clause(*folders: str | Path) -> str:
-    """Return the SQL condition for rows whose path is one of the given paths or lies inside one of them.
+    """Return the SQL condition for rows of the given files and of all files inside the given folders.
 
     Args:
         *folders: Absolute paths of folders or files, at least one.
@@ -1001,7 +1002,7 @@ def date_clauses(since: date | None, until: date | None) -> list[str]:
         A list with one condition per given day. The caller joins the conditions with AND.
     """
     clauses = []
-    # To include the whole last day, dates are compared with the start of the next day.
+    # To include the whole last day, the condition is "before the start of the next day".
     for day, sign, offset in ((since, ">=", 0), (until, "<", 1)):
         if day is not None:
             first_day = min(max(day, EARLIEST_DATE), LATEST_DATE) + timedelta(days=offset)
@@ -1031,9 +1032,10 @@ def _compact(table: Any, age: timedelta) -> None:
 
     Args:
         table: LanceDB's table.
-        age: Versions that are older than this are removed.
+        age: Versions of the table that are older than this duration are removed.
     """
-    # LanceDB warns that reading a removed version fails. `run_read` handles this, so the warning is hidden.
+    # LanceDB warns that other processes can't read removed versions any more. `run_read` handles this case by reading
+    # again, so the warning is hidden.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         table.optimize(cleanup_older_than=age)
@@ -1074,6 +1076,6 @@ def _build_vector_query(table: Any, vector: np.ndarray, k: int, clause: str | No
     if not approximate:
         return query.bypass_vector_index()
     query = query.refine_factor(REFINE_FACTOR)
-    # With an SQL condition, the probed partitions may contain too few matching rows, so LanceDB may probe more
-    # partitions until it has k rows. Without a condition, this setting would make the search take 1.5 times as long.
+    # With an SQL condition, the probed partitions may contain too few matching rows. `maximum_nprobes(0)` lets LanceDB
+    # probe more partitions until it has k rows. Without a condition, it would make searches 1.5 times slower.
     return query.minimum_nprobes(PROBED_PARTITIONS).maximum_nprobes(0) if clause else query.nprobes(PROBED_PARTITIONS)

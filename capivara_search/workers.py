@@ -4,8 +4,8 @@ r"""Build one index with many tasks, on this machine, a Slurm cluster or a Ray c
         --partition gpu --time 04:00:00 --logging_dir ~/logs
 
 Each task embeds its share of the picture files and writes their rows to the index. A final task removes the rows of
-deleted files and optimizes the tables. If a task is killed, the rows that it has written stay in the index. Run the
-same command again to do the rest.
+deleted files and optimizes the tables. If a task is killed, the rows that it has written stay in the index. To do the
+rest, run the same command again.
 """
 
 import zlib
@@ -29,12 +29,12 @@ from capivara_search.table import PictureTable
 class WorkerArguments(ExecutorArguments):
     """Command-line arguments of `capivara_search.workers`, which builds one index with several tasks in parallel.
 
-    The workers may run on several machines. Every folder of pictures must have the same path on all of them, also after
-    links are resolved.
+    The tasks may run on several machines. Every folder of pictures must have the same path on all of these machines,
+    also after symbolic links are resolved.
     """
 
-    # {absolute path of a folder: its real path}. `add_folders_with_workers` sets this attribute before any task starts,
-    # so that all tasks use the same real paths.
+    # {absolute path of a folder of pictures: its real path}. In a real path, symbolic links are resolved.
+    # `add_folders_with_workers` sets this attribute before any task starts, so that all tasks use the same real paths.
     real_paths: ClassVar[Mapping[Path, str]] = {}
 
     where: str = flag(..., "Folder or address of the index. All machines must be able to reach it.")
@@ -62,15 +62,15 @@ def add_folders_with_workers(arguments: WorkerArguments) -> bool:
     """Update an index from folders as `PictureIndex.add` does, but with several tasks that run in parallel.
 
     Args:
-        arguments: Command-line arguments. This function sets the attributes `real_paths` and `model`.
+        arguments: Command-line arguments. This function sets their attributes `real_paths` and `model` for the tasks.
 
     Returns:
         True if all tasks have ended and the index is up to date. False if the tasks were submitted to Slurm as jobs and
         have not run yet.
 
     Raises:
-        ValueError: If a folder does not exist, was forgotten or contains no picture, or a pattern is invalid. If tasks
-            have failed; the message then lists the failed tasks.
+        ValueError: If a folder does not exist, contains no picture or was removed from the index by the user. If a
+            pattern is invalid. If tasks have failed (the message lists them).
         OSError: If the index can't be written.
         ImportError: If datatrove is not installed.
     """
@@ -88,13 +88,13 @@ def add_folders_with_workers(arguments: WorkerArguments) -> bool:
 
 
 def _open_index_and_plan(arguments: WorkerArguments) -> tuple[PictureTable, SearchModel, indexing.IndexPlan]:
-    """Open an index and plan the work of the update that is not done yet.
+    """Open an index and plan the part of the update that is not done yet.
 
     Args:
         arguments: Command-line arguments, after `add_folders_with_workers` has set the real paths of the folders.
 
     Returns:
-        The table of the index, the model, and the plan.
+        Tuple (table of the index, model, plan).
     """
     index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
     plan = indexing.plan_index_update(index._table, index.model.image_digest, arguments.real_paths)
@@ -113,8 +113,8 @@ def _embed_and_store_share_of_pictures(arguments: WorkerArguments, rank: int, wo
         A sentence for the log: the number of embedded pictures.
     """
     table, model, plan = _open_index_and_plan(arguments)
-    # The checksum of a file's path decides which task embeds the file. So each file belongs to exactly one task, even
-    # if the tasks find different lists of files because files were added or embedded in the meantime.
+    # Each task finds its own list of files, and these lists differ if files were added or embedded in the meantime.
+    # Therefore the checksum of a file's path decides which task embeds it. So each file belongs to exactly one task.
     plan.files = [file for file in plan.files if zlib.crc32(file.path.encode()) % world_size == rank]
     report = indexing.IndexWriter(table, model, plan, arguments.batch_size).run()
     return f"{report.embedded} pictures embedded"
@@ -123,8 +123,7 @@ def _embed_and_store_share_of_pictures(arguments: WorkerArguments, rank: int, wo
 def _prune_and_optimize_index(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     """Remove the rows of deleted files from the index, and optimize the tables.
 
-    Only one task runs this function, after all other tasks. It does not lock the index, because the process that
-    started the tasks holds the lock.
+    Only one task runs this function, after all other tasks have ended.
 
     Args:
         arguments: Command-line arguments.
@@ -160,7 +159,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # The module is imported under its name, because tasks on other machines can't unpickle functions of `__main__`.
+    # The command is run from the module imported under its name. Functions of `__main__` can't be unpickled by tasks on
+    # other machines.
     from capivara_search import workers
 
     run_main_and_report_user_errors(workers.main, resumable=True)
