@@ -105,8 +105,8 @@ class Question:
         """Check the labels and the sentence template of a classification.
 
         Returns:
-            Tuple (labels, template). The labels are distinct, ignoring case; the first spelling is used. The template is
-            a sentence with the placeholder {} for the label; an empty template is replaced by "{}".
+            Tuple (labels, template). Labels that differ only in case are one label, in its first spelling. The template
+            is a sentence with the placeholder {} for the label; an empty template is replaced by "{}".
 
         Raises:
             RequestRefusedError: If there are fewer than `MIN_LABELS` or more than `MAX_LABELS` labels, or the template
