@@ -1,4 +1,4 @@
 """Code that all packages of the project share, for example for files, images, command lines and caches.
 
-It imports no other package of the project.
+This package imports no other package of the project.
 """

@@ -24,14 +24,14 @@ MAX_STREAM_BYTES = 1_000_000  # number of bytes that are read of one stream
 MAX_SEQUENCE_HEADER_BYTES = 512  # with the most operating points, a sequence header takes about 400 bytes
 # Type number of the OBUs (open bitstream units) that state the frame size
 SEQUENCE_HEADER = 1
-TRACK_PATH = (b"moov", b"trak", b"mdia", b"minf", b"stbl")  # boxes around the sample table of an image sequence
+TRACK_PATH = (b"moov", b"trak", b"mdia", b"minf", b"stbl")  # nested boxes that lead to the list of frames of a sequence
 
 
 def largest_frame_size(data: bytes) -> tuple[int, int]:
     """Return the size of the largest frame in an AVIF file, without decoding it, so that huge frames can be refused.
 
-    The size is read from the headers of the AV1 streams in the file. Of a still image, the streams of all items are
-    read: the image, its tiles and its transparency. Of an image sequence, the first sample of each track is read.
+    The size is read from the headers of the AV1 streams in the file. For a still image, these are the streams of the
+    image, its tiles and its transparency. For an image sequence, it is the first sample (frame) of each track.
 
     Args:
         data: Content of the whole file.

@@ -166,7 +166,7 @@ def _build_parser(arguments_type: Any, description: str | None) -> argparse.Argu
                     self.error(unknown_name_message(name, "flag", flags))
             values, remaining = super().parse_known_args(args, namespace)
             if remaining:
-                self.error("A value belongs to no flag")  # the value is not shown: it may be a secret
+                self.error("The command line has a value without a flag")  # the value is not shown: it may be a secret
             return values, remaining
 
         def _get_value(self, action: argparse.Action, word: str) -> Any:
@@ -249,7 +249,7 @@ def check_between(arguments: Any, low: float, high: float, *names: str) -> None:
 
 
 def read_yaml_config(path: Path) -> dict[str, Any]:
-    """Read a YAML config file, and leave all numbers and booleans as text, to be converted like values of flags.
+    """Read a YAML config file into a dict. Numbers and booleans stay text, to be converted like values of flags.
 
     Args:
         path: The YAML file. It must contain lines of the form `key: value`.
@@ -301,7 +301,7 @@ def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str)
             flags.append(f"--{key}={value}")  # flag and value are a single word, because a value may begin with "-"
             continue
         for word in map(str, value):
-            # argparse recognizes negative numbers by this pattern, and does not read them as flags.
+            # Negative numbers are allowed: argparse recognizes them by this pattern, and does not read them as flags.
             if word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word):
                 raise ValueError(
                     f"{subject}: `{key}` lists {word!r}, which would be read as a flag. Values must not begin with -."

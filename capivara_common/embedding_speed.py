@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 CHUNK_SIZES = (8, 4, 16)  # candidates for the number of images per forward pass; the first is the default
 SAMPLE_IMAGES = 16  # images that a measurement embeds with each candidate
-ROUNDS = 3  # how often each candidate is measured
+ROUNDS = 3  # number of measurements of each candidate
 # A run with fewer images keeps the default, because the measurement takes as long as embedding 144 images.
 LONG_PASS_IMAGES = 1000
 MIN_SPEEDUP = 1.03  # a smaller speedup over the default may be noise, so the default stays
@@ -165,6 +165,6 @@ def _read_choice(path: Path, candidates: Mapping[Any, Any]) -> dict[str, Any] | 
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        logger.warning("%s can't be used and is written again: %s", path, error)
+        logger.warning("%s is damaged, so the fastest setting is chosen again: %s", path, error)
         return None
     return content if content["choice"] in candidates else None

@@ -6,7 +6,8 @@
 
 This module knows neither models nor datasets. The caller gives it a function that loads items (images or texts) and a
 function that embeds a batch of loaded items. Training and evaluation keep the embeddings in an `EmbeddingStore`. The
-stages `captions.score` and `captions.embed`, and the search, only use `embed_batch_except_bad_images`.
+commands `captions.score` and `captions.embed`, and the picture search, store embeddings in other ways. They only use
+the function `embed_batch_except_bad_images`.
 """
 
 import itertools
@@ -26,8 +27,8 @@ from capivara_common.tasks import split_rows
 
 # Part of the settings that identify a store. Increase it when a code change alters embeddings or the file format.
 STORE_VERSION = 4
-# Glob patterns of files that earlier versions of this module wrote, relative to the parent folder of a store. The files
-# are no longer read; the user is told that they can be deleted.
+# Glob patterns of files that earlier versions of this module wrote, relative to the parent folder of a store. These
+# files are not used. A warning tells the user that they can be deleted.
 OLD_FILE_PATTERNS = ("*/*.npy", "*/shard-*.arrow")
 Place = tuple[int, int]  # number of a row, and number of a view (augmented copy) of the image in this row
 Embed = Callable[[list[Any]], Iterable[np.ndarray]]  # function from a list of loaded items to one vector per item
@@ -95,7 +96,7 @@ class EmbeddingStore:
         self.batch_size, self.dtype = batch_size, dtype
 
     def record_folder(self, items: Sequence[str]) -> Path:
-        """Return a folder in which callers can keep notes about these embeddings, such as how they were computed.
+        """Return a folder in which callers can record how the embeddings of some items were computed.
 
         The path depends on the settings of the store and on the items. The folder need not exist.
 
@@ -204,7 +205,7 @@ class EmbeddingStore:
         faults = [next((view for view in views if isinstance(view, BadImage)), None) for views in rows]
         vectors = [np.array([] if bad else views, self.dtype).ravel() for views, bad in zip(rows, faults, strict=True)]
         columns = {"vectors": pa.array(vectors, pa.large_list(pa.from_numpy_dtype(self.dtype)))}
-        # The fault of a good row is None, so both columns are empty for a good row.
+        # A good row has no fault (None), which has neither attribute, so both columns contain "" for a good row.
         columns |= {name: [getattr(fault, name, "") for fault in faults] for name in ("reason", "detail")}
         table = pa.table(columns)
         with atomic_file(path) as temporary:

@@ -1,4 +1,4 @@
-"""Run long work on datatrove's executors: local processes, Slurm or Ray.
+"""Run the work of a command as many tasks with datatrove: on local processes, on Slurm or on Ray.
 
 Example:
     run_phases(PhaseStep.from_phases(args, PHASES, "score"), args)
@@ -132,7 +132,8 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
     Args:
         steps: One step per phase, in order. A step starts only if the previous step is complete.
         args: Command-line arguments with the executor flags. `args.executor` says where all steps run. The other
-            executor flags, such as `workers`, are read from `step.args` if it has them, otherwise from `args`.
+            executor flags, such as `workers`, are read from `step.args` if these are `ExecutorArguments`, otherwise
+            from `args`.
 
     Returns:
         True if all phases are complete. False if the phases were submitted to Slurm as jobs that run later.
@@ -144,8 +145,8 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
     """
     previous = None
     for step in steps:
-        # The failures and completions that an earlier run recorded are removed. The earlier run may have had another
-        # number of tasks, so its task numbers may stand for other parts of the work.
+        # Remove the failures and completions that an earlier run recorded. If the earlier run had another number of
+        # tasks, its task numbers stand for other rows.
         for folder in ("failures", "completions"):
             shutil.rmtree(step.log_folder / folder, ignore_errors=True)
         step_args = step.args if isinstance(step.args, ExecutorArguments) else args
@@ -165,8 +166,8 @@ def _run_step_locally(step: PhaseStep, args: ExecutorArguments) -> LocalPipeline
     """Run all tasks of a step on this machine.
 
     The function starts `args.workers` worker processes, each pinned to one GPU if the machine has GPUs. A single worker
-    runs in the current process. If a worker is killed, the other workers continue. (datatrove's own process pool is not
-    used, because it would wait for the killed worker forever.)
+    runs in the current process. If a worker is killed, the other workers continue. datatrove's own process pool would
+    wait for the killed worker forever, so it is not used.
 
     Args:
         step: The step to run.
@@ -219,7 +220,7 @@ def _run_rank_sequence(executor: LocalPipelineExecutor, ranks: range) -> None:
         try:
             executor.pipeline[0].run(None, rank, executor.tasks)
             executor.mark_rank_as_completed(rank)
-        except Exception:  # the reason is already in the folder `failures`, so continue with the next task
+        except Exception:  # `PhaseStep.run` has recorded the reason, so continue with the next task
             if executor.tasks == 1:
                 raise
         finally:

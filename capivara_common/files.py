@@ -1,4 +1,4 @@
-"""Write files and folders so that a crash never leaves half of the output, and keep links inside allowed folders.
+"""Write files and folders so that a crash never leaves half of the output, and refuse links that lead elsewhere.
 
 An atomic write first writes a temporary file or folder, and renames it when it is complete. If a process is killed in
 between, the next process that writes the same output removes the leftovers. `AllowedFolders` refuses paths and links
@@ -230,7 +230,7 @@ def _move_folder_into_place(new: Path, path: Path, overwrite: bool) -> None:
     for entry in [new, *new.rglob("*")]:
         if not entry.is_symlink():
             entry.chmod((0o777 if entry.is_dir() else 0o666) & ~UMASK)
-    # Windows can't rename a folder to the name of a folder that exists, even if that folder is empty.
+    # Windows can't rename a folder to the name of a folder that exists, so an empty folder at `path` is removed first.
     if not CAN_OPEN_FOLDERS:
         with suppress(OSError):
             path.rmdir()
@@ -316,8 +316,9 @@ def check_output_folder_and_clean_leftovers(path: Path, overwrite: bool | None =
 
     Args:
         path: The output folder.
-        overwrite: Whether a folder that exists and is not empty may be replaced. None means False; the error message
-            then does not suggest `--overwrite_output_dir`, because the command has no such flag.
+        overwrite: True: a folder that exists and is not empty may be replaced. False: such a folder is an error, and
+            the message suggests `--overwrite_output_dir`. None: the same error without the suggestion, for commands
+            that do not have this flag.
 
     Raises:
         ValueError: If `path` is a mount point or a file, can't be written to, or is a folder that may not be replaced.
@@ -563,9 +564,10 @@ def _windows_drive(path: str | Path) -> str:
 
 
 def check_folder_for_outside_links_and_pipes(folder: Path) -> None:
-    """Check a folder and all its subfolders before a library that does not check files itself reads them.
+    """Check that a folder has no links that lead out of it and no pipes, before a library reads it without checks.
 
-    A link could lead to private files outside of the folder. Opening a pipe would wait forever.
+    A link could lead to private files outside of the folder. Opening a pipe would wait forever. All subfolders are
+    checked, too.
 
     Raises:
         ValueError: If a link leads out of the folder, or the folder contains a pipe, a socket or a device.

@@ -123,12 +123,14 @@ def _normalize_image_size_setting(name: str, value: Any) -> Any:
         224.
 
     Raises:
-        TypeError: If a size is neither a whole number, a dict nor None.
+        TypeError: If a size is not an integer, a dict or None.
     """
     if name not in ("size", "crop_size") or isinstance(value, dict | None):
         return value
     if type(value) is not int:
-        raise TypeError(f"{name} must be a whole number or an object of whole numbers, got {value!s:.80}")
+        raise TypeError(
+            f'{name} must be an integer or a dict such as {{"height": 224, "width": 224}}, got {value!s:.80}'
+        )
     return {"shortest_edge": value} if name == "size" else {"height": value, "width": value}
 
 

@@ -49,7 +49,7 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".heic", ".heif"),
 )
 TILE_WIDTH, TILE_LENGTH = 322, 323  # numbers of the TIFF tags with the width and height of a tile, in pixels
-# {number of the type of a TIFF tag, SHORT or LONG: format of this type for `struct`}
+# Formats for `struct` of the integer types that a TIFF tag may have. TIFF numbers the types: 3 is SHORT, 4 is LONG.
 TIFF_INTEGER_FORMATS = {3: "H", 4: "I"}
 DECODER_THREADS = 4
 DECODE_CHUNK_IMAGES = 64  # decoded images in memory at the same time; a photograph of 12 megapixels takes 36 MB
@@ -59,8 +59,8 @@ EXIF_TRANSPOSES = {
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
 
-# Flags for `os.open`; 0 where the operating system lacks them. O_NONBLOCK: opening a FIFO would otherwise wait for a
-# writer. O_BINARY: Windows would otherwise translate line ends.
+# Flags for `os.open`. Flags that the operating system lacks are left out. Without O_NONBLOCK, opening a FIFO would wait
+# for a writer. Without O_BINARY, Windows would translate line ends.
 _FILE_OPEN_FLAGS = os.O_RDONLY
 for _flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"):
     _FILE_OPEN_FLAGS |= getattr(os, _flag, 0)
@@ -126,7 +126,7 @@ BYTES_ONLY = ImageAccess()  # rows must contain the bytes of their images; paths
 class ImageFileArguments:
     """Command-line arguments for reading the images of a dataset; shared by all commands that do so."""
 
-    image_roots: list[Path] = flag([], "Folders outside the dataset that its image paths and links may lead to.")
+    image_roots: list[Path] = flag([], "Folders outside the dataset in which its images may lie.")
     max_pixels: int = flag(MAX_IMAGE_PIXELS, "Skip images with more pixels (width x height).")
 
     def check_image_files(self) -> None:
@@ -322,8 +322,8 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
     Raises:
         BadImage: If the pixels can't be decoded.
     """
-    # `check_and_open_image_without_decoding` has checked the frame size that the AV1 streams of an AVIF file state. A
-    # hostile file may hide that size, or a frame may exceed it: libavif decodes up to 268 megapixels.
+    # Every AVIF image counts as large, because libavif decodes up to 268 megapixels. The frame size that the AV1
+    # streams state has been checked when the image was opened. A hostile file may hide this size, or exceed it.
     is_large = image.format == "AVIF" or image.width * image.height > MAX_IMAGE_PIXELS
     try:
         with LARGE_IMAGE_LOCK if is_large else nullcontext():

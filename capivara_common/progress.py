@@ -49,6 +49,7 @@ def _display_after_delay(bar: tqdm, *args: Any, **options: Any) -> bool:
 def disable_progress_bars() -> None:
     """Turn off all progress bars of tqdm in this process.
 
-    If several worker processes run on a machine, all but the first call this function.
+    If several worker processes run on a machine, each worker except the first calls this function, so that only the
+    first worker draws bars.
     """
     tqdm.display = tqdm.close = lambda bar, *args, **options: None

@@ -17,7 +17,7 @@ from capivara_common.cli import check_at_least, flag
 TASK_SHARING_HINT = (
     "to divide its work, use --tasks and --workers on one machine, or --executor slurm or ray on several machines"
 )
-# Titles of groups in `--help`
+# Titles under which `--help` lists the flags of `ExecutorArguments`
 TASKS, CLUSTER = "tasks", "Slurm and Ray clusters"
 
 
@@ -33,12 +33,15 @@ class ExecutorArguments:
     )
     tasks: int | None = flag(
         None,
-        "Number of tasks, which divide the rows among them. Required for slurm and ray. Default: the number of workers "
+        "Number of tasks into which the rows are divided. Required for slurm and ray. Default: the number of workers "
         "(local). A resumed run may use another number.",
         group=TASKS,
     )
     workers: int | None = flag(
-        None, "Tasks to run at the same time. Default: one per GPU, else 1 (local); no limit (slurm, ray).", group=TASKS
+        None,
+        "Number of tasks that run at the same time. Default: one per GPU, or 1 without GPUs (local); no limit (slurm, "
+        "ray).",
+        group=TASKS,
     )
     logging_dir: Path | None = flag(
         None, "Folder for task logs. Default: OUTPUT.logs, or OUTPUT/logs for captions.build.", group=TASKS
@@ -52,11 +55,11 @@ class ExecutorArguments:
     mem_per_cpu_gb: int = flag(4, "Memory per CPU core in GiB.", group=CLUSTER)
     node_script: Path | None = flag(
         None,
-        "Bash script that each job sources before its tasks, for example to start a server on the node. Only phases "
-        "that use a model run it (slurm).",
+        "Bash script that a Slurm job sources before its tasks, such as configs/slurm/start_vllm.sh, which starts a "
+        "model server. It is used only with --executor slurm, and only for jobs that run a model.",
         group=CLUSTER,
     )
-    gpus_per_task: int = flag(0, "GPUs per task. Only phases that use a model get them.", group=CLUSTER)
+    gpus_per_task: int = flag(0, "GPUs per task, for tasks that run a model. Other tasks get none.", group=CLUSTER)
 
     @property
     def log_folder(self) -> Path:
@@ -99,7 +102,7 @@ class ExecutorArguments:
             raise ValueError(f"This command must not be launched by Accelerate or torchrun: {TASK_SHARING_HINT}.")
 
     def executor_flags(self) -> dict[str, Any]:
-        """Return the executor flags whose values differ from their defaults.
+        """Return the executor flags that differ from their defaults, for example to pass them on to a stage.
 
         Returns:
             `{name of the flag: value}`.

@@ -179,5 +179,5 @@ def find_weight_files(folder: Path) -> list[Path]:
     if not names or any(Path(name).name != name for name in names):
         raise ValueError(f"{index} must list files of its own folder, got {names[:3]}.")
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"The model folder {folder} lacks {', '.join(missing)}, listed in its index. Download it.")
+        raise ValueError(f"The model folder {folder} lacks {', '.join(missing)}. Download the model again.")
     return [folder / name for name in names]

@@ -31,7 +31,7 @@ transformers.AutoConfig.register("capivara", CapivaraConfig)
 transformers.AutoModel.register(CapivaraConfig, CapivaraModel)
 transformers.AutoModelForZeroShotImageClassification.register(CapivaraConfig, CapivaraModel)
 transformers.AutoModelForImageClassification.register(CapivaraConfig, CapivaraForImageClassification)
-# transformers has two backends for image processors. CAPIVARA has one class, which is registered for both.
+# transformers looks up image processors by backend, PIL or torchvision. CAPIVARA has one class, which serves for both.
 transformers.AutoImageProcessor.register(
     CapivaraConfig, image_processor_classes={"pil": CapivaraImageProcessor, "torchvision": CapivaraImageProcessor}
 )

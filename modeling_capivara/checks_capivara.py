@@ -1,14 +1,15 @@
-"""Checks of a model's configuration and tokenizer before they are used, because the files may be malicious.
+"""Checks that refuse a damaged or malicious configuration or tokenizer, before a model is built from the files.
 
-This module imports neither torch nor transformers, so that `capivara_search`, which works without these packages,
-applies the same checks as `CapivaraConfig`.
+`CapivaraConfig` and the picture search `capivara_search` apply the same checks. The search works without torch and
+transformers, so this module imports neither.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-# Each tuple lists the names that one setting has in the configurations of transformers, timm and open_clip.
+# Each tuple lists the names of one kind of setting, such as the number of layers. The names differ between the
+# configurations of transformers, timm and open_clip.
 LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "layers", "depth", "depths")
 HEAD_KEYS = ("num_attention_heads", "n_heads", "n_head", "num_heads", "heads", "encoder_attention_heads")
 WIDTH_KEYS = ("hidden_size", "hidden_sizes", "intermediate_size", "hidden_dim", "dim", "d_model", "d_ff", "embed_dim")
@@ -29,17 +30,18 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("num_labels", "num_classes"), (0, 10**6)),
     "pad_token_id": (0, 10**7 - 1),
     **dict.fromkeys((*EPSILON_KEYS, *DROPOUT_KEYS), (0, 1)),
-    # These settings are natural logarithms of the factor for cosines. Published models have 4.8 (SigLIP after training)
-    # or at most 4.6 (CLIP).
+    # The natural logarithm of the factor that multiplies the cosine similarities. Published models are far from the
+    # limits: they have 4.8 (SigLIP after training) or at most 4.6 (CLIP).
     **dict.fromkeys(("logit_scale", "logit_scale_init_value", "init_logit_scale"), (-20, 20)),
 }
-# Model types of text towers that number positions from `pad_token_id` + 1, so these towers need a padding token.
+# Model types of text towers that need a padding token, because they number the positions of tokens from
+# `pad_token_id` + 1.
 PADDING_MODEL_TYPES = ("xlm-roberta", "xlm-roberta-xl", "roberta", "camembert", "altclip_text_model")
 NOT_FINITE_MESSAGE = (
     "The embeddings are not finite: weights or settings of the model are damaged. Download or save the model again."
 )
-# These settings map class names to numbers or back. A class may have the name of a setting, such as "width", so the
-# values are not checked.
+# Dictionaries that map class names to numbers or back. Their entries are not checked as settings, because a class may
+# have the name of a setting, such as "width".
 LABEL_KEYS = ("id2label", "label2id")
 
 
@@ -82,7 +84,7 @@ def check_config_ranges(values: Mapping[str, Any], section: str = "") -> None:
 def wrap_tokenizer_errors(name: str) -> Iterator[None]:
     """Return a context manager that turns errors of the tokenizers library into a ValueError with a clear message.
 
-    A damaged tokenizer file makes the library raise plain `Exception`s and Rust panics. They become a ValueError whose
+    For a damaged tokenizer file, the library raises a plain `Exception` or a Rust panic. Both become a ValueError whose
     message is a single line. All other errors pass through unchanged.
 
     Args:

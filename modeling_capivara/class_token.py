@@ -1,12 +1,12 @@
-"""Skip the part of an image tower's last layer whose result an embedding does not use.
+"""Embed images faster: let the last layer of a CLIP image tower compute only the class token.
 
     with last_layer_for_class_token_only(model), torch.inference_mode():
         embeds = model.get_image_features(pixel_values).pooler_output
 
-A CLIP image tower makes the embedding from the class token, that is, from the first token of the last layer. The other
-tokens of this layer, one for each patch of the image, are not used. Their keys and values are needed, because the class
-token attends to them. Their queries, the rest of their attention and their MLP are not needed. Without them, a ViT-B/32
-needs 7 % fewer operations. The embeddings are the same, except for rounding errors in the last bits.
+A CLIP image tower makes the embedding from the class token, that is, from the first token of the last layer. The output
+of this layer for the other tokens, one for each patch of the image, is not used. Only the keys and values of the
+patches are computed in this layer, because the class token attends to the patches. A ViT-B/32 then needs 7 % fewer
+operations. The embeddings are the same, except for rounding errors in the last bits.
 """
 
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ from capivara_common.model_kinds import CLASS_TOKEN_VISION_TOWERS
 def last_layer_for_class_token_only(model: nn.Module) -> Iterator[None]:
     """Make the last layer of a model's image tower compute only the class token within a `with` block.
 
-    In the block, `last_hidden_state` of the image tower has only the class token, and gradients should not be computed.
-    Models whose embedding does not come from the class token of a CLIP layer are not changed.
+    The block embeds images faster. It is meant for inference, without gradients. In the block, the `last_hidden_state`
+    of the image tower contains only the class token. A model whose image tower is not built like CLIP's stays as it is.
 
     Args:
         model: Two-tower model of transformers in evaluation mode, or a DistributedDataParallel wrapper of it.
@@ -34,17 +34,17 @@ def last_layer_for_class_token_only(model: nn.Module) -> Iterator[None]:
         yield
         return
     layer = model.vision_model.encoder.layers[-1]
-    layer.forward = partial(_compute_class_token, layer)  # this attribute takes precedence over the method
+    layer.forward = partial(_compute_class_token, layer)  # an attribute of the object hides the method of the class
     try:
         yield
     finally:
-        # Another thread that embeds images with the same model may have removed the attribute already. Its next images
-        # are then computed with all tokens, which gives the same embeddings.
+        # If two threads embed images with the same model, the first thread to finish removes the attribute for both.
+        # The other thread then computes all tokens of its next images, which gives the same embeddings.
         vars(layer).pop("forward", None)
 
 
 def _compute_class_token(layer: nn.Module, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-    """Compute the output of a CLIP layer for the first token.
+    """Compute the output of a CLIP layer for the class token only, which is the first token.
 
     Args:
         layer: Layer of a CLIP image tower of transformers, such as `CLIPEncoderLayer`.

@@ -52,17 +52,17 @@ class CapivaraConfig(PreTrainedConfig):
             starts at -10 (arXiv 2303.15343, section 3.1). None selects CLIP's loss, which has no bias.
         matryoshka_dims: Numbers of leading dimensions for which the embeddings were trained to be useful on their own
             (Matryoshka representation learning, arXiv 2205.13147). Each number must divide `projection_dim`. The
-            numbers are stored in descending order. Embeddings can be truncated to any width, but these widths lose less
-            recall.
+            numbers are stored in descending order. Embeddings can be truncated to any width, but recall drops less at
+            these widths.
         trimmed_vocabulary: How `modeling_capivara.trim_vocabulary` removed unused tokens from the vocabulary. None if
             no tokens were removed. Otherwise `{"languages": languages whose tokens were kept, "words": number of most
             frequent words of each language, "of": number of original tokens, "tokenizer": digest of the original
             vocabulary, "table": digest of the original embedding table}`.
 
     Raises:
-        ValueError: If a size or the scale is outside the limits in `checks_capivara.py`, or the model type of a tower
-            is unknown. Also if the text tower is an encoder-decoder, a width in `matryoshka_dims` does not divide
-            `projection_dim`, or `trimmed_vocabulary` lacks a key.
+        ValueError: If a size or `logit_scale_init_value` is outside the limits in `checks_capivara.py`. Also if the
+            model type of a tower is unknown, or the text tower is an encoder-decoder. Also if a width in
+            `matryoshka_dims` does not divide `projection_dim`, or `trimmed_vocabulary` lacks a key.
 
     Example:
         >>> from modeling_capivara import CapivaraConfig, CapivaraModel
@@ -92,8 +92,8 @@ class CapivaraConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 512
     text_projection_type: Literal["mlp", "linear"] = "mlp"
-    # Natural logarithm of the factor for cosines, 1 / temperature. The initial temperature is the one of CLIP, 0.07
-    # (arXiv 2103.00020, section 2.5).
+    # Natural logarithm of 1 / temperature, the factor that multiplies the cosine similarities. CLIP starts with the
+    # temperature 0.07 (arXiv 2103.00020, section 2.5).
     logit_scale_init_value: float = math.log(1 / 0.07)
     logit_bias_init_value: float | None = None
     matryoshka_dims: list[int] | None = None
@@ -118,8 +118,8 @@ class CapivaraConfig(PreTrainedConfig):
     def to_dict(self) -> dict:
         """Convert the configuration to a dictionary that can be saved as JSON.
 
-        The key `logit_bias_init_value` is omitted if its value is None. Older configurations do not have this key, and
-        digests of older configurations must stay valid.
+        The key `logit_bias_init_value` is omitted if its value is None. The dictionary of a configuration that was
+        saved before this key existed then stays the same, and so does the digest of the dictionary.
         """
         omitted = {"logit_bias_init_value"} if self.logit_bias_init_value is None else set()
         return {key: value for key, value in super().to_dict().items() if key not in omitted}

@@ -112,9 +112,9 @@ def to_capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, T
     for open_clip_name, tensor in open_clip_state.items():
         name = _rename_parameter(open_clip_name, PARAMETER_NAMES)
         if name.startswith("vision_model.encoder.") and ".in_proj_" in name:
-            # A damaged tensor may have fewer than three chunks. In this case, the error that is raised when the model
-            # is loaded names the missing projection. The chunks are cloned, because safetensors refuses tensors that
-            # share memory.
+            # A damaged tensor may have fewer than three chunks, so `zip` is not strict. Loading the model then raises
+            # an error that names the missing projection. The chunks are cloned, because safetensors refuses tensors
+            # that share memory.
             chunks = zip("qkv", tensor.chunk(3), strict=False)
             result |= {name.replace("in_proj_", f"{letter}_proj."): chunk.clone() for letter, chunk in chunks}
         elif open_clip_name == "visual.proj":
@@ -217,10 +217,10 @@ VIT_FIELDS = {
     "patch_size": ("patch_size", 16),
     "image_size": ("image_size", 224),
 }
-# Supported values of fields that change the embeddings without changing names or shapes of tensors. The fields of
-# `vision_config` are settings of a `CapivaraModel` that open_clip must support. All other fields belong to open_clip.
-# The default of each of these is supported, so a field may be missing. Fields that are not listed change names or
-# shapes of tensors, so an unsupported value causes an error when the tensors are loaded.
+# Supported values of fields that change the embeddings, but not the names or shapes of tensors. Without this list, an
+# unsupported value would not be noticed. A wrong value of any other field changes names or shapes of tensors, so
+# loading the tensors raises an error. The fields of `vision_config` are settings of a `CapivaraModel` that is exported
+# to open_clip. All other fields are settings of open_clip. They may be missing, because their defaults are supported.
 SUPPORTED_VALUES: dict[str, tuple] = {
     "vision_cfg.pool_type": ("tok",),
     "vision_cfg.final_ln_after_pool": (False, None),
@@ -273,7 +273,7 @@ def to_capivara_config(model_cfg: dict) -> CapivaraConfig:
         # The text configuration may come from the Hub, so it is loaded after everything else has been checked.
         text_config = _load_text_config(text_cfg.get("hf_model_name"))
         return CapivaraConfig(vision_config=vision, text_config=text_config, **options)
-    # These are errors about missing fields and wrong types, and the errors of transformers' configuration classes.
+    # Missing fields, values of the wrong type and transformers' configuration classes raise errors of many types.
     except Exception as error:
         reason = " ".join(str(error).split())
         # The type is added because the message alone may be unclear: the message of a KeyError, for instance, is only
@@ -471,8 +471,8 @@ VOCABULARY_FILES = ("tokenizer.json", "sentencepiece.bpe.model", "spiece.model",
 class OpenClipSource:
     """Files and settings of an open_clip model that is to be converted.
 
-    The weights have not been read yet. A bare checkpoint file is a file of weights that was given without a folder and
-    without open_clip_config.json.
+    The weights have not been read yet. The model is either a folder with open_clip_config.json, or a bare checkpoint
+    file, that is, a weight file that the user gives without a folder.
 
     Attributes:
         model_cfg: Section `model_cfg` of open_clip_config.json. None for a bare checkpoint file.
@@ -555,8 +555,8 @@ def _download_model(repo_id: str, revision: str | None) -> Path:
     try:
         patterns = [*DOWNLOADED_PATTERNS, OPEN_CLIP_WEIGHT_FILES[0]]
         folder = Path(snapshot_download(repo_id, allow_patterns=patterns, revision=revision))
-        # Repositories may hold the same weights in several formats. The files are tried one by one, because a second
-        # one would be an unnecessary download of more than a gigabyte.
+        # A repository may hold the same weights in several formats. The file names are tried one by one, so that only
+        # one file is downloaded. A weight file has more than a gigabyte.
         for name in OPEN_CLIP_WEIGHT_FILES[1:]:
             if not any((folder / weight_file).is_file() for weight_file in OPEN_CLIP_WEIGHT_FILES):
                 # The name of the snapshot folder is its commit. With it as the revision, the weights come from the same
@@ -685,14 +685,14 @@ def _convert_write_and_verify_model(
     image_processor = _to_image_processor(source.preprocess_cfg, config.vision_config.image_size)
     state, notes = read_open_clip_tensors_and_notes(source.weights)
     CapivaraProcessor(image_processor, _load_and_check_tokenizer(source.tokenizer, config)).save_pretrained(folder)
-    subject = "The checkpoint's tensors (a bare file is taken to have the published architecture)"
+    subject = "The tensors of the checkpoint (without a config, the published architecture is assumed)"
     loading.build_save_only_model_from_tensors(to_capivara_state_dict(state), config, subject).save_pretrained(folder)
     if source.folder:
         loading.write_origin_card(source.folder, folder, ORIGIN_SENTENCE, source.repo_id)
     model, processor = loading.load_model(folder).eval(), loading.load_processor(folder)
     returned = to_open_clip_state_dict(model)
-    # The bits of the floats are compared, as integers, because a float NaN would count as changed: it is not equal to
-    # itself.
+    # Compare the bits of the floats, as integers. Compared as floats, NaN would count as changed, because NaN is not
+    # equal to itself.
     changed = returned.keys() ^ state.keys()
     for name in returned.keys() & state.keys():
         if not torch.equal(returned[name].view(torch.int32), state[name].view(torch.int32)):

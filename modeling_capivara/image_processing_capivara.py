@@ -1,4 +1,4 @@
-"""Image processor of CAPIVARA models. Its `pixel_values` are bit-identical to open_clip 3.3's evaluation transform."""
+"""CAPIVARA's image processor. Its `pixel_values` are bit-identical to those of open_clip 3.3's evaluation transform."""
 
 import os
 
@@ -131,8 +131,8 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
                 image = center_crop(image, crop_size.height, crop_size.width)
             array = torch.from_numpy(np.array(image.convert("RGB")))  # (height, width, 3), uint8
             pixels = array.to(kwargs.get("device") or "cpu").permute(2, 0, 1).contiguous().float()
-            # A division by 255 and a multiplication by 1 / 255 may differ in the last bit. The default factor is
-            # applied as a division.
+            # The default factor, 1 / 255, is applied as a division by 255, as in open_clip. A multiplication may differ
+            # from the division in the last bit.
             if kwargs["do_rescale"]:
                 pixels = pixels.div_(255) if factor == 1 / 255 else pixels.mul_(factor)
             if kwargs["do_normalize"]:

@@ -78,14 +78,14 @@ def load_model(source: str | Path) -> PreTrainedModel:
 
     Raises:
         ValueError: If there is no such model, a file is damaged, or the model is not a supported two-tower model. Also
-            if weights are missing, unexpected or of the wrong shape. In the last case, transformers itself would only
-            warn and initialize missing weights randomly.
+            if weights are missing, unexpected or of the wrong shape. For such weights, transformers itself would only
+            warn and use random values.
     """
     check_model_file_exists(source, "config.json", "is not a model folder")
     try:
         if Path(source).is_dir():
-            # Check these two numbers first, so that a wrong one causes a clear error before transformers loads all
-            # weights.
+            # Check these two weights first, so that a clear error is raised before transformers loads all weights. Each
+            # of them must be a single number, or missing.
             for name in ("logit_scale", "logit_bias"):
                 read_scalar(Path(source), name)
         options = {"dtype": "float32", "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
@@ -141,12 +141,11 @@ def load_memory_mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
 def load_memory_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """Load a model with memory-mapped weights, to save or convert it without copying the weights into memory.
 
-    A memory-mapped model can't be run. `load_model` loads a model that can.
+    The returned model can't be run. Use `load_model` to load a model that can be run.
 
-    There is one exception. For some model types, transformers renames weights while it loads them, for example
-    `layer.0` to `layers.0` in AltCLIP. The names in the files then do not fit the model. Such a model is not
-    memory-mapped, but loaded into memory in float32 by `load_model`. For CAPIVARA models, names that do not fit are an
-    error.
+    For some model types, transformers renames weights while it loads them, for example `layer.0` to `layers.0` in
+    AltCLIP, so the names in the files differ from the names in the model. `load_model` then loads the model into memory
+    in float32, without a memory map. In a CAPIVARA model, different names are an error.
 
     Args:
         folder: Folder with the weights.
@@ -174,7 +173,7 @@ def build_save_only_model_from_tensors(
 ) -> PreTrainedModel:
     """Build a model that uses the given tensors as its weights, without copying them, in order to save it.
 
-    The model can't be run. Its non-persistent buffers are not among the given tensors, so they are not initialized.
+    The model can't be run, because its non-persistent buffers are not among the given tensors and have no values.
 
     Args:
         tensors: Dictionary {weight name: tensor}.
@@ -264,8 +263,8 @@ def load_processor(source: str | Path) -> ProcessorMixin:
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
             raise ValueError(f"its class {type(processor).__name__} does not process both texts and images")
-        # Published SigLIP 2 models name Gemma's tokenizer, which keeps capital letters, but they were trained on
-        # lowercase texts. So the class is replaced.
+        # Published SigLIP 2 models name Gemma's tokenizer, which keeps capital letters. They were trained on lowercase
+        # texts, so the tokenizer is replaced by SigLIP 2's, which converts texts to lowercase.
         if isinstance(processor.tokenizer, GemmaTokenizer):
             processor.tokenizer = Siglip2Tokenizer.from_pretrained(source)
         check_config_ranges(processor.image_processor.to_dict())
@@ -345,11 +344,12 @@ def _check_and_adapt_processor(processor: ProcessorMixin, config: PreTrainedConf
     # These text towers number positions from `pad_token_id` + 1, so fewer positions are left for tokens.
     if config.text_config.model_type in PADDING_MODEL_TYPES:
         positions -= config.text_config.pad_token_id + 1
-    # A model that was trained with visible padding must see it here too, so its tokenizer returns no attention mask.
+    # SigLIP models were trained without an attention mask, so padding changes their embeddings. To get the embeddings
+    # of training, the tokenizer returns no attention mask here either.
     if kind.pads_to_max_length:
         tokenizer.model_input_names = ["input_ids"]
     elif "attention_mask" not in tokenizer.model_input_names:
-        raise ValueError("its tokenizer returns no attention mask, so texts would depend on the padding of their batch")
+        raise ValueError("its tokenizer returns no attention mask, so padding would change the embeddings of texts")
     # Some processors, such as Siglip2Processor, set their own maximum length, which may be below that of the tokenizer.
     processor_max_length = getattr(processor, "text_kwargs", {}).get("max_length", positions)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions, processor_max_length)

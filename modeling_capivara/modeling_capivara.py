@@ -111,7 +111,7 @@ class CapivaraPreTrainedModel(PreTrainedModel):
         """
         super().train(mode)
         if self.image_encoder_frozen:
-            self.vision_model.eval()  # batch norm would update its statistics, and dropout would be applied
+            self.vision_model.eval()  # batch norm must not update its statistics, and dropout must not be applied
         return self
 
     @can_return_tuple
@@ -420,8 +420,8 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
 
     The head is applied to unit-length image embeddings times exp(`logit_scale`). `from_zero_shot` initializes the rows
     of the head's weight matrix with the text embeddings of the classes. The model then starts as a zero-shot classifier
-    (CLIP, arXiv 2103.00020, section 3.1.2). The scale is not multiplied into the rows. It would make them up to a
-    hundred times longer, and Adam's steps would then hardly change their direction.
+    (CLIP, arXiv 2103.00020, section 3.1.2). The factor exp(`logit_scale`) multiplies the embeddings instead of the
+    rows. It would make the rows up to a hundred times longer, and Adam's steps would hardly change their direction.
 
     `from_pretrained` also accepts the folder of a `CapivaraModel`. It then ignores the text encoder and creates a head
     with random weights.
@@ -536,10 +536,10 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
 
         Args:
             pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` returns them.
-            labels: Integer class indices, (images,), if each image has one label. The loss is then cross-entropy. Or
-                floats 0.0 or 1.0 for each class, (images, num_labels), if an image may have several labels. The loss is
-                then binary cross-entropy. `config.problem_type` selects the loss. If it is None, the first call with
-                `labels` sets it according to the dtype of `labels`.
+            labels: Correct classes of the images. If each image has one label: integer class indices, (images,), for a
+                cross-entropy loss. If an image may have several labels: 0.0 or 1.0 for each class, (images,
+                num_labels), for a binary cross-entropy loss. `config.problem_type` selects the loss. If it is None, the
+                first call with `labels` sets it according to the dtype of `labels`.
             **kwargs: Options of the image tower, such as `output_hidden_states` and `output_attentions`. With
                 `return_dict=False` a tuple is returned.
 

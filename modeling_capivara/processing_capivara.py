@@ -69,7 +69,8 @@ class CapivaraProcessor(ProcessorMixin):
         """
         if text is not None:
             text = check_and_collect_texts(text)
-            # `max_length` is not set here, because the tokenizer has its own default.
+            # Set the defaults of options that neither the call nor the loading of the tokenizer has set. `max_length`
+            # is not set here, because the tokenizer has its own default.
             explicit = {**self.tokenizer.init_kwargs, **kwargs}
             defaults = {name: True for name in ("padding", "truncation") if name not in explicit}
             kwargs["text_kwargs"] = {**defaults, **kwargs.get("text_kwargs", {})}

@@ -10,15 +10,15 @@ from collections.abc import Iterable
 import ftfy
 from ftfy.fixes import unescape_html
 
-CONTEXT_LENGTH = 77  # in tokens, with begin and end tokens; the default of open_clip, used by CAPIVARA
-# Only this many characters and lines of a text are read, after long white space is shortened. A quarter of the
-# characters is enough for 77 tokens, even if every letter is written as an HTML entity. The limits are necessary,
-# because the time of ftfy grows with the square of the number of characters, and with the number of lines.
+CONTEXT_LENGTH = 77  # largest number of tokens of a text, with begin and end token; the default of open_clip
+# Only this many characters and lines of a text are cleaned, because the time of ftfy grows with the square of the
+# number of characters, and with the number of lines. Long white space is shortened first. A quarter of the characters
+# is enough for 77 tokens, even if every letter is written as an HTML entity.
 MAX_CHARACTERS = 4096
 MAX_LINES = 512
 LONG_WHITESPACE_RE = re.compile(r"\s{6,}")
-# ftfy may make one pass over the text for each "&" or ";", which is slow for many of them. If a text has more than this
-# number, `_unescape_and_repair_line` cleans it, which limits the number of passes.
+# ftfy may make one pass over the text for each "&" or ";". A text with more of these signs than this number is cleaned
+# by `_unescape_and_repair_line`, which limits the number of passes.
 MAX_FTFY_ENTITY_SIGNS = 8
 # Nested entities ("&amp;amp;") up to this depth are resolved one level per pass, as in ftfy. All deeper levels are
 # resolved together in the last pass.
@@ -89,8 +89,8 @@ def _fix_text_with_limited_ftfy_passes(text: str) -> str:
     """
     if sum(map(text.count, "&;＆；")) <= MAX_FTFY_ENTITY_SIGNS:
         return ftfy.fix_text(text)
-    # ftfy resolves no HTML entities in the line with the first "<" and all later lines, because the text may be HTML.
-    # So only the lines before it need the limit.
+    # From the line with the first "<" on, ftfy resolves no HTML entities, because the text may be HTML. So only the
+    # earlier lines need the limit.
     bracket = text.find("<")
     end = len(text) if bracket < 0 else text.rfind("\n", 0, bracket) + 1
     return "".join(map(_unescape_and_repair_line, re.split("(?<=\n)", text[:end]))) + ftfy.fix_text(text[end:])

@@ -17,12 +17,12 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
     77 tokens, or to `model_max_length` if that is smaller. As in transformers, the arguments `max_length` and
     `truncation` of a call override this limit.
 
-    `pad_to_multiple_of` applies after truncation to the default limit. With `pad_to_multiple_of=8`, for example, texts
-    of 77 tokens are padded to 80. If a call also passes `max_length`, it must be a multiple of `pad_to_multiple_of`, as
-    in transformers.
+    With `pad_to_multiple_of`, texts are first truncated to the limit and then padded. With `pad_to_multiple_of=8`, for
+    example, texts of 77 tokens are padded to 80. If a call also passes `max_length`, then `max_length` must be a
+    multiple of `pad_to_multiple_of`, as in transformers.
 
-    A text itself may contain the padding token ("<pad>"). The attention mask is 0 there too, because open_clip computes
-    its mask from the token ids.
+    The attention mask is 0 for every padding token ("<pad>"), even if a text itself contains this token, because
+    open_clip computes its mask from the token ids.
 
     The tokenizers library stores the `max_length` and `padding` of the last call in `tokenizer.json`. This class
     neither saves nor loads these two values. If `max_length` or `padding` is passed to `from_pretrained`, it becomes a
@@ -55,10 +55,9 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         return converted
 
     def without_cleaning(self) -> PreTrainedTokenizerFast:
-        """Return a copy of the tokenizer that does not clean texts, for programs that do this themselves.
+        """Return a copy of the tokenizer that does not clean texts, for programs such as open_clip that clean texts.
 
-        open_clip, for example, cleans texts itself. The copy has the same vocabulary and is a plain
-        `PreTrainedTokenizerFast`.
+        The copy has the same vocabulary and is a plain `PreTrainedTokenizerFast`.
         """
         return PreTrainedTokenizerFast(**_get_tokenizer_copy_kwargs(self))
 
@@ -84,8 +83,8 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         truncation = True if truncation is None else truncation
         if max_length is None and (truncation or padding == "max_length"):
             max_length = min(self.model_max_length, CONTEXT_LENGTH)
-            # transformers would raise an error unless `pad_to_multiple_of` divides the maximum length, which is 77 by
-            # default.
+            # Hide `pad_to_multiple_of` from a check of transformers. The check would fail, because the maximum length,
+            # 77 by default, is usually not a multiple. The padding itself still uses `pad_to_multiple_of`.
             pad_to_multiple_of = None
         return super()._get_padding_truncation_strategies(padding, truncation, max_length, pad_to_multiple_of, **kwargs)
 
@@ -94,8 +93,8 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         with wrap_tokenizer_errors(f"The tokenizer of {self.name_or_path or 'the model'}"):
             batch = super()._encode_plus(text, text_pair, **kwargs)
         pad = self.pad_token_id
-        # Padding is not masked if the padding token is also the token that ends a text, because the end of every text
-        # would be masked, too.
+        # In some tokenizers, the padding token also ends each text. Masking all padding tokens would then mask the end
+        # of every text, so the attention mask stays as it is.
         if "attention_mask" in batch and pad not in (None, self.eos_token_id, self.sep_token_id):
             batch["attention_mask"] = _mask_padding(batch["input_ids"], batch["attention_mask"], pad)
         return batch

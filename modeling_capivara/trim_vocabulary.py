@@ -4,8 +4,9 @@
     python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en --texts chosen.txt
 
 Most parameters of a multilingual text tower are embeddings of tokens that a single language never uses. Trimming
-removes tokens from the tokenizer and their rows from the embedding table. Nothing else changes, so image indexes stay
-valid. A text keeps its embedding if all its tokens are kept, for a reason that depends on the type of the tokenizer:
+removes tokens from the tokenizer and their rows from the embedding table. The image encoder does not change, so search
+indexes of images stay valid. A text keeps its embedding if all its tokens are kept, because the trimmed tokenizer still
+splits the text into the same tokens. The reason depends on the type of the tokenizer:
 
 - A Unigram tokenizer (XLM-R; XLM-V, which MetaCLIP 2 uses) splits a text into the tokens with the highest sum of
   scores. Removing tokens that this split does not use can't make another split better. A letter without a token gets a
@@ -420,7 +421,7 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) 
     """
     state, new_id = _check_and_get_tokenizer_json(tokenizer), {old_id: new for new, old_id in enumerate(kept_ids)}
     model, tokens = state["model"], _list_tokens_in_id_order(state)
-    # Added tokens are not part of the model's vocabulary. Their ids may be higher, and they are left out here.
+    # `model["vocab"]` does not contain added tokens, whose ids may be higher. So their ids are left out here.
     model_ids = [old_id for old_id in kept_ids if old_id < len(tokens)]
     if model["type"] == "Unigram":
         model["vocab"] = [model["vocab"][old_id] for old_id in model_ids]

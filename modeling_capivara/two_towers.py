@@ -81,8 +81,8 @@ def embedding_width(config: PreTrainedConfig) -> int:
 def freeze_image_encoder(model: PreTrainedModel) -> None:
     """Freeze the image tower and its projection, so that training does not change their parameters.
 
-    The frozen image tower of a CAPIVARA model also stays in evaluation mode after `train()`. The image tower of any
-    other model switches to training mode.
+    A later `model.train()` switches the image tower to training mode, except for a CAPIVARA model, whose frozen image
+    tower stays in evaluation mode.
 
     Args:
         model: Two-tower model, which is changed.
@@ -338,7 +338,7 @@ def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin,
     if backend:
         rules = backend.to_str()
     else:
-        # The first SigLIP has a slow tokenizer (in Python, based on sentencepiece) without a `backend_tokenizer`.
+        # The tokenizer of SigLIP 1 is written in Python and has no `backend_tokenizer`, so its vocabulary is listed.
         rules = json.dumps([tokenizer.get_vocab(), getattr(tokenizer, "do_lower_case", None)], sort_keys=True)
     rules += str(tokenizer.model_max_length)
     settings = model.config.to_json_string() + processor.image_processor.to_json_string()
@@ -598,9 +598,11 @@ def move_to_device_in_chunks(
 def compute_image_embeds_in_chunks(
     model: nn.Module, pixel_values: Tensor, device: torch.device, chunk_images: int = embedding_speed.CHUNK_SIZES[0]
 ) -> Tensor:
-    """Compute the embeddings of preprocessed images without gradients, as fast as possible.
+    """Compute the embeddings of preprocessed images fast, for inference without gradients.
 
-    The result differs from that of `compute_image_embeds` by rounding errors in the last bits.
+    The images pass through the model in small chunks, and the last layer of a CLIP image tower computes only the class
+    token (`class_token.py`). The result differs from that of `compute_image_embeds` by rounding errors in the last
+    bits.
 
     Args:
         model: Two-tower model in evaluation mode.
