@@ -155,8 +155,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # `CachedEmbedder` caches image embeddings, so models with the same image tower embed the images only once.
     def embed(model: CapivaraModel) -> dict[str, retrieval.RetrievalEmbeddings]:
-        store = CachedEmbedder(build_embedder("", model.eval(), processor, "float32"), args.work / "cache")
-        return {key: dataset.embed(store)[0] for key, dataset in data.items()}
+        cached_embedder = CachedEmbedder(build_embedder("", model.eval(), processor, "float32"), args.work / "cache")
+        return {key: dataset.embed(cached_embedder)[0] for key, dataset in data.items()}
 
     def measure(model: CapivaraModel) -> HitsByCondition:
         return {

@@ -50,10 +50,11 @@ WAIT_TIMEOUT_S = 120
 
 
 def measure_indexing_watching_and_searches(work: Path, number: int, runs: int) -> dict[str, Any]:
-    """Measure how a search index keeps up with a folder of photographs, and how fast the search page answers.
+    """Measure how soon a search index shows changes of a folder that it follows, and how fast the page answers.
 
     Args:
-        work: Folder for photographs and index. Its subfolder `model` must contain the search model.
+        work: Folder in which the photographs and the index are created. Its subfolder `model` must already contain the
+            search model.
         number: Number of photographs in the followed folder.
         runs: Number of repetitions of each change of the folder, and of the indexing run without new photographs.
 
@@ -61,8 +62,8 @@ def measure_indexing_watching_and_searches(work: Path, number: int, runs: int) -
         A dict with these keys, which is written to search_follow.json:
 
         - "pictures": number of photographs in the folder.
-        - "estimates": `{name of the indexing run: how wrong its estimates of the remaining time were}`.
-          `INDEXING_SHARES` lists the names. `_index_and_measure_remaining_time_error` computes the values.
+        - "estimates": `{name of an indexing run in INDEXING_SHARES: dict with its duration and the factors by which
+          its estimates of the remaining time were wrong}`.
         - "nothing_new_s": seconds of each indexing run that finds nothing new.
         - "change_in_the_answers_s": `{kind of change, such as "moved": seconds until the index shows the change, one
           value per run}`.

@@ -487,13 +487,13 @@ def make_random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tup
 
     Args:
         config: Config of the model.
-        args: Command-line arguments of the benchmark: the number of pairs, the size of a micro-batch, and the program
-            in `args.worker`. The program determines what represents an image.
+        args: Command-line arguments of the benchmark: the number of pairs, the size of a micro-batch, and in
+            `args.worker` the name of the training program that is measured.
 
     Returns:
-        Tuple (texts, images). The texts are token ids, split into micro-batches of `args.micro` texts. For the program
-        "no_cache", the images are pixel values of shape (pairs, 3, side, side). For all other programs, they are image
-        embeddings of shape (pairs, width) and unit length.
+        Tuple (texts, images). The texts are token ids, split into micro-batches of `args.micro` texts. The program
+        "no_cache" computes the embeddings of images in each step, so its images are pixel values of shape (pairs, 3,
+        side, side). For all other programs, they are image embeddings of shape (pairs, width) and unit length.
     """
     texts = []
     for number, ids in enumerate(make_random_token_ids(config, args.pairs).split(args.micro)):

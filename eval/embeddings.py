@@ -181,7 +181,7 @@ def load_embedder_with_cache(args: ModelArguments) -> CachedEmbedder:
 
 
 def write_result_file_with_model_metadata(
-    args: ModelArguments, records: list[Record], store: CachedEmbedder, start_time: float, **metadata: Any
+    args: ModelArguments, records: list[Record], cached_embedder: CachedEmbedder, start_time: float, **metadata: Any
 ) -> None:
     """Write the result file of an evaluation command to `args.output`, with a description of model and device.
 
@@ -190,16 +190,21 @@ def write_result_file_with_model_metadata(
     Args:
         args: Command-line arguments.
         records: The measured values, each with the conditions of its measurement.
-        store: The model that was measured, with its cache.
+        cached_embedder: The model that was measured, with its cache.
         start_time: Value of `time.perf_counter()` before the first embedding.
         metadata: Further keyword arguments of `write_records_to_result_file`. `dataset` (folder, file pattern or Hub id
             of the images) and `fingerprint` (digest of the measured data) are required. Optional are `skipped`, a dict
             `{row number: reason}`, and `name`, the dataset's name in the records. Any other keyword, such as `notes`,
             becomes a key of the result file.
     """
-    seconds, device = time.perf_counter() - start_time, describe_device(store.embedder.device)
-    values = {"model": args.model, "device": device, "precision": store.embedder.precision, "seconds": seconds}
-    values |= store.embedder.metadata | store.result_metadata | metadata
+    seconds, device = time.perf_counter() - start_time, describe_device(cached_embedder.embedder.device)
+    values = {
+        "model": args.model,
+        "device": device,
+        "precision": cached_embedder.embedder.precision,
+        "seconds": seconds,
+    }
+    values |= cached_embedder.embedder.metadata | cached_embedder.result_metadata | metadata
     write_records_to_result_file(args.output, records, **values)
 
 

@@ -179,11 +179,11 @@ def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[R
                     "Give a folder with a subfolder per split, such as train/ and test/, each with a folder per class."
                 )
         loaded[name] = data
-    store = load_embedder_with_cache(args)
+    cached_embedder = load_embedder_with_cache(args)
     started = time.perf_counter()
     features, skipped = [], {}
     for name, data in loaded.items():
-        images = store.embed_images(data.images, f"Images, {name}")
+        images = cached_embedder.embed_images(data.images, f"Images, {name}")
         features.append((images.embeds.numpy(), np.array(data.labels)[images.rows.numpy()]))
         skipped |= {f"{name} {row}": reason for row, reason in images.skipped.items()}
     if not get_or_init_distributed_state().is_main_process:
@@ -206,7 +206,9 @@ def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[R
             chance = compute_chance_level(metric, labels, classes)
             records.append(Record(**shared, protocol=name, metric=metric, value=float(value), chance=chance))
     metadata = {"dataset": args.images, "fingerprint": loaded[args.split].fingerprint(), "skipped": skipped}
-    write_result_file_with_model_metadata(args, records, store, started, **metadata, chosen_penalties=chosen_penalties)
+    write_result_file_with_model_metadata(
+        args, records, cached_embedder, started, **metadata, chosen_penalties=chosen_penalties
+    )
     return records
 
 

@@ -58,8 +58,8 @@ class RetrievalArguments(ModelArguments):
     caption_column: str = flag("captions-{language}", "Column with a caption or a list of captions per image.")
     caption_positions: Literal["all", "first", "even", "odd"] = flag(
         "all",
-        "Captions of each image to use, by position from 0. In the paper's data, with ten captions per image, even "
-        "positions are translations by Marian, odd positions by Google.",
+        "Captions of each image to use. Positions are counted from 0, so first means position 0. The paper's data have "
+        "ten captions per image: those at even positions were translated by Marian, the others by Google.",
     )
     dim: int | None = flag(
         None, "Compare only the first DIM dimensions of the embeddings, normalized again. Default: all dimensions."
@@ -272,22 +272,22 @@ class RetrievalData:
     images: Split
     captions: list[list[str]]  # captions of each row
 
-    def embed(self, store: CachedEmbedder) -> tuple[RetrievalEmbeddings, EmbeddedImages]:
+    def embed(self, cached_embedder: CachedEmbedder) -> tuple[RetrievalEmbeddings, EmbeddedImages]:
         """Embed all readable images and their captions.
 
         Args:
-            store: The model that embeds, with its embedding cache on disk.
+            cached_embedder: The model that embeds, with its embedding cache on disk.
 
         Returns:
             A tuple (embeddings, images). The embeddings cover all readable images and their captions. The images are
             the result of `CachedEmbedder.embed_images`; its field `skipped` gives the reason for each unreadable image.
         """
-        images = store.embed_images(self.images)
+        images = cached_embedder.embed_images(self.images)
         texts, row_of_text = check_and_flatten_captions(self.captions)
         has_image = torch.isin(row_of_text, images.rows)
         # All captions are embedded, also those of unreadable images. The cached embeddings are then valid no matter
         # which images can be read.
-        text_embeds = store.embed_texts(texts, "Captions")[has_image]
+        text_embeds = cached_embedder.embed_texts(texts, "Captions")[has_image]
         image_of_text = torch.searchsorted(images.rows, row_of_text[has_image])
         return RetrievalEmbeddings(text_embeds, images.embeds, image_of_text), images
 
@@ -335,10 +335,12 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
     """
     check_output_file(args.output)
     data = load_retrieval_data(args)
-    store = load_embedder_with_cache(args)
-    check_truncate_dim(args.dim, store.embedder.width, "dim")  # before the long work, the embedding of the dataset
+    cached_embedder = load_embedder_with_cache(args)
+    check_truncate_dim(
+        args.dim, cached_embedder.embedder.width, "dim"
+    )  # before the long work, the embedding of the dataset
     started = time.perf_counter()
-    full_embeddings, images = data.embed(store)
+    full_embeddings, images = data.embed(cached_embedder)
     embeddings = full_embeddings.truncate(args.dim)
     if len(images.rows) < 2:
         raise ValueError(f"Retrieval needs at least two readable images, but {args.dataset} has one.")
@@ -351,7 +353,7 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
     records = compute_retrieval_records(embeddings, protocol, **record_fields)
     if get_or_init_distributed_state().is_main_process:
         metadata = {"dataset": args.dataset, "name": name, "fingerprint": data.fingerprint(), "skipped": images.skipped}
-        write_result_file_with_model_metadata(args, records, store, started, **metadata)
+        write_result_file_with_model_metadata(args, records, cached_embedder, started, **metadata)
         if draw_sheet:
             # The import is here and not at the top, because it loads matplotlib, which is needed only for this sheet.
             from eval.records.plots import plot_retrieval_sheet

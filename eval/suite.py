@@ -324,8 +324,8 @@ def build_suite_rows_and_remarks(
     average, averages_left_out = read_benchmark(BENCHMARKS_FOLDER / "elevater.json"), []
     members = [benchmark.key for benchmark, _ in pairs if average.key in benchmark.suite]
     member_values = frame[frame["benchmark"].isin(members)]
-    # The column `seeds` is the number of averaged rows. Here each row is the result of a model on a dataset, so `seeds`
-    # is the number of datasets on which the model was measured.
+    # The benchmark's average is shown only if each model was measured on all datasets of the benchmark. The column
+    # `seeds` has the number of averaged rows, and each row is one dataset, so `seeds` is the number of datasets here.
     run_means = compute_means_and_deviations(member_values, ["role", "run"]).reset_index()
     if len(members) == average.count and (run_means["seeds"] == average.count).sum() == sum(model_counts.values()):
         run_means = run_means.assign(value=run_means["mean"], benchmark=average.key, language="pt", direction="", n=0)

@@ -70,7 +70,8 @@ CARD_TOLERANCE = 5e-5
 # on another device, where rounding may change the ranks of some queries.
 BASELINE_TOLERANCE_QUERIES = 3  # number of queries whose results may differ between two evaluations
 BASELINE_TOLERANCE_RANKS = 1  # largest allowed difference between two median ranks
-MAX_LINE_CHARACTERS = 300  # longer texts from files are truncated to this length
+# Texts that a model card takes from the files of a run, such as names, are truncated to this length.
+MAX_LINE_CHARACTERS = 300
 # Texts that can be written as Markdown code without escaping: ASCII letters, digits and characters of names and paths.
 PLAIN_CODE_RE = re.compile(r"[A-Za-z0-9][\w./@:+=,() -]*", re.ASCII)
 # The folders of an absolute path, without the file name. They are removed from published texts, because they may reveal

@@ -4,7 +4,10 @@
     python -m hub_upload.export --model MODEL --output repository --formats transformers,open_clip,sentence_transformers
     python -m hub_upload.export --model MODEL --output repository --formats transformers,onnx,transformers_js
     python -m hub_upload.export --model MODEL --output text_side --formats drop_in --base data/openmoji/base
-    python -m hub_upload.export --model MODEL --output immich --formats immich   # with --base: text encoder only
+    python -m hub_upload.export --model MODEL --output immich --formats immich
+
+`drop_in` writes only the text encoder, for users who have already embedded images with the base model. `immich` writes
+a folder for the photo server Immich; with `--base`, it has only the text encoder.
 
 Formats share files where possible: transformers and Sentence Transformers, for example, read the same weight file. To
 save memory, the weights are memory-mapped and not loaded as a whole. The folder contains only files that may be

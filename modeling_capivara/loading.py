@@ -141,11 +141,11 @@ def load_memory_mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
 def load_memory_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """Load a model with memory-mapped weights, to save or convert it without copying the weights into memory.
 
-    The returned model can't be run. Use `load_model` to load a model that can be run.
+    The returned model is only for saving. Use `load_model` to load a model that can be run.
 
-    For some model types, transformers renames weights while it loads them, for example `layer.0` to `layers.0` in
-    AltCLIP, so the names in the files differ from the names in the model. `load_model` then loads the model into memory
-    in float32, without a memory map. In a CAPIVARA model, different names are an error.
+    The weights can be mapped only if they have the same names in the file and in the model. In some model types, such
+    as AltCLIP, transformers renames weights while it loads them, for example `layer.0` to `layers.0`. For such a model,
+    this function calls `load_model`, which copies the weights into memory as float32.
 
     Args:
         folder: Folder with the weights.
@@ -155,7 +155,8 @@ def load_memory_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrain
         The model in evaluation mode.
 
     Raises:
-        ValueError: If the weights can't be read or do not fit the configuration.
+        ValueError: If the weights can't be read or do not fit the configuration. For a CAPIVARA model, also if a weight
+            has another name in the file than in the model.
     """
     tensors = load_memory_mapped_tensors(find_weight_files(folder))
     try:

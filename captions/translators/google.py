@@ -28,7 +28,7 @@ REQUEST_TIMEOUT_S = 60.0
 class GoogleFlags:
     """Flags of the backend that translates with Google Cloud Translation (`--backend google`)."""
 
-    google_endpoint: str | None = flag(None, "Address of the service (google). Default: Google's address.")
+    google_endpoint: str | None = flag(None, "Only for --backend google: URL of the service. Default: Google's.")
 
 
 class GoogleTranslator(Translator):

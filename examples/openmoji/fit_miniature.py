@@ -77,14 +77,16 @@ def _synthesize_class_features_from_weights(features: Tensor, weights: Tensor, r
 class Candidate(NamedTuple):
     """Image and text projections that may become those of the miniature model, and the recall that they give.
 
-    Several candidates are fitted, and the best becomes the miniature model. They differ in the image features that are
-    synthesized for ImageNet's classes and added to the training data.
+    Several candidates are fitted, and the best becomes the miniature model. Each is fitted to the features of real
+    images and to artificial image features, one for each class of ImageNet. The candidates differ in `reach`, that is,
+    how far the artificial features lie from the mean of the real ones.
 
     Attributes:
         photo_recall: Mean recall on captioned photographs, from 0 to 1.
         validation_recall: Mean recall on OpenMoji's validation concepts, from 0 to 1.
-        reach: Distance of the synthesized features from the mean of the real image features, divided by the average
-            distance of the real features from their mean. None if the training data have no synthesized features.
+        reach: Distance of the artificial features from the mean of the real features. It is measured in units of the
+            average distance of a real feature from this mean, so 1.0 is the usual distance. None if the candidate was
+            fitted without artificial features.
         visual: Weights of the image projection, of shape (text width, image width).
         text: Weights of the text projection, of shape (text width, text width).
     """
