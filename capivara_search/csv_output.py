@@ -49,7 +49,7 @@ def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, 
         row_count += 1
         cells = [row[name].isoformat() if isinstance(row[name], datetime) else row[name] for name in columns]
         writer.writerow([escape_csv_cell(cell) if isinstance(cell, str) else cell for cell in cells])
-    # If the program that reads the output through a pipe has ended, such as `head`, flushing raises the error here,
-    # where it is handled. Without it, Python would print an error when it exits.
+    # If the program that reads the output through a pipe has already ended, such as `head`, this flush raises an error,
+    # which click handles. Without the flush, Python would print the error when it exits.
     file.flush()
     return row_count

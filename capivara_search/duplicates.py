@@ -1,11 +1,11 @@
 """Near-duplicate detection: find pictures that are resized, re-encoded or slightly edited copies of each other.
 
-It works for hundreds of thousands of pictures.
+The module works for hundreds of thousands of pictures.
 
-The model's vectors alone don't show reliably whether one picture is a copy of another. The vector of a picture changes
-when the picture is reduced, whereas photographs of two different lawns have almost the same vector. Therefore color
-signatures are compared as well. A color signature contains the colors of the picture at 6 x 6 pixels; this is a
-tiny-image descriptor (Torralba et al., 80 Million Tiny Images, 2008).
+The model's vectors (embeddings) alone don't show reliably whether one picture is a copy of another. The vector of a
+picture changes when the picture is reduced, whereas photographs of two different lawns have almost the same vector.
+Therefore color signatures are compared as well. A color signature contains the colors of the picture at 6 x 6 pixels.
+This is a tiny-image descriptor (Torralba et al., 80 Million Tiny Images, 2008).
 
 Groups are formed by sequential leader clustering (Hartigan, Clustering Algorithms, 1975). The first picture of a group
 is its leader, and every other picture of the group is similar to the leader. With connected components instead, a chain
@@ -39,20 +39,20 @@ FLOAT16_TOLERANCE = 1e-3
 # docs/reference/benchmarks.md, together with `DUPLICATE_MIN_SIMILARITY`.
 SIGNATURE_SIDE = 6
 SIGNATURE_WEIGHT = 2 / 3  # weight of the color signatures in the similarity; the model's vectors have the weight 1/3
-# A color signature is ignored if the standard deviation of its colors (0 to 255) is lower. It then shows hardly any
-# differences, and scaling it to unit length would only amplify noise.
+# A color signature is ignored if the standard deviation of its colors (0 to 255) is lower than this. Such a picture
+# has hardly any differences in color, and scaling its signature to unit length would only amplify noise.
 MIN_SIGNATURE_STD = 2.0
 SIGNATURE_BYTES = 3 * SIGNATURE_SIDE * SIGNATURE_SIDE  # bytes of a color signature without details: 3 colors per pixel
 # A picture is flat (see the module docstring) if at least this share of its pixels has exactly the same color. In the
-# pictures of `benchmarks.duplicates`, this share is 0.21 and more for icons, and at most 0.18 for photographs.
+# pictures of `benchmarks.duplicates`, this share is at least 0.21 for icons, and at most 0.18 for photographs.
 MIN_FLAT_PIXEL_SHARE = 0.2
 # A picture is also flat if the standard deviation of its pixels (0 to 255) is lower than this in each color channel.
 MAX_CONSTANT_STD = 4.0
 # The details of a flat picture are its luma plane and its two chroma planes (YCbCr), resized to these sides in pixels.
 DETAIL_SIDES = (18, 6, 6)
 DETAIL_BYTES = sum(side * side for side in DETAIL_SIDES)  # one byte per pixel
-# If the root mean square difference of the details of two flat pictures (values from 0 to 255) is this large, the
-# similarity of the pictures is exactly `DUPLICATE_MIN_SIMILARITY`.
+# Two flat pictures are near-duplicates if the root mean square difference of their details (values from 0 to 255) is at
+# most this. This difference is converted to the similarity `DUPLICATE_MIN_SIMILARITY`, the threshold for all pictures.
 DUPLICATE_DETAIL_RMS = 1.2
 DETAIL_COLUMNS = slice(-DETAIL_BYTES, None)  # columns of the details in the result of `combine_vectors_and_colors`
 

@@ -23,8 +23,8 @@ PICTURE_SUFFIXES = (*IMAGE_SUFFIXES, *RAW_SUFFIXES)
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".3gp", ".mts", ".m2ts", ".wmv", ".mpg", ".mpeg", ".flv"),
 )
-# Files with these reasons could not even be opened, so nothing is known about their content, and each update tries them
-# again. "needs rawpy" is no longer given, but indexes of older versions may contain it.
+# Reasons for skipping a file that could not even be opened. Nothing is known about the content of such a file, so each
+# update of the index tries to open it again. Only indexes of older versions contain "needs rawpy".
 RETRYABLE_REASONS = ("no permission", "read error", "gone", "needs rawpy")
 
 
@@ -101,27 +101,32 @@ def find_pictures_and_unreadable_files(
     ignored_counts: dict[str, Counter[str]] | None = None,
     only_paths: Collection[str] | None = None,
 ) -> tuple[list[FileState], list[SkippedFile]]:
-    """Find the picture files in folders and their subfolders.
+    """Find the picture files in folders and their subfolders, and the files and folders that can't be read.
 
-    A symbolic link is followed only if it is one of `folders`. Links inside the folders are not followed.
+    Symbolic links inside the folders are not followed, but an element of `folders` may itself be a symbolic link.
 
     Args:
-        folders: Folders to scan: a list of paths, or a dictionary `{path: expected real path}`. In a real path,
-            symbolic links are resolved. A folder whose real path differs from the expected one is refused.
-        rules: Rules for ignoring files. None: only hidden files and the names in `SYSTEM_NAMES` are ignored.
-        ignored_counts: Dictionary that this function fills in: `{folder: {reason: number of ignored entries}}`. The
-            reasons "forgotten" and "excluded" count pictures, "hidden" and "system" count pictures and folders, "link"
-            counts symbolic links and "video" counts video files. None: the numbers are not returned.
+        folders: Folders to scan. Either a list of paths, or a dictionary `{path: expected real path}`. A real path is a
+            path with all symbolic links resolved. If the real path of a folder is not the expected one, the folder is
+            refused, because it is probably another folder now, for example because a link was replaced.
+        rules: The user's rules for ignoring files. None: no rules. Hidden files and the names in `SYSTEM_NAMES` are
+            always ignored.
+        ignored_counts: Dictionary that the function fills with the numbers of ignored files: `{folder: {reason:
+            number}}`. For the reasons "forgotten" and "excluded", the number counts pictures. For "hidden" and
+            "system", it counts pictures and folders, but not the content of these folders. For "link", it counts
+            symbolic links to folders or with the name of a picture. For "video", it counts video files. None: the
+            numbers are not returned.
         only_paths: Absolute paths of files and folders inside `folders`. Only these files and folders are scanned, and
-            finding no picture in them is not an error. None: everything in the folders is scanned.
+            it is no error if they contain no picture. None: everything in the folders is scanned.
 
     Returns:
         Tuple (states of the picture files, files and folders that could not be read). Both are lists sorted by path.
 
     Raises:
         ValueError: If a folder does not exist or can't be opened. If the user has removed a folder from the index
-            (`IgnoreRules.forgotten`). If the real path of a folder is not the expected one. If a folder contains no
-            picture, unless something in the folder was ignored or could not be read.
+            (`IgnoreRules.forgotten`). If the real path of a folder is not the expected real path. If a folder contains
+            no picture. A folder without pictures is accepted if `only_paths` is given, if something in the folder
+            could not be read, or if pictures in it were ignored because of the user's rules or because of a link.
     """
     roots = [str(to_absolute_path(folder)) for folder in folders]
     for root in roots:
@@ -146,8 +151,8 @@ def find_pictures_and_unreadable_files(
     for root in roots:
         if root in skipped_files:
             raise make_error_from_code(ValueError, "folder_shut", path=root, reason=skipped_files[root])
-        # A folder without any picture is refused, because it is probably a mistake. It is no mistake if the user's own
-        # rules have left nothing to index.
+        # A folder without any picture is refused, because the user has probably named the wrong folder. Such a folder
+        # is accepted if pictures in it were ignored because of the user's own rules, or if it contains links.
         ignored_count = sum(scan.ignored_counts[root][reason] for reason in ("forgotten", "excluded", "link"))
         if only_paths is None and not ignored_count and not _is_any_path_inside([*scan.pictures, *skipped_files], root):
             raise make_error_from_code(ValueError, "no_picture", path=root, ends=", ".join(PICTURE_SUFFIXES))
@@ -169,8 +174,8 @@ def _is_any_path_inside(paths: Sequence[str], root: str) -> bool:
     """
     if any(path.startswith(os.path.join(root, "")) for path in paths):
         return True
-    # The comparison of paths is not enough: the scan visits each folder only once, so if two roots lead to the same
-    # folder, its pictures are listed under one root only. Their real paths show that the other root has them as well.
+    # The scan visits each folder only once. If two roots lead to the same folder, its pictures are therefore listed
+    # under only one of the roots. Their real paths (with links resolved) show that they lie in the other root, too.
     real = Path(os.path.realpath(root))
     return any(Path(os.path.realpath(folder)).is_relative_to(real) for folder in {os.path.dirname(p) for p in paths})
 
@@ -192,8 +197,8 @@ class _FolderScan:
     """
 
     def __init__(self, roots: Sequence[str], rules: IgnoreRules, only_paths: Collection[str] | None):
-        # A forgotten path may have been recorded under a root that is a symbolic link. The scan may reach the same file
-        # by its resolved path, so this path is added to the rules.
+        # A forgotten path, which the user has removed from the index, may lead through a symbolic link. The scan may
+        # reach the same file by its resolved path, so the resolved path is added to the rules.
         self.rules = IgnoreRules(rules.exclude, rules.forgotten | set(map(resolve_parent_links, rules.forgotten)))
         self.ignored_counts = {root: Counter[str]() for root in roots}
         self.relevant_paths = {str(entry) for path in only_paths or () for entry in (path, *Path(path).parents)}

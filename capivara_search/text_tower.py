@@ -25,8 +25,8 @@ from capivara_common.weight_file import WeightFile
 from capivara_search.model_files.checks_capivara import NOT_FINITE_MESSAGE, check_config_ranges, wrap_tokenizer_errors
 from capivara_search.model_files.text_cleaning_capivara import CONTEXT_LENGTH, clean_text
 
-# Number of texts per batch. Each thread computes batches of its own. If several threads shared one matrix product
-# instead, they would wait for each other on a busy machine.
+# Number of texts per batch. Each thread computes its own batches. If several threads shared one matrix product instead,
+# they would wait for each other on a busy machine.
 TEXTS_PER_BATCH = 8
 WEIGHT_DTYPES = {"F32", "F16", "BF16"}  # supported types of weights, as safetensors names them
 EMBEDDINGS_PREFIX = "text_model.embeddings."  # prefix of the names of all embedding tensors
@@ -42,6 +42,7 @@ class TextTower:
         REQUIRED_CONFIG: Supported values of `text_config`: `{key: the only supported value}`. A key that is missing in
             `text_config` counts as supported.
         OTHER_TENSOR_COUNTS: Supported numbers of tensors outside of the transformer layers, which have 16 tensors each.
+            A text encoder with another number of tensors has parts that this class does not compute.
         CLEAN_TEXT: Function that cleans a text before tokenization.
         weights: Memory-mapped weights of the model.
         tokenizer: Tokenizer that truncates texts. It also pads them if the encoder expects texts of fixed length.
@@ -72,8 +73,8 @@ class TextTower:
             text_config: `text_config` of the model.
 
         Returns:
-            Whether this class can encode the model's texts. It can't if transformers would not load a
-            `CapivaraTokenizer`, or if the tokenizer and the model have different padding tokens.
+            Whether this class can encode the model's texts. False: transformers would load a tokenizer of another class
+            than `CapivaraTokenizer`, or the tokenizer and the model have different padding tokens.
         """
         is_capivara = settings.get("tokenizer_class") == "CapivaraTokenizer"
         # The id of the padding token, or None if the vocabulary does not have it.
@@ -126,7 +127,7 @@ class TextTower:
         # Shape (texts, tokens): False for padding. It is also False if a text itself contains the padding token.
         mask = tokens != pad_id
         if not mask.any(axis=1).all():
-            raise ValueError("Every text needs at least one token; the tokenizer gives none for an empty text.")
+            raise ValueError("Every text needs at least one token, but the tokenizer returns none for one text.")
         # In XLM-RoBERTa, positions of tokens begin at `pad_token_id` + 1, and padding has the position `pad_token_id`.
         positions = np.where(mask, mask.cumsum(axis=1) + pad_id, pad_id)
         hidden = self._embed_tokens(f"{EMBEDDINGS_PREFIX}word_embeddings.weight", tokens)
@@ -184,7 +185,8 @@ class TextTower:
         return (shares @ value).swapaxes(1, 2).reshape(hidden.shape)
 
     def _linear(self, hidden: np.ndarray, name: str) -> np.ndarray:
-        # With one row per token, NumPy computes a single matrix product instead of a slower one per text.
+        # The tokens of all texts become the rows of one matrix, because NumPy computes a single large matrix product
+        # faster than one product per text.
         flat = hidden.reshape(-1, hidden.shape[-1])
         result = flat @ self.weights.array(f"{name}weight").T + self.weights.array(f"{name}bias")
         return result.reshape(*hidden.shape[:-1], -1)
@@ -216,8 +218,8 @@ class ClipTextTower(TextTower):
             text_config: `text_config` of the model.
 
         Returns:
-            Whether this class can encode the model's texts. It can't if the tokenizer is of another class, or if the
-            tokenizer or the model has settings that are not supported.
+            Whether this class can encode the model's texts. False: the tokenizer is of another class, or the tokenizer
+            or the model has settings that are not supported.
         """
         is_xlm_roberta = settings.get("tokenizer_class") in ("XLMRobertaTokenizer", "XLMRobertaTokenizerFast")
         pads_right = settings.get("padding_side", "right") == "right"
@@ -293,8 +295,8 @@ class SiglipTextTower(ClipTextTower):
             text_config: `text_config` of the model.
 
         Returns:
-            Whether this class can encode the model's texts. It can't if transformers would load a class other than
-            `Siglip2Tokenizer` or `GemmaTokenizer`.
+            Whether this class can encode the model's texts. False: transformers would load a tokenizer of another class
+            than `Siglip2Tokenizer` or `GemmaTokenizer`.
         """
         if settings.get("tokenizer_class") not in ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast"):
             return False

@@ -23,8 +23,8 @@ from capivara_search.folders import is_folder_available, load_ignore_rules
 from capivara_search.messages import log_message_from_code
 from capivara_search.results import IndexReport
 
-# A burst of changes ends after this time without a change, in milliseconds. A file that is still being written then
-# changes again later, and is read again.
+# A burst of changes ends after this many milliseconds without a change. If the writing of a file pauses for longer, the
+# unfinished file may be read. After its next change, it is read again.
 SETTLED_MS = 1000
 MAX_BURST_MS = 2000  # maximum duration of a burst in milliseconds, so that updates come even if changes never stop
 # Milliseconds between two scans of folders for which the operating system reports no changes, such as network folders.
@@ -96,8 +96,8 @@ def watch_folders_and_iter_index_updates(
     named_paths = {folder: os.path.realpath(folder) for folder in named_folders}
     folders = known_folders()
     if not (available_folders(folders) if named_folders else folders):
-        # No folder is available, so this update raises an error that says why. It succeeds only if another process adds
-        # the first folders at this moment.
+        # No folder is available, so this update is meant to raise an error that says why. The update succeeds only if
+        # another process adds the first folders at this moment.
         yield add(folders, None)
         is_first = False
     while not stop.is_set():
@@ -127,8 +127,8 @@ def watch_folders_and_iter_index_updates(
                 try:
                     yield add(followed, only_paths)
                 except ValueError as error:
-                    # The update was refused, for example because a folder was emptied. The index keeps its rows. Only
-                    # the first update ends with this error; later, watching goes on.
+                    # The update was refused, for example because a folder was emptied. The index keeps its rows. The
+                    # first update raises the error. A later update only logs it, and watching continues.
                     if is_first:
                         raise
                     log_message_from_code("not_followed", error, level=logging.WARNING)
@@ -236,9 +236,10 @@ def keep_watch_subprocess_running(*flags: str) -> Iterator[None]:
     Args:
         *flags: Command-line flags of `capivara watch`.
     """
-    # The follower has its own process group, because Ctrl-C in the terminal is meant for the web page's server. But it
-    # stays in the same session as the server. Linux shares the CPU equally between sessions, whatever their nice values
-    # are, so a follower in another session would delay the server by a second while it reads pictures.
+    # The follower, as the child process is called here, has its own process group, because Ctrl-C in the terminal is
+    # meant for the web page's server. But it stays in the same session as the server. Linux shares the CPU equally
+    # between sessions, whatever their nice values are, so a follower in another session would delay the server by a
+    # second while the follower reads pictures.
     # Windows ignores `process_group` and has a flag instead.
     options = {"process_group": 0, "creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
     stopping, command = threading.Event(), [sys.executable, "-c", FOLLOWER_PROGRAM, "watch", *flags]

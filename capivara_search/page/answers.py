@@ -173,8 +173,8 @@ def _is_encodable(text: str) -> bool:
 class PageAnswers:
     """Computes the responses to the requests of the search page by searching an index.
 
-    Each public method answers one type of request. Call the methods from any thread, but never two at once: `guard`
-    answers one question at a time.
+    Each public method answers one type of request. The methods may be called from any thread, but only one at a time.
+    The server ensures this with `guard.QuestionQueue`.
 
     Args:
         index: Index that is searched.
@@ -182,8 +182,8 @@ class PageAnswers:
 
     def __init__(self, index: "PictureIndex"):
         self.index = index
-        # (Version of the index, number of ignored video files at this version). The page asks for the number again and
-        # again, so it is counted only when the version has changed. The version -1 means that it was not counted yet.
+        # (Version of the index, number of ignored video files at this version). The page requests the number every few
+        # seconds, so the number is cached until the version changes. The version -1 means that nothing is cached yet.
         self._video_count = (-1, 0)
 
     def search(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:

@@ -32,7 +32,10 @@ MAX_VIEW_SIDE = 1600  # longest side of a decoded image, in pixels; the model us
 
 
 class DecoderProcess:
-    """A child process that decodes pictures, one after another. Several threads can call the methods at once."""
+    """A child process that decodes pictures one after another, and is replaced if it crashes or takes too long.
+
+    Several threads can call the methods at once.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -98,8 +101,8 @@ def _receive_message(file: BinaryIO) -> bytes:
     """Read a message that `_send_messages` has written.
 
     Raises:
-        EOFError: If the other process has closed the pipe, or announces more than `MAX_IMAGE_BYTES` bytes. A malicious
-            picture that controls the child process could otherwise fill the memory of this process.
+        EOFError: If the other process has closed the pipe, or announces more than `MAX_IMAGE_BYTES` bytes. Without this
+            limit, a malicious picture that controls the child process could fill the memory of this process.
     """
     prefix = file.read(LENGTH_BYTES)
     length = int.from_bytes(prefix)
@@ -117,8 +120,9 @@ def main(seconds: float) -> None:
     # PIL warns about pictures with very many pixels. The warning is not needed, because `decode_picture` refuses such
     # pictures with an error.
     warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-    # The pipe to the parent must carry nothing but answers. It is therefore moved to another descriptor, and the
-    # standard output, to which libraries may print, becomes the standard error.
+    # The standard output is a pipe to the parent process, which must carry only answers. Libraries may print to the
+    # standard output. So the pipe is moved to another file descriptor, and what libraries print goes to the standard
+    # error.
     page, pixels_out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:

@@ -42,22 +42,22 @@ MAX_QUESTION_BYTES = 200_000  # limit for the JSON of a question, which usually 
 MAX_LARGE_BODIES = 8
 BODY_SLOT_TIMEOUT_S = 30  # seconds that a request waits while `MAX_LARGE_BODIES` others are in memory
 BODY_TIMEOUT_S = 30  # seconds to receive a body; the page shrinks large pictures before it sends them
-# Seconds to receive the headers of a request, counted from the start of a connection or from the end of the response
-# before. A client that sends nothing would otherwise occupy a connection forever.
+# Seconds to receive the headers of a request, counted from the start of the connection or from the end of the previous
+# response. Without this limit, a client that sends nothing would occupy a connection forever.
 HEADER_TIMEOUT_S = 10
-# Seconds for a client to read what is buffered of a response: 64 to 320 KiB, plus the buffer of the operating system.
-# Slower clients are disconnected.
+# Seconds in which a client must read the buffered part of a response: 64 to 320 KiB, plus the buffer of the operating
+# system. Slower clients are disconnected.
 READ_TIMEOUT_S = 60
 MAX_CONNECTIONS = 400
-# The process may open only so many files. This many are kept free for the index, the model and connections that were
-# just accepted; the rest is for connections.
+# The operating system limits the file descriptors of a process, and each connection needs some. This many are reserved
+# for the index, the model and connections that were just accepted.
 RESERVED_DESCRIPTORS = 128
 BACKLOG = 64  # new connections that the operating system holds until the server accepts them
 QUESTION_TIMEOUT_S = 20  # seconds to answer a question; usually, well under 1 s suffices
 QUEUE_TIMEOUT_S = 30  # seconds that a question waits for its turn, because questions are answered one at a time
 MAX_QUEUED_QUESTIONS = 64  # including the question that is being answered; further questions are refused at once
-# A thread can't be stopped, so it goes on after the timeout of its question. If this many such threads are running, new
-# questions are refused, so that they do not pile up.
+# A thread can't be stopped, so it continues to run after its question has timed out. If this many such threads are
+# running, new questions are refused. Otherwise more and more threads could use up the CPU and the memory.
 MAX_ABANDONED_THREADS = 3
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
@@ -98,9 +98,10 @@ class RequestGuard:
     Args:
         app: ASGI application that answers the valid requests.
         hosts: Allowed host names and addresses. "*" allows all of them.
-        behind_proxy: Whether a proxy possibly forwards the requests, as on a Hugging Face Space. The server sets it if
-            other machines can reach the page. If True, a host in `X-Forwarded-Host` that is in `hosts` is accepted as
-            the origin of a request. The website huggingface.co is then also allowed to show the page in a frame.
+        behind_proxy: Whether a proxy may forward the requests, as on a Hugging Face Space. True: a host in
+            `X-Forwarded-Host` that is in `hosts` is accepted as the origin of a request, and the website
+            huggingface.co may show the page in a frame. False: neither is allowed. The server passes True if other
+            machines can reach the page.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], behind_proxy: bool):
@@ -227,7 +228,7 @@ async def receive_request_body_within_limits(request: Request, slots: asyncio.Se
         RequestRefusedError: If the request does not state the length of the body. If the body is too large or is
             received too slowly. If no slot becomes free in time.
     """
-    # Number of bytes in the body; uvicorn reads no more, even if the client sends more.
+    # Number of bytes in the body. uvicorn does not read more bytes than this, even if the client sends more.
     length = request.headers.get("content-length", "")
     if "transfer-encoding" in request.headers or not length.isdecimal():
         raise RequestRefusedError("no_length", 411)
@@ -356,7 +357,7 @@ def list_allowed_hosts(host: str, extra_hosts: Sequence[str] = ()) -> list[str]:
         raise make_error_from_code(ValueError, "bad_host", value=", ".join(invalid_hosts))
     if host in ("0.0.0.0", "::"):
         machine = socket.gethostname().lower()
-        # In a home network without a DNS server, other machines reach this one as NAME.local (multicast DNS).
+        # In a home network without a DNS server, other machines reach this machine as NAME.local (multicast DNS).
         names += [machine, f"{machine.partition('.')[0]}.local"]
     return list(dict.fromkeys(names))
 
@@ -384,9 +385,13 @@ def _parse_host_name(host: str) -> str:
 class QuestionQueue:
     """Queue that answers questions (POST requests of the page) one at a time.
 
-    Two questions are never answered at the same time, because two threads must not use a tokenizer at once. Each
-    question is answered in a new thread. If the answer takes too long, the request is refused. The thread continues to
-    run, because a thread can't be ended from outside, and its result is ignored.
+    Questions are answered one at a time, because two threads should not use a tokenizer at once. Each question is
+    answered in a new thread.
+
+    If an answer takes too long, its request is refused ("too_slow"), and the next question begins. The thread of the
+    refused question continues to run, because a thread can't be ended from outside, and its result is ignored. So only
+    threads of such refused questions can run at the same time as the current question. If `MAX_ABANDONED_THREADS` of
+    these threads are running, new questions are refused ("busy").
     """
 
     def __init__(self) -> None:
@@ -394,7 +399,7 @@ class QuestionQueue:
         self._queued_count = self._abandoned_count = 0
 
     async def ask(self, question: Callable[[], Any], seconds: float | None = None) -> Any:
-        """Wait until earlier questions are answered, then answer this question.
+        """Wait for the turn of a question, then compute its answer in a new thread.
 
         Args:
             question: Function that computes the answer.
@@ -405,9 +410,9 @@ class QuestionQueue:
 
         Raises:
             RequestRefusedError: With the code "too_slow" if the answer takes longer than the time limit. With the code
-                "busy" if `MAX_QUEUED_QUESTIONS` questions are in the queue, or if this question waits longer than
-                `QUEUE_TIMEOUT_S` seconds in the queue. Also with the code "busy" if `MAX_ABANDONED_THREADS` threads
-                still work on earlier questions that exceeded their time limit.
+                "busy" if the queue is full (`MAX_QUEUED_QUESTIONS`), if this question waits longer than
+                `QUEUE_TIMEOUT_S` seconds in the queue, or if `MAX_ABANDONED_THREADS` threads still work on earlier
+                questions that exceeded their time limit.
         """
         if self._abandoned_count >= MAX_ABANDONED_THREADS or self._queued_count >= MAX_QUEUED_QUESTIONS:
             raise RequestRefusedError("busy", 503)

@@ -57,7 +57,7 @@ MODEL_LOAD_TIMEOUT_S = 600  # seconds to import torch and load the model; a slow
 SHUTDOWN_TIMEOUT_S = 3  # seconds in which open connections may finish their responses when the server ends
 DOWNLOAD_CHUNK_BYTES = 2**18  # bytes of an original file that are read and sent at a time
 VIEW_JPEG_QUALITY = 88  # JPEG quality (0 to 100) of the large view of a picture
-# Seconds for which a browser may cache a picture. It never shows an outdated one, because the address of a picture
+# Seconds for which a browser may cache a picture. The cached picture is never outdated, because the URL of a picture
 # changes when its file changes.
 BROWSER_CACHE_S = 3600
 
@@ -115,8 +115,8 @@ def serve_index(
         ValueError: If the language or a name of `allow_hosts` is invalid, or the model does not match the index.
     """
     server, listening, url = create_page_server(index, host, port, language, credit, allow_hosts)
-    # uvicorn starts an event loop, but in a notebook, this thread already runs one, and a thread can't run two. The
-    # server therefore gets a thread of its own.
+    # The server gets its own thread, because uvicorn starts an event loop. In a notebook, the current thread already
+    # runs an event loop, and a thread can't run two.
     serving = threading.Thread(target=server.run, args=([listening],), daemon=True)
     serving.start()
     try:
@@ -127,8 +127,8 @@ def serve_index(
         if on_open is not None:
             on_open(url)
         if open_browser and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
-            # The browser is not opened if there is no display, because a text browser would take over this terminal. It
-            # is opened in a thread, because the call returns only when the browser is closed for some browsers.
+            # Without a display, no browser is opened, because a text browser would take over this terminal. The call
+            # runs in a thread, because with some browsers it returns only when the browser is closed.
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         while serving.is_alive():
             serving.join(1)
@@ -169,8 +169,8 @@ def create_page_server(
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
     hosts = guard.list_allowed_hosts(host, allow_hosts)
     if len(index):
-        # The search is made only for its errors: it fails if the model does not match the index, and the user should
-        # know that now.
+        # The result of this search is not used. The search raises an error if the model does not match the index, and
+        # the user should see the error now instead of on the page.
         index.search_vector(np.ones(index.model.width, np.float32), k=1)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -217,8 +217,8 @@ class PageSite:
         Args:
             app: The application. It is not used, but Starlette passes it.
         """
-        # Loading the model has a queue of its own. In the queue for questions, text queries would have to wait until
-        # torch and the image encoder are loaded, although they need neither.
+        # The model is loaded in a separate queue. In the queue for questions, text queries would have to wait until
+        # torch and the image encoder are loaded, although text queries need neither.
         loading = guard.QuestionQueue().ask(self.answers.prepare_images, MODEL_LOAD_TIMEOUT_S)
         self._loading_model = asyncio.create_task(loading)
         embedding = self._question_queue.ask(lambda: self.answers.index.model.embed_texts(["gato"]))

@@ -6,8 +6,8 @@ import { closeViewer, gallery, tile } from "./pictures.js";
 import { ask, imageUrl, startBackgroundWork } from "./source.js";
 
 const PAGE_SIZE = 48; // number of pictures that are shown at first, and that each click on "Show more" adds
-const TYPING_MS = 250; // time from the last key until the search begins
-// Time between requests of the status. LOCAL_POLL_MS is used if only this machine can open the page.
+const TYPING_MS = 250; // milliseconds from the last key until the search begins
+// Milliseconds between two requests of the index status. LOCAL_POLL_MS is used if only this machine can open the page.
 const [LOCAL_POLL_MS, POLL_MS] = [2000, 10_000];
 const STATE_KEYS = ["text", "like", "folder", "since", "until", "more", "less"]; // values stored in the address
 const FEEDBACK_KEYS = ["more", "less"]; // lists of pictures that the search is moved towards or away from
@@ -165,7 +165,8 @@ function showStatus() {
   const videos = indexStatus.videos ? [message("videos", { n: indexStatus.videos })] : [];
   byId("facts").textContent = [message("of_n", { n: indexStatus.count }), ...videos, message("model", { name: indexStatus.model })].join(", ");
   byId("note").textContent = indexStatus.note ?? "";
-  // `progress` is about an update of the index (by any process on the server's machine) or a download of the model.
+  // `progress` describes an update of the index (by any process on the server's machine) or, on the page without a
+  // server, a download of the model.
   byId("work").hidden = !indexStatus.progress;
   if (!indexStatus.progress) return;
   const { what = "indexing", done, total, left_s } = indexStatus.progress;

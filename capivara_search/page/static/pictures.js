@@ -3,7 +3,8 @@ import { LANGUAGE, byId, element, formatNumber, formatScore, message } from "./c
 import { fetchLargeView, imageUrl } from "./source.js";
 
 const viewer = byId("viewer");
-// State of the dialog: pictures that it can show, index of the shown one, and URL of the large view of that picture.
+// State of the dialog: pictures that it can show, index of the picture that it shows, and URL of the large view of this
+// picture.
 let [viewed, position, objectUrl] = [[], 0, ""];
 
 /**
@@ -61,7 +62,7 @@ function showNeighbor(offset) {
   byId("after").disabled = position === viewed.length - 1;
   byId("download").hidden = true;
   byId("download").href = imageUrl("download", picture);
-  const sides = { width: 2 * picture.width, height: 2 * picture.height }; // at most twice the size of a small picture
+  const sides = { width: 2 * picture.width, height: 2 * picture.height }; // a small picture is enlarged at most twofold
   // The thumbnail is shown until the large view is loaded.
   Object.assign(image, { alt: picture.name, ...sides, src: imageUrl("thumbnail", picture) });
   URL.revokeObjectURL(objectUrl);

@@ -47,7 +47,7 @@ export async function fetchLargeView(picture) {
 }
 
 /**
- * Starts background work that calls `refresh` when the status has changed. This function does nothing, because the server
- * does all work; the page without a server needs it.
+ * Does nothing, because the server does all background work. On the page that works without a server, the function of
+ * this name lets the user add pictures and then calls `refresh`.
  */
 export function startBackgroundWork(refresh) {}
