@@ -79,7 +79,9 @@ def replace_generated_blocks_in_text(page: str, text: str) -> str:
     def block(match: re.Match) -> str:
         begin, name, end = match.groups()
         if not hasattr(tables, name):
-            raise ValueError(f"{page} has the block {name!r}. Add a macro with this name to benchmarks/tables.md.j2.")
+            raise ValueError(
+                f"benchmarks/tables.md.j2 has no macro {name!r} for the block of this name in {page}. Add it."
+            )
         return f"{begin}{getattr(tables, name)(portuguese).strip()}\n{end}"
 
     return BLOCK_RE.sub(block, text)

@@ -49,7 +49,7 @@ def _measure_retrieval(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the benchmark: embed the dataset, measure retrieval on images and on embeddings, and print the results."""
+    """Run the benchmark: measure recall from the images and from their stored embeddings, and print both."""
     args = parse_arguments(EmbeddedEvaluationArguments, __doc__, argv)
     with tempfile.TemporaryDirectory() as folder:
         embedded, result = Path(folder) / "embedded", Path(folder) / "result.json"

@@ -44,7 +44,7 @@ CHOSEN_STATISTIC = "best, in deviations"
 
 @dataclass
 class NothingFitsArguments:
-    """Command-line arguments of `benchmarks.nothing_fits`, which measures how well a missing match is detected."""
+    """Command-line arguments of `benchmarks.nothing_fits`, which measures how well the search notices no match."""
 
     model: str | None = flag(None, "Folder or Hub id of the model. Default: the model of a new index.")
     pictures: Path = flag(Path("data/coco128/images"), "Folder of photographs.")

@@ -59,8 +59,9 @@ IMAGE_SIZES = ((310, 227), (224, 224), (97, 640), (1200, 800), (16, 16))  # (wid
 class PublishedArguments(SuiteArguments):
     """Command-line arguments of `benchmarks.published`, which evaluates the published models.
 
-    These are the arguments of `eval.suite` with two differences. `model` and `baseline` name the published models by
-    default. The argument `runs`, with which `eval.suite` evaluates the folders of training runs, is refused.
+    These are the arguments of `eval.suite`, but `model` and `baseline` name the published models by default, and
+    `output` has another default. The argument `runs`, with which `eval.suite` evaluates the folders of training runs,
+    is refused.
 
     Raises:
         ValueError: If `runs` is set, or `eval.suite` refuses an argument.

@@ -63,7 +63,9 @@ class SearchArguments:
         None, "JSON file for the results. Default: search.json or search_follow.json in benchmarks/results."
     )
     worker: Literal["fill", "index"] | None = flag(None, "Fill or measure one index in this process (internal).")
-    rows: int = flag(1000, "Number of pictures of the worker's index (internal).")
+    rows: int = flag(
+        1000, "Internal, set by the benchmark: number of pictures in the index that a worker process uses."
+    )
     added: int = flag(1, "Number of pictures that one call adds to the index (internal).")
 
 

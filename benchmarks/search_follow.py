@@ -41,7 +41,8 @@ PIXEL_NOISE = 3.0  # standard deviation of the noise in each photograph, for pix
 # Name of an indexing run -> (start, end) of the photographs that the run adds, as fractions of all photographs
 INDEXING_SHARES = {"first": (0, 0.6), "second": (0.6, 0.8), "resumed": (0.8, 1)}
 INTERRUPTION_SHARE = 0.4  # the run "resumed" is first interrupted after this fraction of its pictures
-ESTIMATE_START_S = 5  # estimates of the remaining time count only from this many seconds after the first picture
+# Estimates of the remaining time are not evaluated during the first seconds after the first picture.
+ESTIMATE_START_S = 5
 POLL_INTERVAL_S = 0.25  # seconds between two readings of the indexing progress
 QUESTION_COUNT = 100  # number of searches that are sent to the search page, to time them
 BURST_SIZE = 200  # photographs that are added to the folder at once, to time searches while they are indexed

@@ -431,9 +431,9 @@ class TrainingEngine:
     Args:
         config: Config of the model.
         args: Command-line arguments of the benchmark.
-        budget: Memory in bytes for the autograd graphs of micro-batches, which are kept until the backward pass. If the
-            memory is used up, the graphs of the remaining micro-batches are recomputed in the backward pass. 0: all
-            graphs are recomputed. None: most of the free memory is used.
+        budget: Memory in bytes for the autograd graphs of micro-batches, which are kept until the backward pass. The
+            graphs of micro-batches that do not fit into it are recomputed in the backward pass. 0: all graphs are
+            recomputed. None: most of the free memory is used.
     """
 
     def __init__(self, config: PreTrainedConfig, args: TrainStepArguments, budget: float | None = None) -> None:

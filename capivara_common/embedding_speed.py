@@ -165,6 +165,6 @@ def _read_choice(path: Path, candidates: Mapping[Any, Any]) -> dict[str, Any] | 
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        logger.warning("%s is damaged, so the fastest setting is chosen again: %s", path, error)
+        logger.warning("%s can't be used, so the fastest setting is chosen again: %s", path, error)
         return None
     return content if content["choice"] in candidates else None

@@ -126,7 +126,7 @@ BYTES_ONLY = ImageAccess()  # rows must contain the bytes of their images; paths
 class ImageFileArguments:
     """Command-line arguments for reading the images of a dataset; shared by all commands that do so."""
 
-    image_roots: list[Path] = flag([], "Folders outside the dataset in which its images may lie.")
+    image_roots: list[Path] = flag([], "Folders outside the dataset to which its image paths and links may lead.")
     max_pixels: int = flag(MAX_IMAGE_PIXELS, "Skip images with more pixels (width x height).")
 
     def check_image_files(self) -> None:

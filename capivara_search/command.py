@@ -202,8 +202,8 @@ def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callab
             if not bars and total:
                 bars.append(open_bars.enter_context(Bar(total=total, **options)))
             for bar in bars:
-                # `done` is 0 before and after the model is loaded. The clock is restarted, so that the loading time is
-                # not counted. tqdm's `reset` is not used, because it would also draw the bar.
+                # While `done` is 0, the model may have been loaded since the last call. The clock is restarted, so that
+                # the loading time is not counted. tqdm's `reset` is not used, because it would also draw the bar.
                 if not done:
                     bar.total, bar.n, bar.start_t = total, 0, bar._time()
                 bar.update(done - bar.n)

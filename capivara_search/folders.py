@@ -28,7 +28,8 @@ RULES_KEY = "rules"  # key in the metadata of the index; the value is JSON with 
 def load_requested_folders(table: PictureTable) -> dict[str, str]:
     """Load the list of folders that the user has added to an index on this machine.
 
-    The list is in a file outside the index, because an index from another machine can't be trusted.
+    The list is in a file outside the index, because an index from another machine can't be trusted. Folders that were
+    added on another machine are not in the list.
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.

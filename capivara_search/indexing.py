@@ -115,7 +115,7 @@ class IndexPlan:
     reads and embeds the files, and `finish_indexing` removes the rows.
     """
 
-    clause: str  # SQL condition for the rows that were compared with the files on disk
+    clause: str  # SQL condition that selects the rows of the index that were compared with the files on disk
     covers_folders: bool  # True: whole folders were compared. False: only some paths in the folders.
     roots: Sequence[str]  # real paths (symbolic links resolved) of the folders; files outside of them are not read
     files: list[FileState]  # files to read: new, changed, or with a vector of another model

@@ -250,7 +250,7 @@ def keep_watch_subprocess_running(*flags: str) -> Iterator[None]:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, **options)
             while not stopping.wait(0.2) and process.poll() is None:
                 pass
-            process.stdin.close()  # the follower ends when its standard input is closed
+            process.stdin.close()  # the child process, which watches the folders, then ends
             try:
                 process.wait(SHUTDOWN_TIMEOUT_S)
             except subprocess.TimeoutExpired:

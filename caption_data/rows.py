@@ -164,8 +164,8 @@ class CaptionChoice:
     def strategy_columns(self, language: str) -> list[str]:
         """Return the names of the dataset columns that the caption strategy reads.
 
-        If the pair filter (`min_pair_similarity`) is set, the column of similarities is needed, too. It is only
-        included here if the strategy reads it.
+        The strategy is the rule that chooses captions of an image. The filter `min_pair_similarity` also needs the
+        column of similarities. The result has this column only if the strategy itself reads it.
 
         Args:
             language: Language code at the end of the column names, such as "pt" for the column `captions-pt`.

@@ -387,7 +387,7 @@ def open_split(
     if isinstance(feature, dict) and "archive" in feature and (not paths or paths[0].suffix == ".parquet"):
         raise ValueError(
             f"{opened.display_name}: column {image_column!r} does not contain the images, but only their positions in "
-            "tars, which may have changed since. Use the tars as the dataset, or store the bytes of the images in it."
+            "tars, which may have changed since. Use the tars as the dataset, or store the image bytes in the column."
         )
     if not len(opened):
         damage_details = "; ".join(damage.detail for damage in damaged[:3])

@@ -51,10 +51,10 @@ class EmbedArguments(EncoderStageArguments):
         check_at_least(self, 0, "seed")
 
     def command(self) -> str:
-        """Return the shell command that a user must run to write missing rows. Error messages show it.
+        """Return the shell command that error messages tell the user to run if rows of the output are missing.
 
-        This is the command of the stage itself. If `captions.embed` runs the stage, it is the command in
-        `rerun_command` instead.
+        It is the command of this stage. If the stage runs as a part of the program `captions.embed`, it is the command
+        of this program, which is in `rerun_command`.
         """
         return self.rerun_command or super().command()
 

@@ -22,8 +22,8 @@ QUALITY_FILE = "quality.json"  # file with the number of texts with each quality
 # `captions.chat.answers` sets them.
 REFUSED, TRUNCATED = "refused", "truncated"
 QUALITY_FLAGS = ("empty", "copy", "wrong script", "length", "markup", REFUSED, TRUNCATED)
-# Generated captions with more characters get the flag "length", because such a text is probably not a caption. CLIP
-# reads only about 250 characters.
+# Generated captions with more letters (`_count_letters`) get the flag "length", because such a text is probably not a
+# caption. CLIP reads only about 250 letters.
 MAX_CAPTION_LETTERS = 600
 # Texts of at most this number of words may be equal to their translation, because they may be names, for example "Rio
 # de Janeiro". An equal translation of a longer text is flagged as a copy.

@@ -87,7 +87,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
     batch_rows: int = flag(
         256,
         "Rows to process at the same time. New translations are saved in batches of eight times this number of "
-        "captions (google: after each request).",
+        "captions (google: in batches of --batch_size; chat: after each answer).",
     )
     rows_per_part: int = flag(1024, "Rows per output file.")
 

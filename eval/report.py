@@ -115,8 +115,8 @@ def read_results_folder(folder: Path) -> ResultsFolder:
             elif "curve" in content:
                 results_folder.runs.append((name, content))
             elif not (path.parent / "config.json").is_file():
-                # The folder of a model has JSON files that are not results, such as tokenizer.json. It is recognized by
-                # its config.json, and its files are ignored. All other JSON files are reported.
+                # The folder of a model, recognized by its config.json, may have JSON files without results, such as
+                # tokenizer.json. They are ignored. In all other folders, JSON files without results are reported.
                 raise ValueError("must contain the records of a measurement, or the training curve of a run")
         except (OSError, ValueError) as error:
             results_folder.faults.append((name, getattr(error, "strerror", None) or str(error)))

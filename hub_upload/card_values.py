@@ -200,7 +200,7 @@ def _find_model_and_runs(folder: Path, digests: dict[str, str]) -> tuple[Path, d
     """Find the folder with the weights of a training run, and read the run's files `run.json`.
 
     A run with one seed has a single `run.json` in its folder. A run with several seeds has a `run.json` in each of its
-    folders `seed-*`.
+    folders `seed-*`. The folder itself may have a `run.json`, too.
 
     Args:
         folder: Folder of the run or export.
@@ -209,7 +209,7 @@ def _find_model_and_runs(folder: Path, digests: dict[str, str]) -> tuple[Path, d
     Returns:
         A tuple (model, run, runs):
 
-        - model: folder with the weights. For a run with several seeds, this is the folder of the lowest seed.
+        - model: folder with the weights: `folder` if it has a `run.json`, otherwise the folder of the lowest seed.
         - run: content of the `run.json` that belongs to these weights.
         - runs: contents of the `run.json` files of all seeds, sorted by seed.
 

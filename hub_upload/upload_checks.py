@@ -69,7 +69,7 @@ def check_repo_id(repo_id: str) -> None:
 def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
     """List the files of a folder that may be uploaded to the Hub, and check that they contain no secrets.
 
-    The listed files are uploaded one by one. `HfApi.upload_folder` is not used for two reasons: a star in its patterns
+    Exactly the listed files are committed. `HfApi.upload_folder` is not used for two reasons: a star in its patterns
     also matches slashes, and it follows symbolic links that lead out of the folder.
 
     Args:

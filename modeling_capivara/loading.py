@@ -78,8 +78,8 @@ def load_model(source: str | Path) -> PreTrainedModel:
 
     Raises:
         ValueError: If there is no such model, a file is damaged, or the model is not a supported two-tower model. Also
-            if weights are missing, unexpected or of the wrong shape. For such weights, transformers itself would only
-            warn and use random values.
+            if weights are missing, unexpected or of the wrong shape. transformers itself would accept missing and
+            unexpected weights with a warning, and initialize missing weights randomly.
     """
     check_model_file_exists(source, "config.json", "is not a model folder")
     try:

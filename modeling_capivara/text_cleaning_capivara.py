@@ -11,9 +11,9 @@ import ftfy
 from ftfy.fixes import unescape_html
 
 CONTEXT_LENGTH = 77  # largest number of tokens of a text, with begin and end token; the default of open_clip
-# Only this many characters and lines of a text are cleaned, because the time of ftfy grows with the square of the
-# number of characters, and with the number of lines. Long white space is shortened first. A quarter of the characters
-# is enough for 77 tokens, even if every letter is written as an HTML entity.
+# Only this many characters and lines of a text are used, and the rest is cut off, because the time of ftfy grows with
+# the square of the number of characters, and with the number of lines. Long white space is shortened first. A quarter
+# of the characters is enough for 77 tokens, even if every letter is written as an HTML entity.
 MAX_CHARACTERS = 4096
 MAX_LINES = 512
 LONG_WHITESPACE_RE = re.compile(r"\s{6,}")

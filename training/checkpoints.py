@@ -27,8 +27,8 @@ STATE_FILE = "trainer.json"
 # Checksums of all other files of a checkpoint, in the format of `sha256sum`. CPUs have instructions for SHA-256, which
 # make it faster than BLAKE2 here.
 CHECKSUM_FILE = "SHA256SUMS"
-# Endings of files that Accelerate may read when it loads a checkpoint. A checkpoint is refused if it has a file with
-# such an ending that is not in its list of checksums, because this file could not be verified.
+# Endings of files that may be read when a checkpoint is loaded. A checkpoint is refused if it has a file with such an
+# ending that is not in its list of checksums, because this file could not be verified.
 LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".json")
 # Settings that may change when a run is resumed, because they do not affect the weights. `hub_strategy` and
 # `carbon_country` no longer exist, but runs of earlier versions have stored them.

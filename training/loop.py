@@ -81,7 +81,7 @@ class TrainingLoop:
         args, accelerator = self.args, self.checkpoints.accelerator
         self.accelerator = accelerator
         # `WholeBatch` sums the gradients of all processes itself, once per step. evaluation_mode=True keeps Accelerate
-        # from adding the wrapper DistributedDataParallel, which would sum them at every micro-batch.
+        # from adding the wrapper DistributedDataParallel, which would average them at every micro-batch.
         self.prepared_model = accelerator.prepare_model(self.wrapped_model, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped_model, args))
         if resume:

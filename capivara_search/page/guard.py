@@ -440,5 +440,5 @@ class QuestionQueue:
         raise RequestRefusedError("too_slow", 503)
 
     def _release_abandoned(self, answered: asyncio.Future) -> None:
-        answered.exception()  # asyncio would log an exception that nobody has retrieved
+        answered.exception()  # marks the exception as retrieved; otherwise asyncio would log it
         self._abandoned_count -= 1

@@ -97,7 +97,7 @@ class Captioner(Protocol):
         All earlier parts of this task have been written when this method is called.
 
         Args:
-            part: Range of the row numbers in the part, counted from 0 over the whole dataset.
+            part: Range of the row numbers in the part, counted from 0 over the whole split.
         """
 
     def caption_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:

@@ -172,7 +172,7 @@ class ChatCaptioner(Captioner):
         The journal of the previous output file is deleted, because that output file is complete.
 
         Args:
-            part: Range of the row numbers in the output file, counted from 0 over the whole dataset.
+            part: Range of the row numbers in the output file, counted from 0 over the whole split.
         """
         if self._journal is not None:
             self._journal.remove()

@@ -77,7 +77,7 @@ class Answer:
     retried: bool = False
 
     def with_cost_of(self, other: "Answer") -> "Answer":
-        """Add the tokens of another answer to this answer, so that the costs of both are counted. Return a copy.
+        """Return a copy of this answer whose tokens include those of another answer, so that both costs are counted.
 
         For example, if the first answer to a request is unusable, a second answer is requested. Only one of them is
         kept, but both have a cost. In the copy, `retried` is True if it is True in either answer.
@@ -163,8 +163,8 @@ def extract_numbered_lines(text: str, count: int) -> list[str] | None:
         count: Number of lines that were requested.
 
     Returns:
-        The texts without their numbers, in the order of the numbers. None if the lines are not numbered exactly from 1
-        to `count`, each number once.
+        The texts without their numbers, in the order of the numbers. Lines without a number are ignored. None if a
+        number from 1 to `count` is missing or repeated, or if there are other numbers.
     """
     answer_lines = _remove_reasoning_and_special_tokens(text).splitlines()
     matches = list(filter(None, map(LINE_RE.match, answer_lines)))

@@ -44,8 +44,8 @@ class FileFlags:
 
     import_file: Path | None = flag(
         None,
-        "TSV file of translations (file). If it does not exist yet, the command writes it with all sentences and an "
-        "empty column, which people fill with translations.",
+        "Only for --backend file: TSV file of translations. If it does not exist yet, the command writes it with all "
+        "sentences to translate and an empty column, which people fill with translations.",
         aliases=["--import"],
     )
     translated_by: Literal["human", "machine"] = flag(

@@ -90,7 +90,7 @@ def load_prompts(
         raise ValueError(f"protocol must be ours, authors or babel, got {protocol!r}.")
     if benchmark.endswith(".json"):
         if protocol != "ours":
-            raise ValueError(f"{benchmark} has its own prompts, so protocol must be ours, got {protocol!r}.")
+            raise ValueError(f"{benchmark} has its own prompts, so protocol must be 'ours', got {protocol!r}.")
         prompts = _load_prompts_from_classes_file(Path(benchmark))
     elif benchmark in list_benchmarks():
         prompts = _build_prompts(benchmark, "ours", read_json(PROMPTS_FOLDER / "pt" / f"{benchmark}.json"))

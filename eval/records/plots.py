@@ -230,8 +230,9 @@ def plot_retrieval_sheet(
     """Draw example queries of text-to-image retrieval, each with the five images that a model ranks first.
 
     With two models, the sheet compares them: it shows random queries whose rank became better, equal or worse by
-    training. With one model, it shows the four queries with the best ranks and the four with the worst ranks. Queries
-    with equal ranks are in random order. If the right image of a query is not among the five, it is added to them.
+    training. With one model, it shows the four queries with the best ranks and the four with the worst ranks; queries
+    with equal ranks are in random order. With one model, the right image of a query is added to the five images if it
+    is not among them.
 
     Args:
         path: PNG file to write.

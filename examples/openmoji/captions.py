@@ -43,8 +43,8 @@ def build_openmoji_caption_dataset(args: OpenMojiCaptionsArguments) -> Path:
         Folder of the finished dataset.
 
     Raises:
-        ValueError: If the OpenMoji dataset or the base model is missing. Also if the output folder was built with other
-            settings.
+        ValueError: If the OpenMoji dataset or the base model is missing. Also if the output folder of a stage was built
+            with other settings.
     """
     if not (args.source / "dataset_dict.json").is_file():
         raise ValueError(f"{args.source} is not a dataset. Make it first: python -m examples.openmoji.prepare")

@@ -78,8 +78,8 @@ class Candidate(NamedTuple):
     """Image and text projections that may become those of the miniature model, and the recall that they give.
 
     Several candidates are fitted, and the best becomes the miniature model. Each is fitted to the features of real
-    images and to artificial image features, one for each class of ImageNet. The candidates differ in `reach`, that is,
-    how far the artificial features lie from the mean of the real ones.
+    images. All candidates but one are also fitted to artificial image features, one for each class of ImageNet. They
+    differ in `reach`, that is, how far the artificial features lie from the mean of the real ones.
 
     Attributes:
         photo_recall: Mean recall on captioned photographs, from 0 to 1.

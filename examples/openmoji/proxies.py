@@ -50,7 +50,7 @@ meaningful.
 
 @dataclass
 class ProxiesArguments:
-    """Command-line arguments of `examples.openmoji.proxies`, which builds test datasets beside OpenMoji."""
+    """Command-line arguments of `examples.openmoji.proxies`, which builds test datasets of other images."""
 
     openmoji: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
     output: Path = flag(Path("data/openmoji/proxies"), "Folder to create. If it exists, it must be empty.")

@@ -1,4 +1,4 @@
-"""Write the settings and tokenizer files with which transformers.js runs the ONNX graphs of a model, in a browser.
+"""Write the settings and tokenizer files with which transformers.js runs the ONNX graphs of a model.
 
     config.json                           with the key transformers.js_config: how many weight files each graph has
     preprocessor_config.json              image processor, with a class name that transformers.js knows
