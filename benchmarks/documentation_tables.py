@@ -80,7 +80,7 @@ def replace_generated_blocks_in_text(page: str, text: str) -> str:
         begin, name, end = match.groups()
         if not hasattr(tables, name):
             raise ValueError(
-                f"benchmarks/tables.md.j2 has no macro {name!r} for the block of this name in {page}. Add it."
+                f"{page} has the block {name!r}, but benchmarks/tables.md.j2 has no macro with this name. Add it."
             )
         return f"{begin}{getattr(tables, name)(portuguese).strip()}\n{end}"
 
