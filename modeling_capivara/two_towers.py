@@ -517,7 +517,8 @@ def embed_images(
         (images, width), unit length, float32, on the CPU, in the order of `images`.
 
     Raises:
-        ValueError: If an image is invalid or an embedding is not finite.
+        ValueError: If an image is invalid, the processor gives images of different sizes, or an embedding is NaN or
+            infinite.
     """
 
     def preprocess(part: list[Image.Image]) -> Tensor:
@@ -528,8 +529,11 @@ def embed_images(
         part_size = math.ceil(len(batch) / PREPROCESSING_THREADS)
         parts = [batch[start : start + part_size] for start in range(0, len(batch), part_size)]
         with ThreadPoolExecutor(PREPROCESSING_THREADS) as threads:
-            pixel_values = torch.cat([*threads.map(preprocess, parts)])
-        return compute_image_embeds_in_chunks(model, pixel_values, model.device, chunk_images)
+            pixel_values = [*threads.map(preprocess, parts)]
+        if len(sizes := {tuple(part.shape[1:]) for part in pixel_values}) > 1:
+            rule = "The image processor must give all images one size. Check do_resize in preprocessor_config.json"
+            raise ValueError(f"{rule}, got images of {sorted(sizes)} (channels, height, width).")
+        return compute_image_embeds_in_chunks(model, torch.cat(pixel_values), model.device, chunk_images)
 
     return _embed_in_batches(encode, images, batch_size, progress)
 

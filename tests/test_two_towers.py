@@ -1,6 +1,7 @@
 """Embedding with any two-tower model: batching changes nothing, and damaged or foreign models are refused."""
 
 import contextlib
+import copy
 import json
 
 import pytest
@@ -33,6 +34,15 @@ def test_batching_changes_neither_embeddings_nor_their_order(tiny_model, tiny_pr
     torch.testing.assert_close(embed_texts(tiny_model, tiny_processor, TEXTS, batch_size), expected)
     expected = tiny_model(**tiny_processor(images=images, return_tensors="pt")).image_embeds.detach()
     torch.testing.assert_close(embed_images(tiny_model, tiny_processor, iter(images), batch_size), expected)
+
+
+def test_a_processor_that_does_not_resize_is_an_error(tiny_model, tiny_processor):
+    processor = copy.deepcopy(tiny_processor)
+    processor.image_processor.do_resize = processor.image_processor.do_center_crop = False
+    for count in (2, 9):  # with 9 images, a thread gets several
+        images = [Image.new("RGB", (40 + i, 33)) for i in range(count)]
+        with pytest.raises(ValueError):
+            embed_images(tiny_model, processor, images)
 
 
 @pytest.fixture(params=["capivara", *MAKERS])
