@@ -20,7 +20,7 @@ import PIL.Image
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from benchmarks.tools import CODE_ROOT, RESULTS_FOLDER, describe_measurement_conditions
-from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
+from capivara_common.cli import UsageError, flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.files import read_json, write_json, write_text
 from eval.records.result_files import DIRECTIONS, Record, read_records
 from eval.records.tables import format_percent_over_seeds, format_signed_difference, render_retrieval_table
@@ -261,8 +261,11 @@ def main(argv: list[str] | None = None) -> None:
 
     Raises:
         SystemExit: With `--check`, if a table does not match the results.
+        UsageError: If `--check` is combined with `--demo`, which writes a file.
     """
     args = parse_arguments(DocumentationTablesArguments, __doc__, argv)
+    if args.demo and args.check:
+        raise UsageError("--demo can't be combined with --check, because --check writes no file.")
     if args.demo:
         _copy_demo_results_and_charts(args.demo)
     for page in find_pages_with_generated_blocks():

@@ -982,11 +982,11 @@ def folders_clause(*folders: str | Path) -> str:
     """Return the SQL condition for rows of the given files and of all files inside the given folders.
 
     Args:
-        *folders: Absolute paths of folders or files, at least one.
+        *folders: Absolute paths of folders or files. Without any, the condition is true for no row.
     """
     paths = [str(folder).rstrip(os.sep) for folder in folders]
     clauses = [f"path = {quote_sql(path)} OR starts_with(path, {quote_sql(path + os.sep)})" for path in paths]
-    return "(" + " OR ".join(clauses) + ")"
+    return f"({' OR '.join(clauses) or 'false'})"
 
 
 def date_clauses(since: date | None, until: date | None) -> list[str]:

@@ -93,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         sentences, _ = flatten_split_captions(data["train"], args.language)
     bank = list(dict.fromkeys(filter(None, map(str.strip, sentences))))
     if not bank:
-        raise ValueError(f"The caption bank {args.bank} is empty. Write one sentence per line.")
+        source = args.bank or f"the training split of {args.dataset}"
+        raise ValueError(f"There is no sentence to choose from: {source} has no captions.")
     model, processor = load_model(args.model).eval().to(resolve_device(args.device)), load_processor(args.model)
     names: list[str] = [] if args.pictures else [f"test/{row}" for row in range(len(data["test"]))]
     pictures = _iter_pictures(args.pictures, names) if args.pictures else data["test"]["image"]

@@ -660,7 +660,7 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
     gains = [value for value in run_metadata["values"] if value.metric == GAIN_METRIC]
     curve = [point["validation"] for point in run.get("curve") or () if point.get("validation")]
     architecture, origins = run_metadata["architecture"], run_metadata["origins"]
-    works_by_kind = {"model": [origins["model"]], "dataset": origins["datasets"], "teacher": [origins.get("teacher")]}
+    works_by_kind = {"model": [origins["model"]], "dataset": origins["datasets"]}
     return {
         **run_metadata | {"name": name, "groups": groups},
         "is_repository": repo_id is not None,

@@ -83,10 +83,10 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
         if kwargs["do_center_crop"] and not min(crop_size.height or 0, crop_size.width or 0) > 0:
             rule = '{"height": pixels, "width": pixels} with at least 1 pixel each'
             raise ValueError(f"crop_size must be {rule}, got {crop_size}.")
-        for name, lower_bound in {"image_mean": -np.inf, "image_std": 0}.items() if kwargs["do_normalize"] else ():
+        for name, bound in {"image_mean": "", "image_std": " above 0"}.items() if kwargs["do_normalize"] else ():
             values = np.atleast_1d(np.asarray(kwargs[name], dtype=float))
-            if values.shape not in ((1,), (3,)) or not (np.isfinite(values) & (values > lower_bound)).all():
-                rule = f"a finite number above {lower_bound}, or three of them, one for each channel"
+            if values.shape not in ((1,), (3,)) or not np.isfinite(values).all() or (bound and values.min() <= 0):
+                rule = f"a finite number{bound}, or three of them, one for each channel"
                 raise ValueError(f"{name} must be {rule}, got {kwargs[name]}.")
         if kwargs["do_convert_rgb"] is False or kwargs.get("data_format") not in (None, ChannelDimension.FIRST):
             rule = "The model takes RGB images with the channels first"

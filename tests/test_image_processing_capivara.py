@@ -235,6 +235,7 @@ BAD_SETTINGS = {
     "empty crop": ({"crop_size": {"height": 0, "width": 3}}, "crop_size must be"),
     "two means": ({"image_mean": [0.5, 0.5]}, r"image_mean.*\(0\.5, 0\.5\)"),
     "no spread": ({"image_std": [0.5, 0.5, 0.0]}, "image_std.*above 0"),
+    "infinite mean": ({"image_mean": float("inf")}, "image_mean must be a finite number, .*inf"),
     "no number": ({"image_std": float("nan")}, "image_std.*above 0"),
     "no conversion": ({"do_convert_rgb": False}, "do_convert_rgb"),
     "channels last": ({"data_format": "channels_last"}, "data_format"),

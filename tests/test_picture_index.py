@@ -387,6 +387,12 @@ def test_only_the_given_paths_are_updated(index, folder, models, tmp_path, monke
     assert rows_of(whole) == rows_of(index)
 
 
+def test_an_empty_list_of_paths_updates_nothing(index, folder):
+    next(folder.rglob("*.png")).unlink()
+    report = index.add(folder, only_paths=[])
+    assert (report.new, report.removed, report.embedded, len(index)) == (0, 0, 0, 20)
+
+
 @pytest.mark.parametrize("number", [480, 6000])
 def test_many_paths_are_updated_at_once(index, folder, number):
     paths = [*folder.rglob("*.png"), *(folder / f"none{n}" for n in range(number))]

@@ -14,6 +14,7 @@ from parsed_command import parsed
 from PIL import Image
 
 from benchmarks import documentation_tables as tables
+from capivara_common.cli import UsageError
 from capivara_common.files import write_json
 from capivara_search.messages import COMMAND_NAMES
 
@@ -85,6 +86,13 @@ def test_a_changed_figure_is_detected_and_a_new_commit_is_shown(monkeypatch, tmp
     results = tables.load_results("recipe") | {"commit": "0123abc", "date": "2026-11-28"}
     monkeypatch.setattr(tables, "load_results", lambda name: results)
     assert "commit 0123abc, 2026-11-28" in tables.load_block_macros().module.demo_summary(False)
+
+
+def test_demo_results_are_not_copied_by_a_check(monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "RESULTS_FOLDER", tmp_path)
+    with pytest.raises(UsageError, match=r"--demo.*--check"):
+        tables.main(["--check", "--demo", str(tmp_path)])
+    assert not any(tmp_path.iterdir())
 
 
 def test_images_of_the_documentation_are_small():
