@@ -11,7 +11,6 @@ CAPIVARA, arXiv 2310.13683, section 4).
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,14 +27,7 @@ from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import check_output_file
 from caption_data.labeled_images import LABEL_COLUMNS, LabeledImages, load_images_with_prompt_class_labels
 from eval.capivara_metrics import metrics
-from eval.embeddings import (
-    MODEL_HELP,
-    CachedEmbedder,
-    ModelArguments,
-    load_embedder_with_cache,
-    run_evaluation_command,
-    write_result_file_with_model_metadata,
-)
+from eval.embeddings import MODEL_HELP, CachedEmbedder, ModelArguments, run_evaluation_command
 from eval.prompts import Prompts, load_prompts
 from eval.records.result_files import Record
 
@@ -194,8 +186,7 @@ def evaluate_zero_shot_and_write_result(args: ClassificationArguments) -> list[R
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
     data = load_labeled_split(args, args.split, prompts.english_names, prompts.class_indices)
-    cached_embedder = load_embedder_with_cache(args)
-    started = time.perf_counter()
+    cached_embedder = CachedEmbedder.load(args)
     images = cached_embedder.embed_images(data.images)
     scores = images.embeds @ _embed_classes(cached_embedder, prompts).T
     labels = [data.labels[row] for row in images.rows.tolist()]
@@ -221,7 +212,7 @@ def evaluate_zero_shot_and_write_result(args: ClassificationArguments) -> list[R
             parts["per_class_accuracy"] = [None if math.isnan(accuracy) else accuracy for accuracy in accuracies]
             parts["confusion_matrix"] = metrics.confusion_matrix(scores, label_tensor).tolist()
         parts |= {"dataset": args.images, "fingerprint": data.fingerprint(), "skipped": images.skipped}
-        write_result_file_with_model_metadata(args, records, cached_embedder, started, **parts)
+        cached_embedder.write_result_file(args, records, **parts)
     return records
 
 

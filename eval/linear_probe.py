@@ -9,7 +9,6 @@ section 4). With `--shots`, the result is the mean over several random draws of 
 few-shot results do not use the validation split.
 """
 
-import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,7 +28,7 @@ from eval.classification import (
     compute_classification_metrics,
     load_labeled_split,
 )
-from eval.embeddings import load_embedder_with_cache, run_evaluation_command, write_result_file_with_model_metadata
+from eval.embeddings import CachedEmbedder, run_evaluation_command
 from eval.prompts import load_prompts
 from eval.records.result_files import Record
 
@@ -179,8 +178,7 @@ def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[R
                     "Give a folder with a subfolder per split, such as train/ and test/, each with a folder per class."
                 )
         loaded[name] = data
-    cached_embedder = load_embedder_with_cache(args)
-    started = time.perf_counter()
+    cached_embedder = CachedEmbedder.load(args)
     features, skipped = [], {}
     for name, data in loaded.items():
         images = cached_embedder.embed_images(data.images, f"Images, {name}")
@@ -206,9 +204,7 @@ def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[R
             chance = compute_chance_level(metric, labels, classes)
             records.append(Record(**shared, protocol=name, metric=metric, value=float(value), chance=chance))
     metadata = {"dataset": args.images, "fingerprint": loaded[args.split].fingerprint(), "skipped": skipped}
-    write_result_file_with_model_metadata(
-        args, records, cached_embedder, started, **metadata, chosen_penalties=chosen_penalties
-    )
+    cached_embedder.write_result_file(args, records, **metadata, chosen_penalties=chosen_penalties)
     return records
 
 
