@@ -11,7 +11,6 @@ CAPIVARA, arXiv 2310.13683, section 4).
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +56,21 @@ class LabeledImageArguments(ModelArguments):
     image_column: str | None = flag(None, "Name of the image column. Default: the only column with images.")
     label_column: str | None = flag(None, f"Column with a label or a list of labels. Default: one of {LABEL_COLUMNS}.")
 
+    def load_images(self, split: str, class_names: list[str], class_indices: list[int] | None = None) -> LabeledImages:
+        """Load one split of the dataset `images`, with a class index for each image.
+
+        Args:
+            split: Name of the split.
+            class_names: English names of all classes, in the order of the labels.
+            class_indices: Indices in `class_names` of the classes to keep, if there are prompts for only some of the
+                classes. None keeps all classes.
+
+        Returns:
+            The images with their labels. An image is decoded only when it is used.
+        """
+        columns, options = (self.image_column, self.label_column), self.image_options() | {"limit": self.limit}
+        return load_images_with_prompt_class_labels(self.images, split, class_names, *columns, class_indices, **options)
+
 
 @dataclass
 class ClassificationArguments(LabeledImageArguments):
@@ -71,27 +85,6 @@ class ClassificationArguments(LabeledImageArguments):
         None, "Path of portuguese_prompts.py of CAPIVARA's authors, for --protocol authors."
     )
     seed: int | None = flag(None, "Seed with which the model was trained, to be stored in the result file.")
-
-
-def load_labeled_split(
-    args: LabeledImageArguments, split: str, class_names: Sequence[str], class_indices: Sequence[int] | None = None
-) -> LabeledImages:
-    """Load one split of a dataset of labeled images, for classification.
-
-    Args:
-        args: Command-line arguments. `args.images` is the dataset; other arguments give its columns and the options for
-            reading image files.
-        split: Name of the split.
-        class_names: English names of all classes, in the order of the labels.
-        class_indices: Indices in `class_names` of the classes to keep, if there are prompts for only some of the
-            classes. None keeps all classes.
-
-    Returns:
-        The images with their labels. An image is decoded only when it is used.
-    """
-    columns = (args.image_column, args.label_column)
-    options = args.image_options() | {"limit": args.limit}
-    return load_images_with_prompt_class_labels(args.images, split, class_names, *columns, class_indices, **options)
 
 
 def _embed_classes(cached_embedder: CachedEmbedder, prompts: Prompts) -> Tensor:
@@ -185,7 +178,7 @@ def evaluate_zero_shot_and_write_result(args: ClassificationArguments) -> list[R
     """
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
-    data = load_labeled_split(args, args.split, prompts.english_names, prompts.class_indices)
+    data = args.load_images(args.split, prompts.english_names, prompts.class_indices)
     cached_embedder = CachedEmbedder.load(args)
     images = cached_embedder.embed_images(data.images)
     scores = images.embeds @ _embed_classes(cached_embedder, prompts).T

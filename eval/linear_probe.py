@@ -22,12 +22,7 @@ from tqdm.auto import tqdm
 from capivara_common.cli import flag, run_main_and_report_user_errors
 from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import check_output_file
-from eval.classification import (
-    LabeledImageArguments,
-    compute_chance_level,
-    compute_classification_metrics,
-    load_labeled_split,
-)
+from eval.classification import LabeledImageArguments, compute_chance_level, compute_classification_metrics
 from eval.embeddings import CachedEmbedder, run_evaluation_command
 from eval.prompts import load_prompts
 from eval.records.result_files import Record
@@ -167,7 +162,7 @@ def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[R
     names = [args.train_split, args.split, *([args.validation_split] if args.validation_split else [])]
     loaded = {}
     for name in names:
-        data = load_labeled_split(args, name, prompts.english_names)
+        data = args.load_images(name, prompts.english_names)
         if any(isinstance(label, list) for label in data.labels):
             raise ValueError(f"The linear probe needs one label per image, but {args.images} has lists of labels.")
         for other_name, other in loaded.items():

@@ -17,34 +17,15 @@ from typing import Any
 import pandas
 from PIL import Image
 
+from capivara_common import files
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
-from capivara_common.files import (
-    AllowedFolders,
-    atomic_folder,
-    check_inputs_outside,
-    check_output_folder_and_clean_leftovers,
-)
 from capivara_common.image_files import BadImage, ImageAccess, decode_image
 from capivara_common.privacy import shorten_absolute_paths
 from eval.benchmarks import get_published_baseline_result
+from eval.records import result_files, tables
 from eval.records.plots import plot_baseline_and_model_bars, plot_training_curves
-from eval.records.result_files import (
-    GAIN_METRIC,
-    SCHEMA_VERSION,
-    TASKS,
-    ResultFile,
-    parse_result,
-    read_untrusted_json_object_and_bytes,
-)
-from eval.records.tables import (
-    average_over_seeds,
-    build_records_frame,
-    find_conflicting_records,
-    format_signed_difference,
-    make_short_plain_line,
-    pair_with_baselines,
-    write_html_from_template,
-)
+from eval.records.result_files import GAIN_METRIC, SCHEMA_VERSION, TASKS, ResultFile
+from eval.records.tables import make_short_plain_line
 
 PAGE_TEMPLATE = Path(__file__).parent / "report.html.j2"
 # Image that a training run writes. It shows example queries with the images that base and trained model rank first.
@@ -105,13 +86,13 @@ def read_results_folder(folder: Path) -> ResultsFolder:
         if any(part.startswith(".") or part.endswith(".partial") for part in name.split("/")):
             continue
         try:
-            content, _ = read_untrusted_json_object_and_bytes(path)
+            content, _ = result_files.read_untrusted_json_object_and_bytes(path)
             if "summary_version" in content:
                 # A summary (of eval.suite or examples.real_images) repeats the result files next to it. It is left out,
                 # so that no result is shown twice.
                 continue
             if "records" in content:
-                results_folder.results.append(parse_result(content, name))
+                results_folder.results.append(result_files.parse_result(content, name))
             elif "curve" in content:
                 results_folder.runs.append((name, content))
             elif not (path.parent / "config.json").is_file():
@@ -143,12 +124,12 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
         ValueError: If there is no result file. If the output folder is not empty and `overwrite` is False. If the
             output folder contains the results.
     """
-    check_output_folder_and_clean_leftovers(output, overwrite)
-    check_inputs_outside(output, results)
+    files.check_output_folder_and_clean_leftovers(output, overwrite)
+    files.check_inputs_outside(output, results)
     content = read_results_folder(results)
-    with atomic_folder(output, overwrite) as folder:
-        tables = _group_into_tables(build_records_frame(content.results))
-        blocks = [_build_report_block_and_write_images(rows, content, folder) for rows in tables]
+    with files.atomic_folder(output, overwrite) as folder:
+        groups = _group_into_tables(tables.build_records_frame(content.results))
+        blocks = [_build_report_block_and_write_images(rows, content, folder) for rows in groups]
         runs = []
         for name, run in content.runs:
             try:
@@ -163,8 +144,8 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
             copies = _copy_images_into_report_as_jpeg(sheets, title, content, folder)
             runs.append((name, run, [(chart, f"curves {name}"), *copies]))
         values = {"results_folder": content, "blocks": blocks, "runs": runs}
-        values |= {"points": format_signed_difference, "safe_line": _to_safe_line}
-        write_html_from_template(PAGE_TEMPLATE, folder / "index.html", **values)
+        values |= {"points": tables.format_signed_difference, "safe_line": _to_safe_line}
+        tables.write_html_from_template(PAGE_TEMPLATE, folder / "index.html", **values)
     return content
 
 
@@ -200,11 +181,11 @@ def _build_report_block_and_write_images(
     """
     first, measured = rows.iloc[0], rows[rows["metric"] != GAIN_METRIC]
     is_retrieval = first["task"] == "retrieval"
-    conflicts = find_conflicting_records(measured, "folder", REPORT_TOLERANCE)
+    conflicts = tables.find_conflicting_records(measured, "folder", REPORT_TOLERANCE)
     for row in conflicts.drop_duplicates(["name", "dataset", "folder"]).itertuples():
         fault = f"contradicts an earlier file about {row.dataset} with {row.folder}; the earlier values are shown"
         results_folder.faults.append((row.name, fault))
-    pairs = pair_with_baselines(average_over_seeds(measured, "folder"))
+    pairs = tables.pair_with_baselines(tables.average_over_seeds(measured, "folder"))
     gains = rows[rows["metric"] == GAIN_METRIC].to_dict("records")
     for pair in pairs:
         pair["published"] = get_published_baseline_result(pair)
@@ -255,10 +236,10 @@ def _copy_images_into_report_as_jpeg(
     Returns:
         File name and title of each copy. The file name is None if the image can't be shown.
     """
-    copies, files = [], ImageAccess(AllowedFolders(results_folder.folder))
+    copies, access = [], ImageAccess(files.AllowedFolders(results_folder.folder))
     for inside in (sheet for sheet in sheets if os.path.lexists(results_folder.folder / sheet)):
         try:
-            image = decode_image({"bytes": None, "path": str(results_folder.folder / inside)}, files).convert("RGBA")
+            image = decode_image({"bytes": None, "path": str(results_folder.folder / inside)}, access).convert("RGBA")
         except BadImage as error:
             # The page shows only the short reason, because the full message may name folders of this machine.
             name = make_short_plain_line(str(inside), 120)
