@@ -30,15 +30,7 @@ from capivara_common.cli import UsageError, flag, parse_arguments, run_main_and_
 from capivara_common.environment import get_or_init_distributed_state, package_versions
 from capivara_common.files import list_seed_run_folders, read_json, write_json, write_text
 from capivara_common.privacy import shorten_absolute_paths
-from eval.benchmarks import (
-    BENCHMARKS_FOLDER,
-    SUITES,
-    Benchmark,
-    find_local_or_hub_data,
-    find_model_name_in_published_results,
-    load_benchmarks,
-    read_benchmark,
-)
+from eval.benchmarks import BENCHMARKS_FOLDER, SUITES, Benchmark, find_published_name, load_benchmarks, read_benchmark
 from eval.classification import ClassificationArguments, evaluate_zero_shot_and_write_result
 from eval.embeddings import EmbeddingArguments
 from eval.records.result_files import ROLE_NAMES, Record, read_records
@@ -118,7 +110,7 @@ def _check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
         - "seed": seed of the training run, from the model's run.json, or None.
         - "fingerprint": digest that identifies the model.
         - "published" and "base_published": name under which results of the model, or of the model that it was
-          fine-tuned from, were published (see `find_model_name_in_published_results`); None without such results.
+          fine-tuned from, were published (see `find_published_name`); None without such results.
 
     Raises:
         UsageError: If no model is given.
@@ -144,8 +136,8 @@ def _check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
         model = load_embedder(name, "cpu", is_baseline, precision)
         entry = {"name": name, "role": role, "run": run, "seed": run_data.get("seed"), "fingerprint": model.fingerprint}
         base = str(run_data.get("config", {}).get("model", ""))
-        entry |= {"published": find_model_name_in_published_results(name, role, **model.metadata)} | model.metadata
-        entry["base_published"] = find_model_name_in_published_results(base, "baseline", **model.metadata)
+        entry |= {"published": find_published_name(name, role, **model.metadata)} | model.metadata
+        entry["base_published"] = find_published_name(base, "baseline", **model.metadata)
         models.append(entry)
     if len({model["fingerprint"] for model in models[-len(runs) :]}) < len(runs):
         raise ValueError("--runs must be different models, but two of them have the same weights. Remove one.")
@@ -169,7 +161,7 @@ def _check_models_and_plan_measurements(args: SuiteArguments) -> tuple[list[dict
     benchmarks, requested = check_arguments_and_select_benchmarks(args), args.languages
     models, measurements = _check_and_describe_models(args), []
     for benchmark in benchmarks:
-        source = find_local_or_hub_data(benchmark, args.data_dir)
+        source = benchmark.find_data(args.data_dir)
         languages = benchmark.languages
         if requested:
             languages = [code for code in benchmark.available_languages if code in requested]
