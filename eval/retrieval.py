@@ -299,10 +299,8 @@ def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
     source = open_split(args.dataset, args.split, args.image_column, **args.image_options()).limited(args.limit)
     column = args.caption_column.replace("{language}", args.language)
     source.check_columns([source.image_column, column])
-    captions = [
-        select_captions_by_position(value, column, args.caption_positions, row)
-        for row, value in enumerate(source.data[column][:])
-    ]
+    cells, positions = source.data[column][:], args.caption_positions
+    captions = [select_captions_by_position(cell, column, positions, row) for row, cell in enumerate(cells)]
     if source.damaged_archives:
         fault = source.damaged_archives[0].detail
         raise ValueError(f"{source.display_name} is damaged: {fault}. Download or create it again.")

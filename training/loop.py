@@ -383,9 +383,8 @@ class TrainingLoop:
         """
         measures, inputs = [None], self.inputs
         if self.accelerator.is_main_process:
-            embeddings = embed_captions_for_retrieval(
-                self.model.eval(), inputs.processor, inputs.validation.captions(), inputs.validation_embeds
-            )
+            model, captions = self.model.eval(), inputs.validation.captions()
+            embeddings = embed_captions_for_retrieval(model, inputs.processor, captions, inputs.validation_embeds)
             recalls = {direction: mean_recall(ranks) for direction, ranks in embeddings.ranks.items()}
             rows = torch.arange(len(embeddings.image_embeds))
             # The loss compares each image with its first caption.
