@@ -204,10 +204,7 @@ class CachedEmbedder:
 
 
 def run_evaluation_command(
-    arguments_type: type[ModelArguments],
-    doc: str,
-    evaluate: Callable[[Any], list[Record]],
-    argv: list[str] | None = None,
+    arguments_type: type[ModelArguments], doc: str, evaluate: Callable[..., list[Record]], argv: list[str] | None = None
 ) -> None:
     """Run an evaluation command: parse the arguments, measure, and print results and notes.
 

@@ -65,6 +65,38 @@ class ResultsFolder:
         self.image_count += 1
         return f"{self.image_count:03d}{suffix}"
 
+    def copy_images_as_jpeg(self, sheets: list[Path], title: str, output: Path) -> list[tuple[str | None, str]]:
+        """Copy images from the results folder into the folder of the report, as JPEG files on a white background.
+
+        An image that can't be read, or that is a link to a file outside of the results folder, is added to `faults`.
+
+        Args:
+            sheets: Paths of the images relative to the results folder. Missing files are ignored.
+            title: Title of all images.
+            output: Folder of the report.
+
+        Returns:
+            File name and title of each copy. The file name is None if the image can't be shown.
+        """
+        copies, access = [], ImageAccess(files.AllowedFolders(self.folder))
+        for inside in (sheet for sheet in sheets if os.path.lexists(self.folder / sheet)):
+            try:
+                image = decode_image({"bytes": None, "path": str(self.folder / inside)}, access).convert("RGBA")
+            except BadImage as error:
+                # The page shows only the short reason, because the full message may name folders of this machine.
+                name = make_short_plain_line(str(inside), 120)
+                self.faults.append((name, f"the image is not shown: {error.reason}"))
+                copies.append((None, title))
+            else:
+                image.thumbnail((1600, 1600))
+                copies.append((self.choose_image_name(".jpg"), title))
+                opaque = Image.new("RGB", image.size, "white")
+                opaque.paste(image, mask=image)
+                # The new image has only the pixels of the old one, so metadata such as the place of a photo are left
+                # out.
+                opaque.save(output / copies[-1][0], quality=85)
+        return copies
+
 
 def read_results_folder(folder: Path) -> ResultsFolder:
     """Read all result files and training runs in a folder and its subfolders.
@@ -141,7 +173,7 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
                 content.faults.append((name, fault))
                 continue
             sheets, title = [Path(name).with_name(RUN_SHEET_FILE)], "Test captions with the images found for them"
-            copies = _copy_images_into_report_as_jpeg(sheets, title, content, folder)
+            copies = content.copy_images_as_jpeg(sheets, title, folder)
             runs.append((name, run, [(chart, f"curves {name}"), *copies]))
         values = {"results_folder": content, "blocks": blocks, "runs": runs}
         values |= {"points": tables.format_signed_difference, "safe_line": _to_safe_line}
@@ -215,44 +247,8 @@ def _build_report_block_and_write_images(
         "title": title, "protocol": first["protocol"], "pairs": pairs, "gains": gains, "charts": charts,
         "main": [p for p in drawn if p["metric"] == "mean_recall"] if is_retrieval else drawn,
         "skipped": skipped[skipped > 0].to_dict(),
-        "sheets": _copy_images_into_report_as_jpeg(sheets, "Best and worst queries", results_folder, output),
+        "sheets": results_folder.copy_images_as_jpeg(sheets, "Best and worst queries", output),
     }  # fmt: skip
-
-
-def _copy_images_into_report_as_jpeg(
-    sheets: list[Path], title: str, results_folder: ResultsFolder, output: Path
-) -> list[tuple[str | None, str]]:
-    """Copy images from the results folder into the folder of the report, as JPEG files on a white background.
-
-    An image that can't be read, or that is a link to a file outside of the results folder, is added to the `faults` of
-    `results_folder`.
-
-    Args:
-        sheets: Paths of the images relative to the results folder. Missing files are ignored.
-        title: Title of all images.
-        results_folder: The results folder.
-        output: Folder of the report.
-
-    Returns:
-        File name and title of each copy. The file name is None if the image can't be shown.
-    """
-    copies, access = [], ImageAccess(files.AllowedFolders(results_folder.folder))
-    for inside in (sheet for sheet in sheets if os.path.lexists(results_folder.folder / sheet)):
-        try:
-            image = decode_image({"bytes": None, "path": str(results_folder.folder / inside)}, access).convert("RGBA")
-        except BadImage as error:
-            # The page shows only the short reason, because the full message may name folders of this machine.
-            name = make_short_plain_line(str(inside), 120)
-            results_folder.faults.append((name, f"the image is not shown: {error.reason}"))
-            copies.append((None, title))
-        else:
-            image.thumbnail((1600, 1600))
-            copies.append((results_folder.choose_image_name(".jpg"), title))
-            opaque = Image.new("RGB", image.size, "white")
-            opaque.paste(image, mask=image)
-            # The new image has only the pixels of the old one, so metadata such as the place of a photo are left out.
-            opaque.save(output / copies[-1][0], quality=85)
-    return copies
 
 
 def _to_safe_line(text: object) -> str:

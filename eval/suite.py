@@ -179,22 +179,20 @@ def _check_models_and_plan_measurements(args: SuiteArguments) -> tuple[list[dict
     return models, measurements
 
 
-def run_measurement(
-    args: SuiteArguments, benchmark: Benchmark, model: dict[str, Any], measurement: dict[str, Any]
-) -> list[Record]:
+def run_measurement(args: SuiteArguments, model: dict[str, Any], measurement: dict[str, Any]) -> list[Record]:
     """Measure one model on one benchmark in one language, and write the result file.
 
     Args:
         args: Arguments of the suite. They include the output folder, precision and batch size.
-        benchmark: The benchmark, which says how to measure.
         model: The model, as a dict. The keys "name" (folder or Hub id), "role" ("baseline" or "capivara") and "seed"
             (seed of its training run, or None) are used.
-        measurement: The plan of the measurement, as a dict. The keys "data" (path or Hub id), "language" (language
-            code) and "file" (name of the result file) are used.
+        measurement: The plan of the measurement, as a dict. The keys "benchmark" (key of the benchmark), "data" (path
+            or Hub id), "language" (language code) and "file" (name of the result file) are used.
 
     Returns:
         The measured values: one record per metric, and for retrieval one per metric and direction.
     """
+    benchmark = load_benchmarks()[measurement["benchmark"]]
     options = {field.name: getattr(args, field.name) for field in fields(EmbeddingArguments)}
     options |= {"model": model["name"], "output": args.output / measurement["file"], "split": benchmark.split}
     options |= {"role": model["role"], "language": measurement["language"], "seed": model["seed"]}
@@ -219,13 +217,12 @@ def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
         On the main process the summary, which is the content of suite.json; None on the other processes.
     """
     models, measurements = _check_models_and_plan_measurements(args)
-    is_main, benchmarks = get_or_init_distributed_state().is_main_process, load_benchmarks()
+    is_main = get_or_init_distributed_state().is_main_process
     models_by_run = {(model["role"], model["run"]): model for model in models}
     for number, measurement in enumerate(measurements, 1):
         if measurement["status"] == "planned":
-            model = models_by_run[measurement["role"], measurement["run"]]
             try:
-                run_measurement(args, benchmarks[measurement["benchmark"]], model, measurement)
+                run_measurement(args, models_by_run[measurement["role"], measurement["run"]], measurement)
                 measurement["status"] = "measured"
             except Exception as error:
                 # Every error is caught, so that one benchmark that fails does not end the others.
