@@ -283,8 +283,8 @@ def build_suite_rows_and_remarks(
     pairs: list[tuple[Benchmark, str]],
     values: list[dict[str, Any]],
     model_counts: dict[str, int],
-    protocol: str = "ours",
-    published: dict[str, str | None] | None = None,
+    protocol: str,
+    published: dict[str, str | None],
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Build the rows of a suite's table, which shows measured results next to published results, in percent.
 
@@ -298,7 +298,7 @@ def build_suite_rows_and_remarks(
         model_counts: Number of models of each role, `{role: number}`.
         protocol: Source of class names and prompts, "ours" or "authors".
         published: `{role: name of the model whose published results are shown, or None to show none}`, as in
-            `Benchmark.get_published_figure`. Default: the published results of "baseline" and "capivara".
+            `Benchmark.get_published_figure`. It has the roles of the table.
 
     Returns:
         A tuple (rows, remarks). A row is a dict with keys that describe the benchmark, and with the keys "baseline" and
@@ -328,7 +328,6 @@ def build_suite_rows_and_remarks(
     means = compute_means_and_deviations(frame, GROUP_COLUMNS)
     # A mean is shown only if all models of the role were measured, because a mean of fewer models would mislead.
     means = means[means["seeds"] == means.index.get_level_values("role").map(model_counts)].to_dict("index")
-    published = published or {role: role for role in model_counts}
     rows = []
     for benchmark, language in pairs:
         for direction in benchmark.directions:

@@ -354,6 +354,9 @@ def load_evaluation_pairs(split: Split, caption_column: str, processor: Processo
         caption_column: Name of the column with the captions.
         processor: Processor of the model. If it is None, images can be decoded but not preprocessed for the model.
 
+    Returns:
+        One pair for each row of the split: its image and its captions.
+
     Raises:
         ValueError: If a row can't be used; the message names the row.
     """
