@@ -24,22 +24,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
+from capivara_common import environment, files
 from capivara_common.cli import parse_arguments, run_main_and_report_user_errors
-from capivara_common.environment import (
-    describe_device,
-    get_or_init_distributed_state,
-    package_versions,
-    require_packages,
-    resolve_mixed_precision,
-)
-from capivara_common.files import (
-    RUN_MARKER,
-    get_partial_folder_path,
-    read_json,
-    rename_partial_folder,
-    write_json,
-    write_text,
-)
 from capivara_common.privacy import get_publishable_model_or_dataset_name
 from caption_data.pairs import load_or_compute_pair_content_digest
 from eval.records.plots import plot_retrieval_sheet, plot_training_curves
@@ -51,16 +37,11 @@ from hub_upload.origins import read_origin_cards_and_infer_license
 from hub_upload.push import ensure_writable_repository, try_export_and_push_run
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import describe_model
+from training import run_folder
 from training.arguments import RunArguments
 from training.checkpoints import Checkpoints, TrainingState
 from training.inputs import TrainingInputs, load_inputs_and_embed_images
 from training.loop import TrainingLoop
-from training.run_folder import (
-    check_matches_finished_run,
-    choose_and_check_output_dir,
-    is_run_complete,
-    lock_run_folder_and_exit_on_interrupt,
-)
 from training.trainable import fixed_settings, freeze_parameters_and_add_adapters, interpolate_weights
 
 # How long processes wait for each other. It must be long, because the main process evaluates and saves on its own while
@@ -89,17 +70,17 @@ def main(argv: list[str] | None = None) -> Path:
     # These libraries would log many details, such as every HTTP request to the Hub. Only their warnings are shown.
     for name in ("accelerate", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    output_dir = choose_and_check_output_dir(args, _connect_processes())
+    output_dir = run_folder.choose_and_check_output_dir(args, _connect_processes())
     args.has_auto_precision = args.mixed_precision == "auto"
-    args.mixed_precision = resolve_mixed_precision(args.mixed_precision, PartialState().device)
-    if is_run_complete(args, output_dir):
-        check_matches_finished_run(output_dir, args.to_dict(), {})
+    args.mixed_precision = environment.resolve_mixed_precision(args.mixed_precision, PartialState().device)
+    if run_folder.is_run_complete(args, output_dir):
+        run_folder.check_matches_finished_run(output_dir, args.to_dict(), {})
         print(f"The run in {output_dir} is complete; there is nothing to resume.")
         return _write_card_and_push_run_if_requested(args, output_dir)
     accelerator = _create_accelerator_and_set_threads(args, output_dir)
     if args.push_to_hub and accelerator.is_main_process:
         ensure_writable_repository(args.hub_model_id, args.hub_private)
-    with lock_run_folder_and_exit_on_interrupt(output_dir, args, accelerator) as folder:
+    with run_folder.lock_run_folder_and_exit_on_interrupt(output_dir, args, accelerator) as folder:
         checkpoints = Checkpoints(folder / "checkpoints", args.keep_last, accelerator)
         # This call also compares the settings of the run with those in the checkpoint, so that a mismatch is reported
         # before images are embedded, which takes long.
@@ -108,16 +89,16 @@ def main(argv: list[str] | None = None) -> Path:
         # If run.json exists, the run was stopped after training, before or during the evaluation. It is not trained
         # again.
         if (folder / "run.json").is_file():
-            check_matches_finished_run(folder, args.to_dict(), inputs.fingerprints(args))
+            run_folder.check_matches_finished_run(folder, args.to_dict(), inputs.fingerprints(args))
         else:
             train(args, inputs, checkpoints, resume)
         if accelerator.is_main_process:
-            evaluate_base_and_trained_and_write_results(args, inputs, accelerator, folder)
+            evaluate_base_and_trained_and_write_results(args, inputs, folder)
         accelerator.wait_for_everyone()
         # This closes the tracker's files. Open files could prevent the renaming of their folder below.
         accelerator.end_training()
         if accelerator.is_main_process:
-            rename_partial_folder(output_dir, args.overwrite_output_dir)
+            files.rename_partial_folder(output_dir, args.overwrite_output_dir)
             print(f"\n{(output_dir / 'table.md').read_text(encoding='utf-8')}\nThe results are in {output_dir}.")
     return _write_card_and_push_run_if_requested(args, output_dir)
 
@@ -133,7 +114,7 @@ def _connect_processes() -> PartialState:
     """
     # torchrun and accelerate launch set WORLD_SIZE to the number of processes that they start.
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    state = get_or_init_distributed_state(PROCESS_TIMEOUT)
+    state = environment.get_or_init_distributed_state(PROCESS_TIMEOUT)
     if state.num_processes != started:
         raise ValueError(
             f"{started} processes were started, but Accelerate has connected {state.num_processes}, so each would "
@@ -159,12 +140,12 @@ def _create_accelerator_and_set_threads(args: RunArguments, output_dir: Path) ->
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if args.lora_rank:
-        require_packages("--lora_rank", "lora", "peft")
+        environment.require_packages("--lora_rank", "lora", "peft")
     tracker_options = {}
     if args.tracker != "none":
         extra = "trackers" if args.tracker == "tensorboard" else None
-        require_packages(f"--tracker {args.tracker}", extra, args.tracker)
-        folder = get_partial_folder_path(output_dir) / "trackers"
+        environment.require_packages(f"--tracker {args.tracker}", extra, args.tracker)
+        folder = files.get_partial_folder_path(output_dir) / "trackers"
         tracker_options = {"log_with": args.tracker, "project_dir": str(folder)}
     return Accelerator(mixed_precision=args.mixed_precision, **tracker_options)
 
@@ -192,7 +173,7 @@ def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, 
     model = load_model(args.model)
     wrapped = freeze_parameters_and_add_adapters(model, args)
     state = TrainingState(config=settings, data=inputs.fingerprints(args), threads=torch.get_num_threads())
-    state.device = f"{describe_device(accelerator.device)}, {accelerator.num_processes} processes"
+    state.device = f"{environment.describe_device(accelerator.device)}, {accelerator.num_processes} processes"
     sources = read_origin_cards_and_infer_license(args.model, args.dataset, args.evaluation_dataset)
     state = TrainingLoop(args, inputs, model, wrapped, checkpoints, state).train(resume)
     if accelerator.is_main_process:
@@ -205,13 +186,11 @@ def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, 
         model.save_pretrained(folder)
         inputs.processor.save_pretrained(folder)
         plot_training_curves(state.curve, args.language, folder / "curves.png", label_language=args.language)
-        write_json(folder / "run.json", _describe_run(args, model, state, inputs, sources))
+        files.write_json(folder / "run.json", _describe_run(args, model, state, inputs, sources))
     accelerator.wait_for_everyone()
 
 
-def evaluate_base_and_trained_and_write_results(
-    args: RunArguments, inputs: TrainingInputs, accelerator: Accelerator, folder: Path
-) -> None:
+def evaluate_base_and_trained_and_write_results(args: RunArguments, inputs: TrainingInputs, folder: Path) -> None:
     """Compare the base model and the trained model on the test split of every language, and write the results.
 
     Three outputs are written into `folder`: result files in `results/`, a table of all results (`table.md`), and an
@@ -221,12 +200,11 @@ def evaluate_base_and_trained_and_write_results(
     Args:
         args: Arguments of the run.
         inputs: Data of the run, with the image embeddings of the test split.
-        accelerator: Accelerator of the run; its device is used.
         folder: Working folder of the run, which has the trained model and `run.json`.
     """
-    started, run = time.perf_counter(), read_json(folder / "run.json", seconds=dict)
-    folders = {"baseline": args.model, "capivara": folder}
-    models = {role: load_model(name).eval().to(accelerator.device) for role, name in folders.items()}
+    started, run = time.perf_counter(), files.read_json(folder / "run.json", seconds=dict)
+    folders, device = {"baseline": args.model, "capivara": folder}, PartialState().device
+    models = {role: load_model(name).eval().to(device) for role, name in folders.items()}
     dataset = get_publishable_model_or_dataset_name(args.evaluation_dataset)
     all_records, embeddings_by_language = [], {}
     for language, split in inputs.test.items():
@@ -243,17 +221,17 @@ def evaluate_base_and_trained_and_write_results(
         name = f"retrieval_{dataset.replace('/', '_')}_{args.test_split}_{language}.json"
         write_records_to_result_file(
             folder / "results" / name, records, dataset=args.evaluation_dataset, model=".", precision="float32",
-            fingerprint=load_or_compute_pair_content_digest(split.table), device=describe_device(accelerator.device),
+            fingerprint=load_or_compute_pair_content_digest(split.table), device=environment.describe_device(device),
             **describe_model(models["capivara"]), **split.source.describe_embeds(),
         )  # fmt: skip
         all_records += records
     run["seconds"]["evaluation"] = time.perf_counter() - started
-    write_text(folder / "table.md", render_retrieval_table(all_records))
+    files.write_text(folder / "table.md", render_retrieval_table(all_records))
     split, embeddings = inputs.test[args.language], embeddings_by_language[args.language]
     queries = [text for texts in split.captions() for text in texts]
     sheet = folder / "retrieval.png"
     plot_retrieval_sheet(sheet, split.source.load_image, queries, embeddings, args.seed, args.language)
-    write_json(folder / "run.json", run)
+    files.write_json(folder / "run.json", run)
 
 
 def _describe_run(
@@ -279,8 +257,8 @@ def _describe_run(
         "seed": args.seed,
         "dataset_fingerprints": state.data,
         "skipped_rows": dict(Counter(row.reason for row in inputs.skipped)),
-        "versions": package_versions(),
-        "device": describe_device(PartialState().device),
+        "versions": environment.package_versions(),
+        "device": environment.describe_device(PartialState().device),
         "processes": PartialState().num_processes,
         "steps": state.step,
         "pairs": pairs,
@@ -306,12 +284,12 @@ def _write_card_and_push_run_if_requested(args: RunArguments, output_dir: Path) 
         language = "pt" if args.language == "pt" else "en"
         # The marker file is deleted only after the card is written. If the process is killed before that, the marker
         # is still there, and resuming the run writes the card.
-        if (output_dir / RUN_MARKER).is_file():
+        if (output_dir / files.RUN_MARKER).is_file():
             try:
                 write_card(output_dir, language=language)
             except (ValueError, OSError) as error:
                 logger.warning("The model card, README.md, could not be written: %s", error)
-            (output_dir / RUN_MARKER).unlink()
+            (output_dir / files.RUN_MARKER).unlink()
         if args.push_to_hub:
             try_export_and_push_run(output_dir, args.hub_model_id, args.hub_private, language)
     return output_dir

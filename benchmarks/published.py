@@ -33,7 +33,7 @@ from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_
 from capivara_common.environment import require_packages
 from capivara_common.files import check_output_file, read_json, write_json, write_text
 from capivara_common.hub_cache import CONVERSION_FILE, OPEN_CLIP_WEIGHT_FILES, find_download_or_convert_model_folder
-from eval.benchmarks import Benchmark, find_local_or_hub_data
+from eval.benchmarks import Benchmark
 from eval.prompts import load_prompts
 from eval.records.result_files import ROLE_NAMES
 from eval.suite import SuiteArguments, check_arguments_and_select_benchmarks, render_suite_table, run_suite
@@ -94,7 +94,7 @@ def fetch_download_sizes_from_hub(args: PublishedArguments, benchmarks: list[Ben
     sizes, api = {}, HfApi()
     sources = [(name, api.model_info, OPEN_CLIP_WEIGHT_FILES) for name in (args.model, args.baseline)]
     for benchmark in benchmarks:
-        source = find_local_or_hub_data(benchmark, args.data_dir)
+        source = benchmark.find_data(args.data_dir)
         if source["data"] and not source["local"]:
             sources.append((source["data"], api.dataset_info, None))
     for name, get_info, weight_files in sources:
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Downloads: {total:.1f} GB" + f", and of unknown size: {', '.join(unknown)}" * bool(unknown), flush=True)
     readable = []
     for benchmark in benchmarks:
-        if reason := find_local_or_hub_data(benchmark, args.data_dir)["reason"]:
+        if reason := benchmark.find_data(args.data_dir)["reason"]:
             print(f"{benchmark.key}: {reason}.", flush=True)
         else:
             readable.append(benchmark)

@@ -11,8 +11,6 @@ CAPIVARA, arXiv 2310.13683, section 4).
 """
 
 import math
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,14 +26,7 @@ from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import check_output_file
 from caption_data.labeled_images import LABEL_COLUMNS, LabeledImages, load_images_with_prompt_class_labels
 from eval.capivara_metrics import metrics
-from eval.embeddings import (
-    MODEL_HELP,
-    CachedEmbedder,
-    ModelArguments,
-    load_embedder_with_cache,
-    run_evaluation_command,
-    write_result_file_with_model_metadata,
-)
+from eval.embeddings import MODEL_HELP, CachedEmbedder, ModelArguments, run_evaluation_command
 from eval.prompts import Prompts, load_prompts
 from eval.records.result_files import Record
 
@@ -65,6 +56,21 @@ class LabeledImageArguments(ModelArguments):
     image_column: str | None = flag(None, "Name of the image column. Default: the only column with images.")
     label_column: str | None = flag(None, f"Column with a label or a list of labels. Default: one of {LABEL_COLUMNS}.")
 
+    def load_images(self, split: str, class_names: list[str], class_indices: list[int] | None = None) -> LabeledImages:
+        """Load one split of the dataset `images`, with a class index for each image.
+
+        Args:
+            split: Name of the split.
+            class_names: English names of all classes, in the order of the labels.
+            class_indices: Indices in `class_names` of the classes to keep, if there are prompts for only some of the
+                classes. None keeps all classes.
+
+        Returns:
+            The images with their labels. An image is decoded only when it is used.
+        """
+        columns, options = (self.image_column, self.label_column), self.image_options() | {"limit": self.limit}
+        return load_images_with_prompt_class_labels(self.images, split, class_names, *columns, class_indices, **options)
+
 
 @dataclass
 class ClassificationArguments(LabeledImageArguments):
@@ -79,27 +85,6 @@ class ClassificationArguments(LabeledImageArguments):
         None, "Path of portuguese_prompts.py of CAPIVARA's authors, for --protocol authors."
     )
     seed: int | None = flag(None, "Seed with which the model was trained, to be stored in the result file.")
-
-
-def load_labeled_split(
-    args: LabeledImageArguments, split: str, class_names: Sequence[str], class_indices: Sequence[int] | None = None
-) -> LabeledImages:
-    """Load one split of a dataset of labeled images, for classification.
-
-    Args:
-        args: Command-line arguments. `args.images` is the dataset; other arguments give its columns and the options for
-            reading image files.
-        split: Name of the split.
-        class_names: English names of all classes, in the order of the labels.
-        class_indices: Indices in `class_names` of the classes to keep, if there are prompts for only some of the
-            classes. None keeps all classes.
-
-    Returns:
-        The images with their labels. An image is decoded only when it is used.
-    """
-    columns = (args.image_column, args.label_column)
-    options = args.image_options() | {"limit": args.limit}
-    return load_images_with_prompt_class_labels(args.images, split, class_names, *columns, class_indices, **options)
 
 
 def _embed_classes(cached_embedder: CachedEmbedder, prompts: Prompts) -> Tensor:
@@ -193,9 +178,8 @@ def evaluate_zero_shot_and_write_result(args: ClassificationArguments) -> list[R
     """
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
-    data = load_labeled_split(args, args.split, prompts.english_names, prompts.class_indices)
-    cached_embedder = load_embedder_with_cache(args)
-    started = time.perf_counter()
+    data = args.load_images(args.split, prompts.english_names, prompts.class_indices)
+    cached_embedder = CachedEmbedder.load(args)
     images = cached_embedder.embed_images(data.images)
     scores = images.embeds @ _embed_classes(cached_embedder, prompts).T
     labels = [data.labels[row] for row in images.rows.tolist()]
@@ -221,7 +205,7 @@ def evaluate_zero_shot_and_write_result(args: ClassificationArguments) -> list[R
             parts["per_class_accuracy"] = [None if math.isnan(accuracy) else accuracy for accuracy in accuracies]
             parts["confusion_matrix"] = metrics.confusion_matrix(scores, label_tensor).tolist()
         parts |= {"dataset": args.images, "fingerprint": data.fingerprint(), "skipped": images.skipped}
-        write_result_file_with_model_metadata(args, records, cached_embedder, started, **parts)
+        cached_embedder.write_result_file(args, records, **parts)
     return records
 
 

@@ -86,7 +86,11 @@ class EmbeddedImages:
 
 @dataclass
 class CachedEmbedder:
-    """Model that embeds images and texts, with a cache of the embeddings on disk."""
+    """Model that embeds images and texts, with a cache of the embeddings on disk.
+
+    The evaluation commands create it with `CachedEmbedder.load`. It also writes their result files, which describe the
+    model.
+    """
 
     embedder: Embedder
     cache_folder: Path | None = None  # folder of all caches; None: a temporary folder that is deleted with this object
@@ -94,6 +98,19 @@ class CachedEmbedder:
     # Keys to add to the result file. If a dataset has precomputed embeddings instead of images, `embed_images` stores
     # their description here (number type and image encoder). Otherwise, the dict is empty.
     result_metadata: dict[str, Any] = field(default_factory=dict, init=False)
+    # Value of `time.perf_counter()` when the object was created. The duration of a measurement is counted from it.
+    start_time: float = field(default_factory=time.perf_counter, init=False)
+
+    @classmethod
+    def load(cls, args: ModelArguments) -> "CachedEmbedder":
+        """Load the model that the command-line arguments name, and connect it to the embedding cache on disk.
+
+        Raises:
+            ValueError, OSError, ImportError: If the model can't be loaded.
+        """
+        embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision)
+        cache_folder = {"off": None, "auto": cache_home()}.get(args.cache_dir, Path(args.cache_dir))
+        return cls(embedder, cache_folder, args.batch_size)
 
     def __post_init__(self) -> None:
         if self.cache_folder is None:
@@ -158,6 +175,24 @@ class CachedEmbedder:
         position = {text: number for number, text in enumerate(distinct)}
         return torch.from_numpy(vectors_to_array(table["vectors"])[[position[text] for text in texts]])
 
+    def write_result_file(self, args: ModelArguments, records: list[Record], **metadata: Any) -> None:
+        """Write the result file of an evaluation command to `args.output`, with a description of model and device.
+
+        The file also gets the precision and the duration of the measurement.
+
+        Args:
+            args: Command-line arguments.
+            records: The measured values, each with the conditions of its measurement.
+            metadata: Further keyword arguments of `write_records_to_result_file`. `dataset` (folder, file pattern or
+                Hub id of the images) and `fingerprint` (digest of the measured data) are required. Optional are
+                `skipped`, a dict `{row number: reason}`, and `name`, the dataset's name in the records. Any other
+                keyword, such as `notes`, becomes a key of the result file.
+        """
+        embedder, seconds = self.embedder, time.perf_counter() - self.start_time
+        values = {"model": args.model, "device": describe_device(embedder.device), "precision": embedder.precision}
+        values |= {"seconds": seconds} | embedder.metadata | self.result_metadata | metadata
+        write_records_to_result_file(args.output, records, **values)
+
     def _store(self, encoder_fingerprint: str, batch_size: int) -> EmbeddingStore:
         """Open the part of the cache that holds the embeddings of an encoder.
 
@@ -168,51 +203,8 @@ class CachedEmbedder:
         return EmbeddingStore(self.cache_folder / "evaluation", {"encoder": encoder_fingerprint}, batch_size)
 
 
-def load_embedder_with_cache(args: ModelArguments) -> CachedEmbedder:
-    """Load the model that the command-line arguments name, and connect it to the embedding cache on disk.
-
-    Raises:
-        ValueError, OSError, ImportError: If the model can't be loaded.
-    """
-    embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision)
-    if args.cache_dir == "off":
-        return CachedEmbedder(embedder, None, args.batch_size)
-    return CachedEmbedder(embedder, cache_home() if args.cache_dir == "auto" else Path(args.cache_dir), args.batch_size)
-
-
-def write_result_file_with_model_metadata(
-    args: ModelArguments, records: list[Record], cached_embedder: CachedEmbedder, start_time: float, **metadata: Any
-) -> None:
-    """Write the result file of an evaluation command to `args.output`, with a description of model and device.
-
-    The file also gets the precision and the duration of the measurement.
-
-    Args:
-        args: Command-line arguments.
-        records: The measured values, each with the conditions of its measurement.
-        cached_embedder: The model that was measured, with its cache.
-        start_time: Value of `time.perf_counter()` before the first embedding.
-        metadata: Further keyword arguments of `write_records_to_result_file`. `dataset` (folder, file pattern or Hub id
-            of the images) and `fingerprint` (digest of the measured data) are required. Optional are `skipped`, a dict
-            `{row number: reason}`, and `name`, the dataset's name in the records. Any other keyword, such as `notes`,
-            becomes a key of the result file.
-    """
-    seconds, device = time.perf_counter() - start_time, describe_device(cached_embedder.embedder.device)
-    values = {
-        "model": args.model,
-        "device": device,
-        "precision": cached_embedder.embedder.precision,
-        "seconds": seconds,
-    }
-    values |= cached_embedder.embedder.metadata | cached_embedder.result_metadata | metadata
-    write_records_to_result_file(args.output, records, **values)
-
-
 def run_evaluation_command(
-    arguments_type: type[ModelArguments],
-    doc: str,
-    evaluate: Callable[[Any], list[Record]],
-    argv: list[str] | None = None,
+    arguments_type: type[ModelArguments], doc: str, evaluate: Callable[..., list[Record]], argv: list[str] | None = None
 ) -> None:
     """Run an evaluation command: parse the arguments, measure, and print results and notes.
 

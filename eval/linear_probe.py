@@ -9,7 +9,6 @@ section 4). With `--shots`, the result is the mean over several random draws of 
 few-shot results do not use the validation split.
 """
 
-import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,13 +22,8 @@ from tqdm.auto import tqdm
 from capivara_common.cli import flag, run_main_and_report_user_errors
 from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import check_output_file
-from eval.classification import (
-    LabeledImageArguments,
-    compute_chance_level,
-    compute_classification_metrics,
-    load_labeled_split,
-)
-from eval.embeddings import load_embedder_with_cache, run_evaluation_command, write_result_file_with_model_metadata
+from eval.classification import LabeledImageArguments, compute_chance_level, compute_classification_metrics
+from eval.embeddings import CachedEmbedder, run_evaluation_command
 from eval.prompts import load_prompts
 from eval.records.result_files import Record
 
@@ -168,7 +162,7 @@ def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[R
     names = [args.train_split, args.split, *([args.validation_split] if args.validation_split else [])]
     loaded = {}
     for name in names:
-        data = load_labeled_split(args, name, prompts.english_names)
+        data = args.load_images(name, prompts.english_names)
         if any(isinstance(label, list) for label in data.labels):
             raise ValueError(f"The linear probe needs one label per image, but {args.images} has lists of labels.")
         for other_name, other in loaded.items():
@@ -179,8 +173,7 @@ def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[R
                     "Give a folder with a subfolder per split, such as train/ and test/, each with a folder per class."
                 )
         loaded[name] = data
-    cached_embedder = load_embedder_with_cache(args)
-    started = time.perf_counter()
+    cached_embedder = CachedEmbedder.load(args)
     features, skipped = [], {}
     for name, data in loaded.items():
         images = cached_embedder.embed_images(data.images, f"Images, {name}")
@@ -206,9 +199,7 @@ def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[R
             chance = compute_chance_level(metric, labels, classes)
             records.append(Record(**shared, protocol=name, metric=metric, value=float(value), chance=chance))
     metadata = {"dataset": args.images, "fingerprint": loaded[args.split].fingerprint(), "skipped": skipped}
-    write_result_file_with_model_metadata(
-        args, records, cached_embedder, started, **metadata, chosen_penalties=chosen_penalties
-    )
+    cached_embedder.write_result_file(args, records, **metadata, chosen_penalties=chosen_penalties)
     return records
 
 

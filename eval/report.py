@@ -17,34 +17,15 @@ from typing import Any
 import pandas
 from PIL import Image
 
+from capivara_common import files
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
-from capivara_common.files import (
-    AllowedFolders,
-    atomic_folder,
-    check_inputs_outside,
-    check_output_folder_and_clean_leftovers,
-)
 from capivara_common.image_files import BadImage, ImageAccess, decode_image
 from capivara_common.privacy import shorten_absolute_paths
 from eval.benchmarks import get_published_baseline_result
+from eval.records import result_files, tables
 from eval.records.plots import plot_baseline_and_model_bars, plot_training_curves
-from eval.records.result_files import (
-    GAIN_METRIC,
-    SCHEMA_VERSION,
-    TASKS,
-    ResultFile,
-    parse_result,
-    read_untrusted_json_object_and_bytes,
-)
-from eval.records.tables import (
-    average_over_seeds,
-    build_records_frame,
-    find_conflicting_records,
-    format_signed_difference,
-    make_short_plain_line,
-    pair_with_baselines,
-    write_html_from_template,
-)
+from eval.records.result_files import GAIN_METRIC, SCHEMA_VERSION, TASKS, ResultFile
+from eval.records.tables import make_short_plain_line
 
 PAGE_TEMPLATE = Path(__file__).parent / "report.html.j2"
 # Image that a training run writes. It shows example queries with the images that base and trained model rank first.
@@ -84,6 +65,38 @@ class ResultsFolder:
         self.image_count += 1
         return f"{self.image_count:03d}{suffix}"
 
+    def copy_images_as_jpeg(self, sheets: list[Path], title: str, output: Path) -> list[tuple[str | None, str]]:
+        """Copy images from the results folder into the folder of the report, as JPEG files on a white background.
+
+        An image that can't be read, or that is a link to a file outside of the results folder, is added to `faults`.
+
+        Args:
+            sheets: Paths of the images relative to the results folder. Missing files are ignored.
+            title: Title of all images.
+            output: Folder of the report.
+
+        Returns:
+            File name and title of each copy. The file name is None if the image can't be shown.
+        """
+        copies, access = [], ImageAccess(files.AllowedFolders(self.folder))
+        for inside in (sheet for sheet in sheets if os.path.lexists(self.folder / sheet)):
+            try:
+                image = decode_image({"bytes": None, "path": str(self.folder / inside)}, access).convert("RGBA")
+            except BadImage as error:
+                # The page shows only the short reason, because the full message may name folders of this machine.
+                name = make_short_plain_line(str(inside), 120)
+                self.faults.append((name, f"the image is not shown: {error.reason}"))
+                copies.append((None, title))
+            else:
+                image.thumbnail((1600, 1600))
+                copies.append((self.choose_image_name(".jpg"), title))
+                opaque = Image.new("RGB", image.size, "white")
+                opaque.paste(image, mask=image)
+                # The new image has only the pixels of the old one, so metadata such as the place of a photo are left
+                # out.
+                opaque.save(output / copies[-1][0], quality=85)
+        return copies
+
 
 def read_results_folder(folder: Path) -> ResultsFolder:
     """Read all result files and training runs in a folder and its subfolders.
@@ -105,13 +118,13 @@ def read_results_folder(folder: Path) -> ResultsFolder:
         if any(part.startswith(".") or part.endswith(".partial") for part in name.split("/")):
             continue
         try:
-            content, _ = read_untrusted_json_object_and_bytes(path)
+            content, _ = result_files.read_untrusted_json_object_and_bytes(path)
             if "summary_version" in content:
                 # A summary (of eval.suite or examples.real_images) repeats the result files next to it. It is left out,
                 # so that no result is shown twice.
                 continue
             if "records" in content:
-                results_folder.results.append(parse_result(content, name))
+                results_folder.results.append(result_files.parse_result(content, name))
             elif "curve" in content:
                 results_folder.runs.append((name, content))
             elif not (path.parent / "config.json").is_file():
@@ -143,12 +156,12 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
         ValueError: If there is no result file. If the output folder is not empty and `overwrite` is False. If the
             output folder contains the results.
     """
-    check_output_folder_and_clean_leftovers(output, overwrite)
-    check_inputs_outside(output, results)
+    files.check_output_folder_and_clean_leftovers(output, overwrite)
+    files.check_inputs_outside(output, results)
     content = read_results_folder(results)
-    with atomic_folder(output, overwrite) as folder:
-        tables = _group_into_tables(build_records_frame(content.results))
-        blocks = [_build_report_block_and_write_images(rows, content, folder) for rows in tables]
+    with files.atomic_folder(output, overwrite) as folder:
+        groups = _group_into_tables(tables.build_records_frame(content.results))
+        blocks = [_build_report_block_and_write_images(rows, content, folder) for rows in groups]
         runs = []
         for name, run in content.runs:
             try:
@@ -160,11 +173,11 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
                 content.faults.append((name, fault))
                 continue
             sheets, title = [Path(name).with_name(RUN_SHEET_FILE)], "Test captions with the images found for them"
-            copies = _copy_images_into_report_as_jpeg(sheets, title, content, folder)
+            copies = content.copy_images_as_jpeg(sheets, title, folder)
             runs.append((name, run, [(chart, f"curves {name}"), *copies]))
         values = {"results_folder": content, "blocks": blocks, "runs": runs}
-        values |= {"points": format_signed_difference, "safe_line": _to_safe_line}
-        write_html_from_template(PAGE_TEMPLATE, folder / "index.html", **values)
+        values |= {"points": tables.format_signed_difference, "safe_line": _to_safe_line}
+        tables.write_html_from_template(PAGE_TEMPLATE, folder / "index.html", **values)
     return content
 
 
@@ -200,11 +213,11 @@ def _build_report_block_and_write_images(
     """
     first, measured = rows.iloc[0], rows[rows["metric"] != GAIN_METRIC]
     is_retrieval = first["task"] == "retrieval"
-    conflicts = find_conflicting_records(measured, "folder", REPORT_TOLERANCE)
+    conflicts = tables.find_conflicting_records(measured, "folder", REPORT_TOLERANCE)
     for row in conflicts.drop_duplicates(["name", "dataset", "folder"]).itertuples():
         fault = f"contradicts an earlier file about {row.dataset} with {row.folder}; the earlier values are shown"
         results_folder.faults.append((row.name, fault))
-    pairs = pair_with_baselines(average_over_seeds(measured, "folder"))
+    pairs = tables.pair_with_baselines(tables.average_over_seeds(measured, "folder"))
     gains = rows[rows["metric"] == GAIN_METRIC].to_dict("records")
     for pair in pairs:
         pair["published"] = get_published_baseline_result(pair)
@@ -234,44 +247,8 @@ def _build_report_block_and_write_images(
         "title": title, "protocol": first["protocol"], "pairs": pairs, "gains": gains, "charts": charts,
         "main": [p for p in drawn if p["metric"] == "mean_recall"] if is_retrieval else drawn,
         "skipped": skipped[skipped > 0].to_dict(),
-        "sheets": _copy_images_into_report_as_jpeg(sheets, "Best and worst queries", results_folder, output),
+        "sheets": results_folder.copy_images_as_jpeg(sheets, "Best and worst queries", output),
     }  # fmt: skip
-
-
-def _copy_images_into_report_as_jpeg(
-    sheets: list[Path], title: str, results_folder: ResultsFolder, output: Path
-) -> list[tuple[str | None, str]]:
-    """Copy images from the results folder into the folder of the report, as JPEG files on a white background.
-
-    An image that can't be read, or that is a link to a file outside of the results folder, is added to the `faults` of
-    `results_folder`.
-
-    Args:
-        sheets: Paths of the images relative to the results folder. Missing files are ignored.
-        title: Title of all images.
-        results_folder: The results folder.
-        output: Folder of the report.
-
-    Returns:
-        File name and title of each copy. The file name is None if the image can't be shown.
-    """
-    copies, files = [], ImageAccess(AllowedFolders(results_folder.folder))
-    for inside in (sheet for sheet in sheets if os.path.lexists(results_folder.folder / sheet)):
-        try:
-            image = decode_image({"bytes": None, "path": str(results_folder.folder / inside)}, files).convert("RGBA")
-        except BadImage as error:
-            # The page shows only the short reason, because the full message may name folders of this machine.
-            name = make_short_plain_line(str(inside), 120)
-            results_folder.faults.append((name, f"the image is not shown: {error.reason}"))
-            copies.append((None, title))
-        else:
-            image.thumbnail((1600, 1600))
-            copies.append((results_folder.choose_image_name(".jpg"), title))
-            opaque = Image.new("RGB", image.size, "white")
-            opaque.paste(image, mask=image)
-            # The new image has only the pixels of the old one, so metadata such as the place of a photo are left out.
-            opaque.save(output / copies[-1][0], quality=85)
-    return copies
 
 
 def _to_safe_line(text: object) -> str:

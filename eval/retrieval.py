@@ -9,7 +9,6 @@ results are bit-identical to the results of a single process.
     accelerate launch --multi_gpu --num_processes 8 -m eval.retrieval …
 """
 
-import time
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,15 +27,7 @@ from caption_data.rows import DATASET_HELP, compute_image_caption_rows_digest, c
 from caption_data.sources import Split, open_split
 from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS
-from eval.embeddings import (
-    MODEL_HELP,
-    CachedEmbedder,
-    EmbeddedImages,
-    ModelArguments,
-    load_embedder_with_cache,
-    run_evaluation_command,
-    write_result_file_with_model_metadata,
-)
+from eval.embeddings import MODEL_HELP, CachedEmbedder, EmbeddedImages, ModelArguments, run_evaluation_command
 from eval.records.result_files import DIRECTIONS, GAIN_METRIC, Record
 from eval.records.tables import build_mean_recall_record
 from modeling_capivara.modeling_capivara import check_truncate_dim, l2_normalize
@@ -308,10 +299,8 @@ def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
     source = open_split(args.dataset, args.split, args.image_column, **args.image_options()).limited(args.limit)
     column = args.caption_column.replace("{language}", args.language)
     source.check_columns([source.image_column, column])
-    captions = [
-        select_captions_by_position(value, column, args.caption_positions, row)
-        for row, value in enumerate(source.data[column][:])
-    ]
+    cells, positions = source.data[column][:], args.caption_positions
+    captions = [select_captions_by_position(cell, column, positions, row) for row, cell in enumerate(cells)]
     if source.damaged_archives:
         fault = source.damaged_archives[0].detail
         raise ValueError(f"{source.display_name} is damaged: {fault}. Download or create it again.")
@@ -335,11 +324,9 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
     """
     check_output_file(args.output)
     data = load_retrieval_data(args)
-    cached_embedder = load_embedder_with_cache(args)
-    check_truncate_dim(
-        args.dim, cached_embedder.embedder.width, "dim"
-    )  # before the long work, the embedding of the dataset
-    started = time.perf_counter()
+    cached_embedder = CachedEmbedder.load(args)
+    # A wrong --dim is reported here, before the dataset is embedded, which takes long.
+    check_truncate_dim(args.dim, cached_embedder.embedder.width, "dim")
     full_embeddings, images = data.embed(cached_embedder)
     embeddings = full_embeddings.truncate(args.dim)
     if len(images.rows) < 2:
@@ -353,7 +340,7 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
     records = compute_retrieval_records(embeddings, protocol, **record_fields)
     if get_or_init_distributed_state().is_main_process:
         metadata = {"dataset": args.dataset, "name": name, "fingerprint": data.fingerprint(), "skipped": images.skipped}
-        write_result_file_with_model_metadata(args, records, cached_embedder, started, **metadata)
+        cached_embedder.write_result_file(args, records, **metadata)
         if draw_sheet:
             # The import is here and not at the top, because it loads matplotlib, which is needed only for this sheet.
             from eval.records.plots import plot_retrieval_sheet

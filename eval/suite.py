@@ -30,15 +30,7 @@ from capivara_common.cli import UsageError, flag, parse_arguments, run_main_and_
 from capivara_common.environment import get_or_init_distributed_state, package_versions
 from capivara_common.files import list_seed_run_folders, read_json, write_json, write_text
 from capivara_common.privacy import shorten_absolute_paths
-from eval.benchmarks import (
-    BENCHMARKS_FOLDER,
-    SUITES,
-    Benchmark,
-    find_local_or_hub_data,
-    find_model_name_in_published_results,
-    load_benchmarks,
-    read_benchmark,
-)
+from eval.benchmarks import BENCHMARKS_FOLDER, SUITES, Benchmark, find_published_name, load_benchmarks, read_benchmark
 from eval.classification import ClassificationArguments, evaluate_zero_shot_and_write_result
 from eval.embeddings import EmbeddingArguments
 from eval.records.result_files import ROLE_NAMES, Record, read_records
@@ -118,7 +110,7 @@ def _check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
         - "seed": seed of the training run, from the model's run.json, or None.
         - "fingerprint": digest that identifies the model.
         - "published" and "base_published": name under which results of the model, or of the model that it was
-          fine-tuned from, were published (see `find_model_name_in_published_results`); None without such results.
+          fine-tuned from, were published (see `find_published_name`); None without such results.
 
     Raises:
         UsageError: If no model is given.
@@ -144,8 +136,8 @@ def _check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
         model = load_embedder(name, "cpu", is_baseline, precision)
         entry = {"name": name, "role": role, "run": run, "seed": run_data.get("seed"), "fingerprint": model.fingerprint}
         base = str(run_data.get("config", {}).get("model", ""))
-        entry |= {"published": find_model_name_in_published_results(name, role, **model.metadata)} | model.metadata
-        entry["base_published"] = find_model_name_in_published_results(base, "baseline", **model.metadata)
+        entry |= {"published": find_published_name(name, role, **model.metadata)} | model.metadata
+        entry["base_published"] = find_published_name(base, "baseline", **model.metadata)
         models.append(entry)
     if len({model["fingerprint"] for model in models[-len(runs) :]}) < len(runs):
         raise ValueError("--runs must be different models, but two of them have the same weights. Remove one.")
@@ -169,7 +161,7 @@ def _check_models_and_plan_measurements(args: SuiteArguments) -> tuple[list[dict
     benchmarks, requested = check_arguments_and_select_benchmarks(args), args.languages
     models, measurements = _check_and_describe_models(args), []
     for benchmark in benchmarks:
-        source = find_local_or_hub_data(benchmark, args.data_dir)
+        source = benchmark.find_data(args.data_dir)
         languages = benchmark.languages
         if requested:
             languages = [code for code in benchmark.available_languages if code in requested]
@@ -187,22 +179,20 @@ def _check_models_and_plan_measurements(args: SuiteArguments) -> tuple[list[dict
     return models, measurements
 
 
-def run_measurement(
-    args: SuiteArguments, benchmark: Benchmark, model: dict[str, Any], measurement: dict[str, Any]
-) -> list[Record]:
+def run_measurement(args: SuiteArguments, model: dict[str, Any], measurement: dict[str, Any]) -> list[Record]:
     """Measure one model on one benchmark in one language, and write the result file.
 
     Args:
         args: Arguments of the suite. They include the output folder, precision and batch size.
-        benchmark: The benchmark, which says how to measure.
         model: The model, as a dict. The keys "name" (folder or Hub id), "role" ("baseline" or "capivara") and "seed"
             (seed of its training run, or None) are used.
-        measurement: The plan of the measurement, as a dict. The keys "data" (path or Hub id), "language" (language
-            code) and "file" (name of the result file) are used.
+        measurement: The plan of the measurement, as a dict. The keys "benchmark" (key of the benchmark), "data" (path
+            or Hub id), "language" (language code) and "file" (name of the result file) are used.
 
     Returns:
         The measured values: one record per metric, and for retrieval one per metric and direction.
     """
+    benchmark = load_benchmarks()[measurement["benchmark"]]
     options = {field.name: getattr(args, field.name) for field in fields(EmbeddingArguments)}
     options |= {"model": model["name"], "output": args.output / measurement["file"], "split": benchmark.split}
     options |= {"role": model["role"], "language": measurement["language"], "seed": model["seed"]}
@@ -227,13 +217,12 @@ def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
         On the main process the summary, which is the content of suite.json; None on the other processes.
     """
     models, measurements = _check_models_and_plan_measurements(args)
-    is_main, benchmarks = get_or_init_distributed_state().is_main_process, load_benchmarks()
+    is_main = get_or_init_distributed_state().is_main_process
     models_by_run = {(model["role"], model["run"]): model for model in models}
     for number, measurement in enumerate(measurements, 1):
         if measurement["status"] == "planned":
-            model = models_by_run[measurement["role"], measurement["run"]]
             try:
-                run_measurement(args, benchmarks[measurement["benchmark"]], model, measurement)
+                run_measurement(args, models_by_run[measurement["role"], measurement["run"]], measurement)
                 measurement["status"] = "measured"
             except Exception as error:
                 # Every error is caught, so that one benchmark that fails does not end the others.
@@ -294,8 +283,8 @@ def build_suite_rows_and_remarks(
     pairs: list[tuple[Benchmark, str]],
     values: list[dict[str, Any]],
     model_counts: dict[str, int],
-    protocol: str = "ours",
-    published: dict[str, str | None] | None = None,
+    protocol: str,
+    published: dict[str, str | None],
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Build the rows of a suite's table, which shows measured results next to published results, in percent.
 
@@ -309,7 +298,7 @@ def build_suite_rows_and_remarks(
         model_counts: Number of models of each role, `{role: number}`.
         protocol: Source of class names and prompts, "ours" or "authors".
         published: `{role: name of the model whose published results are shown, or None to show none}`, as in
-            `Benchmark.get_published_figure`. Default: the published results of "baseline" and "capivara".
+            `Benchmark.get_published_figure`. It has the roles of the table.
 
     Returns:
         A tuple (rows, remarks). A row is a dict with keys that describe the benchmark, and with the keys "baseline" and
@@ -339,7 +328,6 @@ def build_suite_rows_and_remarks(
     means = compute_means_and_deviations(frame, GROUP_COLUMNS)
     # A mean is shown only if all models of the role were measured, because a mean of fewer models would mislead.
     means = means[means["seeds"] == means.index.get_level_values("role").map(model_counts)].to_dict("index")
-    published = published or {role: role for role in model_counts}
     rows = []
     for benchmark, language in pairs:
         for direction in benchmark.directions:

@@ -114,5 +114,6 @@ def training_of(args, skipped) -> list:
 
 def measured_of(args, split, languages) -> dict:
     """Return the pairs of a split that a run evaluates on, by language."""
-    splits = {(args.evaluation_dataset, split): open_split(args.evaluation_dataset, split, args.image_column)}
-    return load_evaluation_pairs(args, splits, split, languages, None)
+    source = open_split(args.evaluation_dataset, split, args.image_column)
+    columns = {code: args.caption_column.replace("{language}", code) for code in languages}
+    return {code: load_evaluation_pairs(source, column, None) for code, column in columns.items()}

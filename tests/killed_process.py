@@ -21,6 +21,7 @@ import torch
 
 import train_accelerate
 import training.checkpoints
+from capivara_common import files
 from modeling_capivara import CapivaraModel
 from training.whole_batch import WholeBatch
 
@@ -30,12 +31,8 @@ PLACES = {  # phase -> function to replace (owner and name), and whether the pro
     "step-after": (torch.optim.Adam, "step", "after"),
     "save-state": (training.checkpoints, "write_json", "before"),  # the checkpoint is complete except for its state
     "end": (CapivaraModel, "save_pretrained", "before"),  # after training, while the result is written
-    "finish": (
-        train_accelerate,
-        "rename_partial_folder",
-        "before",
-    ),  # everything is written, but the folder is not renamed yet
-    "finished": (train_accelerate, "rename_partial_folder", "after"),
+    "finish": (files, "rename_partial_folder", "before"),  # all is written, but the folder is not renamed yet
+    "finished": (files, "rename_partial_folder", "after"),
 }
 
 

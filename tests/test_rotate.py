@@ -8,13 +8,14 @@ import torch
 from datasets import Dataset, DatasetDict
 from datasets import Image as ImageFeature
 from PIL import Image
+from safetensors.torch import save_file
 from tiny import randomize, tiny_config
 from torch.nn.functional import normalize
 
 from modeling_capivara import CapivaraConfig, CapivaraModel
 from modeling_capivara.loading import load_model
 from training.interpolate import main as interpolate
-from training.rotate import compute_principal_rotation, load_rotation, rotate_model_, save_rotation
+from training.rotate import ROTATION_FILE, compute_principal_rotation, load_rotation, rotate_model_
 from training.rotate import main as rotate
 
 
@@ -51,7 +52,7 @@ def test_a_rotated_model_has_the_same_cosines(kind, tiny_processor, tmp_path):
     for name in ("text_embeds", "image_embeds"):
         torch.testing.assert_close(getattr(before, name) @ rotation.T, getattr(after, name), atol=1e-6, rtol=0)
         assert (getattr(before, name) - getattr(after, name)).abs().max() > 0.1
-    save_rotation(rotation, tmp_path)
+    save_file({"rotation": rotation}, tmp_path / ROTATION_FILE)
     assert torch.equal(load_rotation(tmp_path), rotation)
     with pytest.raises(ValueError, match=r"\b24\b.*\b16\b"):
         rotate_model_(model, torch.eye(16))

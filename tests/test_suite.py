@@ -229,6 +229,9 @@ def test_invalid_arguments_are_refused_before_measuring(models, tmp_path, argume
     assert not (tmp_path / "out").exists()
 
 
+PUBLISHED = {"baseline": "baseline", "capivara": "capivara"}  # {role: model whose published figures are shown}
+
+
 def make_value(benchmark, role: str, run: int, value: float, n: int) -> dict:
     """Make an element of the `values` of `build_suite_rows_and_remarks`."""
     cell = {"benchmark": benchmark.key, "language": "pt", "direction": "", "metric": benchmark.metric}
@@ -242,19 +245,19 @@ def test_the_average_needs_all_twenty_datasets_for_every_model():
     for number, (benchmark, _) in enumerate(pairs):
         for role, run in (("baseline", 0), ("capivara", 0), ("capivara", 1)):
             values.append(make_value(benchmark, role, run, (number + run) / 100, 5))
-    rows, averages_left_out = build_suite_rows_and_remarks(pairs, values, model_counts, protocol="authors")
+    rows, averages_left_out = build_suite_rows_and_remarks(pairs, values, model_counts, "authors", PUBLISHED)
     assert [row["benchmark"] for row in rows] == [*ELEVATER, average.key] and not averages_left_out
     row = rows[-1]
     assert row["baseline"]["measured"]["mean"] == pytest.approx(9.5) and row["metric"] == "average"
     assert row["capivara"]["measured"] == {"mean": pytest.approx(10.0), "std": pytest.approx(0.5**0.5), "runs": 2}
     assert row["capivara"]["published"] == {"mean": 57.51, "std": 0.02} and row["images"] is None
     assert row["like_for_like"] is all(other["like_for_like"] for other in rows[:-1])
-    rows, averages_left_out = build_suite_rows_and_remarks(pairs, values[1:], model_counts)
+    rows, averages_left_out = build_suite_rows_and_remarks(pairs, values[1:], model_counts, "ours", PUBLISHED)
     assert average.key not in {row["benchmark"] for row in rows}
     assert averages_left_out[0].startswith("ELEVATER average: ")
     row = next(row for row in rows if row["benchmark"] == values[0]["benchmark"])
     assert row[values[0]["role"]]["measured"] is None, "a mean of fewer runs would mislead"
-    rows, averages_left_out = build_suite_rows_and_remarks(pairs[:19], values, model_counts)
+    rows, averages_left_out = build_suite_rows_and_remarks(pairs[:19], values, model_counts, "ours", PUBLISHED)
     assert average.key not in {row["benchmark"] for row in rows} and " 19 of 20 " in averages_left_out[0]
 
 
@@ -264,9 +267,8 @@ def test_figures_are_like_for_like_only_with_the_published_prompts_and_images():
     cases += [("dtd", "pt", 1879, "authors", False), ("babel-imagenet", "xh", 3, "ours", True)]
     for key, language, images, protocol, expected in cases:
         values = [make_value(BENCHMARKS[key], "capivara", 0, 0.5, images) | {"language": language}]
-        ((row,), _) = build_suite_rows_and_remarks(
-            [(BENCHMARKS[key], language)], values, {"capivara": 1}, protocol=protocol
-        )
+        pairs = [(BENCHMARKS[key], language)]
+        ((row,), _) = build_suite_rows_and_remarks(pairs, values, {"capivara": 1}, protocol, PUBLISHED)
         assert row["like_for_like"] is expected
         assert row["capivara"]["difference"] == (pytest.approx(50 - 42.34) if key == "dtd" else None)
 

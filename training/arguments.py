@@ -4,9 +4,12 @@
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+import torch
 
 from capivara_common.cli import check_at_least, check_between, flag
 from capivara_common.image_files import ImageFileArguments
@@ -206,3 +209,14 @@ class RunArguments(
         Paths become strings.
         """
         return json.loads(json.dumps(asdict(self), default=str))
+
+
+def resolve_loading_workers(args: RunArguments, device: torch.device) -> int:
+    """Return how many worker processes should decode images.
+
+    It is `args.loading_workers` if this is set. Otherwise, it is 12 on a GPU, but at most the number of CPU cores. On a
+    CPU it is 0, which means no worker process, because the model itself needs all cores.
+    """
+    if args.loading_workers is not None:
+        return args.loading_workers
+    return 0 if device.type == "cpu" else min(12, os.cpu_count() or 1)

@@ -13,7 +13,6 @@ disk.
 
 import copy
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -49,7 +48,7 @@ from caption_data.rows import SkippedRow
 from caption_data.sources import Split, open_split
 from modeling_capivara import two_towers
 from modeling_capivara.loading import load_model, load_processor, weights_digest
-from training.arguments import RunArguments
+from training.arguments import RunArguments, resolve_loading_workers
 from training.batches import BatchPlanner, StepPlan, apportion_batch_to_datasets
 from training.trainable import freeze_parameters_and_add_adapters
 
@@ -209,8 +208,13 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
     for split in splits.values():
         if split.is_embedded:
             split.check_embeds(args.model, two_towers.embedding_width(base.config), views=split.stored_views)
-    validation = load_evaluation_pairs(args, splits, args.validation_split, [args.language], processor)[args.language]
-    test = load_evaluation_pairs(args, splits, args.test_split, args.eval_languages, processor)
+
+    def load_evaluation(split: str, language: str) -> PairDataset:
+        opened = splits[args.evaluation_dataset, split]
+        return load_evaluation_pairs(opened, _get_caption_column(args, language), processor)
+
+    validation = load_evaluation(args.validation_split, args.language)
+    test = {language: load_evaluation(args.test_split, language) for language in args.eval_languages}
     training = load_training_pairs(args, splits, processor)
     # If too many rows can't be used, this call raises an error now, before the images are embedded. Its result is not
     # needed yet.
@@ -233,16 +237,8 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
     validation = with_vectors(validation)
     validation_embeds = load_embeds(validation, "Images, validation")
     training, skipped = _split_usable_and_skipped_pairs(list(map(with_vectors, training)), args)
-    return TrainingInputs(
-        processor=processor,
-        training=training,
-        validation=validation,
-        validation_embeds=validation_embeds,
-        test=test,
-        test_embeds=test_embeds,
-        skipped=skipped,
-        base_digest=weights_digest(base),
-    )
+    digest = weights_digest(base)
+    return TrainingInputs(processor, training, validation, validation_embeds, test, test_embeds, skipped, digest)
 
 
 def _split_usable_and_skipped_pairs(
@@ -304,7 +300,7 @@ def _open_and_check_splits(args: RunArguments) -> Splits:
     if sum(map(len, training)) < args.effective_batch_size:
         # This call raises an error whose message names the largest possible batch. It reads all rows to count the
         # usable pairs, which is quick, because there are fewer rows than one batch has pairs.
-        _split_usable_and_skipped_pairs(load_training_pairs(args, splits), args)
+        _split_usable_and_skipped_pairs(load_training_pairs(args, splits, None), args)
     apportion_batch_to_datasets(args.effective_batch_size, list(map(len, training)))
     return splits
 
@@ -320,9 +316,7 @@ def _list_training_caption_columns(args: RunArguments) -> list[str]:
     return list(dict.fromkeys([_get_caption_column(args, args.language), *others, *similarities]))
 
 
-def load_training_pairs(
-    args: RunArguments, splits: Splits, processor: ProcessorMixin | None = None
-) -> list[PairDataset]:
+def load_training_pairs(args: RunArguments, splits: Splits, processor: ProcessorMixin | None) -> list[PairDataset]:
     """Load all rows of every training dataset, and choose the captions to train on.
 
     Args:
@@ -350,32 +344,26 @@ def load_training_pairs(
     return datasets
 
 
-def load_evaluation_pairs(
-    args: RunArguments, splits: Splits, name: str, languages: list[str], processor: ProcessorMixin
-) -> dict[str, PairDataset]:
-    """Load the images and captions of a validation or test split, in one or several languages.
+def load_evaluation_pairs(split: Split, caption_column: str, processor: ProcessorMixin | None) -> PairDataset:
+    """Load the images and captions of a validation or test split, in one language.
 
     Every row must be usable, because skipping rows would change the results.
 
     Args:
-        args: Arguments of the run.
-        splits: The opened dataset splits, as a dict `{(dataset, split name): split}`.
-        name: Name of the validation or test split.
-        languages: Codes of the caption languages.
-        processor: Processor of the model.
+        split: The opened split.
+        caption_column: Name of the column with the captions.
+        processor: Processor of the model. If it is None, images can be decoded but not preprocessed for the model.
 
     Returns:
-        A dict `{language code: pairs with captions in this language}`.
+        One pair for each row of the split: its image and its captions.
 
     Raises:
         ValueError: If a row can't be used; the message names the row.
     """
-    pairs, split = {}, splits[args.evaluation_dataset, name]
-    for language in languages:
-        column = _get_caption_column(args, language)
-        table = load_or_build_pair_table(split, [column], partial(_get_nonempty_captions, column), {"whole": column})
-        pairs[language] = PairDataset(split, table, processor, seed=args.seed)
-        _check_no_bad_rows(pairs[language])
+    choose = partial(_get_nonempty_captions, caption_column)
+    table = load_or_build_pair_table(split, [caption_column], choose, {"whole": caption_column})
+    pairs = PairDataset(split, table, processor)
+    _check_no_bad_rows(pairs)
     return pairs
 
 
@@ -477,17 +465,6 @@ def prefetch_pixels(
     options = {"multiprocessing_context": "spawn", "prefetch_factor": 4} if workers else {}
     dataset = _ViewDataset(training)
     return iter(DataLoader(dataset, batch_sampler=items, num_workers=workers, collate_fn=list, **options))
-
-
-def resolve_loading_workers(args: RunArguments, accelerator: Accelerator) -> int:
-    """Return how many worker processes should decode images.
-
-    It is `args.loading_workers` if this is set. Otherwise, it is 12 on a GPU, but at most the number of CPU cores. On a
-    CPU it is 0, which means no worker process, because the model itself needs all cores.
-    """
-    if args.loading_workers is not None:
-        return args.loading_workers
-    return 0 if accelerator.device.type == "cpu" else min(12, os.cpu_count() or 1)
 
 
 @torch.no_grad()
@@ -619,7 +596,7 @@ def embed_images_into_column(
 
     def load(batches: Iterator[list[Place]]) -> Iterator[list[Tensor | BadImage]]:
         items = ([(0, *place) for place in batch] for batch in batches)
-        return prefetch_pixels([pairs], items, resolve_loading_workers(args, accelerator))
+        return prefetch_pixels([pairs], items, resolve_loading_workers(args, accelerator.device))
 
     def embed(images: list[Tensor], chunk_images: int = CHUNK_SIZES[0]) -> np.ndarray:
         return embed_pixels(model, torch.stack(images), accelerator, chunk_images, precision != "no").cpu().numpy()

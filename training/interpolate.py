@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capivara_common.cli import check_between, flag, parse_arguments, run_main_and_report_user_errors
-from capivara_common.files import atomic_folder, check_output_folder_and_clean_leftovers
+from capivara_common.files import check_output_folder_and_clean_leftovers
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES
-from training.rotate import load_rotation, rotate_model_, save_rotation
+from training.rotate import load_rotation, rotate_model_, save_model_folder
 from training.trainable import interpolate_weights
 
 
@@ -62,11 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.trained} was rotated, and its rotation.safetensors is missing. Copy the file into the folder again."
         )
     interpolate_weights(model, base, args.share)
-    with atomic_folder(args.output) as folder:
-        model.save_pretrained(folder)
-        load_processor(args.trained).save_pretrained(folder)
-        if rotation is not None:
-            save_rotation(rotation, folder)
+    save_model_folder(args.output, model, load_processor(args.trained), rotation)
     print(f"Wrote the interpolated model to {args.output}. The weight of the trained model is {args.share:g}.")
 
 

@@ -27,16 +27,10 @@ from caption_data.rows import SkippedRow, write_skipped_rows
 from eval.capivara_metrics.metrics import mean_recall
 from eval.retrieval import embed_captions_for_retrieval
 from modeling_capivara.two_towers import embedding_width, uses_sigmoid_loss
-from training.arguments import RunArguments
+from training.arguments import RunArguments, resolve_loading_workers
 from training.batches import MicroBatch, StepPlan
 from training.checkpoints import Checkpoints, TrainingState
-from training.inputs import (
-    TrainingInputs,
-    embed_pixels,
-    prefetch_pixels,
-    read_cached_step_image_embeds,
-    resolve_loading_workers,
-)
+from training.inputs import TrainingInputs, embed_pixels, prefetch_pixels, read_cached_step_image_embeds
 from training.run_folder import handle_signals_temporarily
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.whole_batch import WholeBatch, select_loss
@@ -353,7 +347,8 @@ class TrainingLoop:
             return None
         steps = (plans(step).result() for step in range(self.state.step, self.args.max_steps))
         items = (plan.items(places) for plan in steps for places in self._local_places(plan))
-        return prefetch_pixels(self.inputs.training, items, resolve_loading_workers(self.args, self.accelerator))
+        workers = resolve_loading_workers(self.args, self.accelerator.device)
+        return prefetch_pixels(self.inputs.training, items, workers)
 
     def _local_places(self, plan: StepPlan, among: Container[int] | None = None) -> Sequence[Tensor]:
         """Return the positions of the images that this process embeds, in the batch of all processes.
@@ -388,9 +383,8 @@ class TrainingLoop:
         """
         measures, inputs = [None], self.inputs
         if self.accelerator.is_main_process:
-            embeddings = embed_captions_for_retrieval(
-                self.model.eval(), inputs.processor, inputs.validation.captions(), inputs.validation_embeds
-            )
+            model, captions = self.model.eval(), inputs.validation.captions()
+            embeddings = embed_captions_for_retrieval(model, inputs.processor, captions, inputs.validation_embeds)
             recalls = {direction: mean_recall(ranks) for direction, ranks in embeddings.ranks.items()}
             rows = torch.arange(len(embeddings.image_embeds))
             # The loss compares each image with its first caption.

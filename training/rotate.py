@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
@@ -89,10 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     rotation = compute_principal_rotation(embeds)
     rotate_model_(model, rotation)
-    with atomic_folder(args.output) as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        save_rotation(rotation, folder)
+    save_model_folder(args.output, model, processor, rotation)
     print(f"Wrote the rotated model to {args.output}.")
 
 
@@ -151,12 +148,24 @@ def rotate_model_(model: PreTrainedModel, rotation: Tensor) -> None:
         layer.weight.copy_(rotation.to(layer.weight.device).double() @ layer.weight.double())
 
 
-def save_rotation(rotation: Tensor, folder: Path) -> None:
-    """Save the rotation matrix of a model, (width, width), as `rotation.safetensors` in the folder of the model.
+def save_model_folder(output: Path, model: PreTrainedModel, processor: ProcessorMixin, rotation: Tensor | None) -> None:
+    """Write a model, its processor and its rotation matrix to a new folder. The write is atomic.
 
-    With this file, embeddings that were computed before the rotation can be rotated, too.
+    The matrix is stored in the file `rotation.safetensors`. With it, embeddings that were computed before the rotation
+    can be rotated, too.
+
+    Args:
+        output: Folder to write. It must be new or empty.
+        model: The model.
+        processor: The processor of the model.
+        rotation: Matrix by which the embedding space of the model has been rotated, (width, width). None: the model has
+            not been rotated, and no matrix is stored.
     """
-    write_bytes(folder / ROTATION_FILE, save({"rotation": rotation}))
+    with atomic_folder(output) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        if rotation is not None:
+            write_bytes(folder / ROTATION_FILE, save({"rotation": rotation}))
 
 
 def load_rotation(model: str | Path) -> Tensor | None:

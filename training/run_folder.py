@@ -18,16 +18,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from capivara_common.files import (
-    RUN_MARKER,
-    acquire_folder_lock,
-    check_inputs_outside,
-    check_output_folder_and_clean_leftovers,
-    get_partial_folder_path,
-    list_seed_run_folders,
-    read_json,
-    remove_or_restore_leftovers,
-)
+from capivara_common import files
+from capivara_common.files import RUN_MARKER, get_partial_folder_path
 from training.arguments import RunArguments
 from training.checkpoints import TrainingState, check_same_run
 
@@ -46,7 +38,7 @@ def check_matches_finished_run(folder: Path, config: dict[str, Any], data: dict[
     Raises:
         ValueError: If a digest differs, or if a setting that affects the weights differs.
     """
-    finished = read_json(folder / "run.json", config=dict, dataset_fingerprints=dict)
+    finished = files.read_json(folder / "run.json", config=dict, dataset_fingerprints=dict)
     state = TrainingState(config=finished["config"], data=finished["dataset_fingerprints"])
     check_same_run(state, config, data, folder)
 
@@ -75,21 +67,21 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
     if state.is_main_process:
         # If a run was killed while its folder was renamed, temporary folders are left over. They are removed or renamed
         # back here, before any process checks the folder.
-        remove_or_restore_leftovers(args.output_dir)
+        files.remove_or_restore_leftovers(args.output_dir)
     state.wait_for_everyone()
-    if args.resume and (seeds := list_seed_run_folders(args.output_dir)):
+    if args.resume and (seeds := files.list_seed_run_folders(args.output_dir)):
         names = ", ".join(folder.name for folder in seeds)
         raise ValueError(
             f"{args.output_dir} holds finished runs of several seeds ({names}), which can't be resumed together. "
             "Choose one of these folders, with its --seed."
         )
     if not is_run_complete(args, args.output_dir):
-        check_output_folder_and_clean_leftovers(args.output_dir, args.overwrite_output_dir)
+        files.check_output_folder_and_clean_leftovers(args.output_dir, args.overwrite_output_dir)
     if args.overwrite_output_dir:
         needed = [args.model, args.evaluation_dataset, *args.dataset]
         # The parent folders are checked as well. An input can be a file pattern such as `shards/*.tar`, whose files are
         # in its parent folder.
-        check_inputs_outside(args.output_dir, *needed, *(Path(name).parent for name in needed))
+        files.check_inputs_outside(args.output_dir, *needed, *(Path(name).parent for name in needed))
     partial = get_partial_folder_path(args.output_dir)
     if args.resume is None and not args.overwrite_output_dir and _can_resume(partial):
         raise ValueError(
@@ -210,7 +202,7 @@ def _create_and_lock_run_folder(folder: Path) -> int:
         )
     (folder / RUN_MARKER).touch()
     try:
-        return acquire_folder_lock(folder)
+        return files.acquire_folder_lock(folder)
     except BlockingIOError:
         raise ValueError(
             f"Another process is training in {folder}. Wait for it, or choose another output_dir."

@@ -78,11 +78,8 @@ def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
         A dict with the keys "adam_beta1", "adam_beta2" and "lora_modules_to_save". The last is PEFT's setting
         `modules_to_save`: the names of the modules that are trained in full while other layers have LoRA adapters.
     """
-    return {
-        "adam_beta1": ADAM_BETAS[0],
-        "adam_beta2": ADAM_BETAS[1],
-        "lora_modules_to_save": _find_fully_trained_modules(model),
-    }
+    beta1, beta2 = ADAM_BETAS
+    return {"adam_beta1": beta1, "adam_beta2": beta2, "lora_modules_to_save": _find_fully_trained_modules(model)}
 
 
 @torch.no_grad()

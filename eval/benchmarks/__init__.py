@@ -105,6 +105,27 @@ class Benchmark:
         figure = (self.published | self.bases).get(model)
         return figure.get(direction) if figure and self.task == "retrieval" else figure
 
+    def find_data(self, folder: Path | None) -> dict[str, Any]:
+        """Find the data of the benchmark: first in a local folder, then on the Hub.
+
+        Args:
+            folder: Folder with one entry per benchmark key (--data_dir), or None.
+
+        Returns:
+            A dict with three keys:
+
+            - "data": the path or Hub id; "" if there is neither.
+            - "local": whether "data" is a path.
+            - "reason": why no data were found; "" if data were found.
+        """
+        for key in filter(None, (self.key, self.data_of)):
+            if folder and (folder / key).exists():
+                return {"data": str(folder / key), "local": True, "reason": ""}
+        identity, url = self.source["hub_id"] or "", self.source["url"]
+        source = f" (download: {url})" if url else ""
+        hint = f"there are no local data, and no Hub id is known. Put the data into --data_dir/{self.key}{source}"
+        return {"data": identity, "local": False, "reason": "" if identity else hint}
+
 
 @cache
 def load_benchmarks() -> dict[str, Benchmark]:
@@ -126,7 +147,7 @@ def load_benchmarks() -> dict[str, Benchmark]:
     return {benchmark.key: benchmark for benchmark in benchmarks if benchmark.task != "average"}
 
 
-def find_model_name_in_published_results(name: str, role: str, model_class: str, loss: str) -> str | None:
+def find_published_name(name: str, role: str, model_class: str, loss: str) -> str | None:
     """Find the name under which results of a model were published, to compare them with measured results.
 
     Args:
@@ -184,26 +205,3 @@ def read_benchmark(path: Path) -> Benchmark:
         return Benchmark(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path.name} is not a valid benchmark file: {error}.") from error
-
-
-def find_local_or_hub_data(benchmark: Benchmark, folder: Path | None) -> dict[str, Any]:
-    """Find the data of a benchmark: first in a local folder, then on the Hub.
-
-    Args:
-        benchmark: The benchmark.
-        folder: Folder with one entry per benchmark key (--data_dir), or None.
-
-    Returns:
-        A dict with three keys:
-
-        - "data": the path or Hub id; "" if there is neither.
-        - "local": whether "data" is a path.
-        - "reason": why no data were found; "" if data were found.
-    """
-    for key in filter(None, (benchmark.key, benchmark.data_of)):
-        if folder and (folder / key).exists():
-            return {"data": str(folder / key), "local": True, "reason": ""}
-    identity, url = benchmark.source["hub_id"] or "", benchmark.source["url"]
-    source = f" (download: {url})" if url else ""
-    hint = f"there are no local data, and no Hub id is known. Put the data into --data_dir/{benchmark.key}{source}"
-    return {"data": identity, "local": False, "reason": "" if identity else hint}

@@ -271,7 +271,10 @@ def plot_retrieval_sheet(
             images = []
             for index in best:
                 try:
-                    images.append((_shrink_image(open_image(index)), index == relevant))
+                    image = open_image(index).convert("RGB")
+                    # A sheet has up to 48 images, each drawn only about 200 pixels wide. Smaller images save memory.
+                    image.thumbnail((400, 400))
+                    images.append((image, index == relevant))
                 except BadImage:
                     # The dataset has no images, or the file changed after it was embedded. The measurement is already
                     # complete, so a missing image must not end the command.
@@ -281,16 +284,6 @@ def plot_retrieval_sheet(
         rows.append(row)
     note = "\n".join(filter(None, (note, reason)))
     plot_ranked_image_grid(rows, path, [labels[role] for role in ranks] if is_comparison else (), note)
-
-
-def _shrink_image(image: Image.Image) -> Image.Image:
-    """Return an RGB copy of an image, at most 400 pixels wide and high, to save memory.
-
-    A sheet has up to 48 images, and each is drawn only about 200 pixels wide.
-    """
-    image = image.convert("RGB")
-    image.thumbnail((400, 400))
-    return image
 
 
 def _random_order(query_count: int, seed: int) -> "Tensor":
