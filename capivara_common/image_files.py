@@ -91,6 +91,7 @@ class BadRow(ValueError):
         # Both arguments are passed to the base class, because worker processes return errors by pickling `args`.
         super().__init__(reason, detail[:MAX_DETAIL_CHARACTERS])
         self.reason, self.detail = self.args
+        self.code = reason  # key of the message in the translations of `capivara_search`, the picture search
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
@@ -98,11 +99,6 @@ class BadRow(ValueError):
 
 class BadImage(BadRow):
     """Error for an image that can't be used, because it is missing, damaged, too large or lies in a forbidden place."""
-
-    @property
-    def code(self) -> str:
-        """Key of the message in the translations of `capivara_search`, the picture search; equal to `reason`."""
-        return self.reason
 
 
 @dataclass(frozen=True)
