@@ -295,7 +295,16 @@ def check_and_open_image_without_decoding(
         raise BadImage("absurd image size", f"{name}: {error}") from error
     except Exception as error:  # PIL raises many types of errors, including SyntaxError
         raise BadImage("unreadable image", f"{name}: {error}") from error
-    _check_dimensions(max(image.size, frame, key=math.prod), tile, name, max_pixels, hint)
+    # libtiff decodes a whole tile at once, so a tile must not have too many pixels either.
+    if math.prod(tile) > max_pixels:
+        detail = f"{name} has tiles of {tile[0]} x {tile[1]} pixels; at most {max_pixels:,} pixels are allowed"
+        raise BadImage("absurd image size", detail)
+    width, height = max(image.size, frame, key=math.prod)
+    short, long = sorted((width, height))
+    if long > MAX_IMAGE_SIDE or short * long > max_pixels or long > MAX_ASPECT_RATIO * short:
+        limits = f"a side of {MAX_IMAGE_SIDE:,} pixels and a long side of {MAX_ASPECT_RATIO} times the short side"
+        detail = f"{name} has {width} x {height} pixels; at most {max_pixels:,} pixels{hint}, {limits} are allowed"
+        raise BadImage("absurd image size", detail)
     return image
 
 
@@ -552,27 +561,6 @@ def _read_tiff_tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]
             (side,) = struct.unpack_from(order + TIFF_INTEGER_FORMATS[kind], data, position + value_start)
             sides[tag] = max(sides[tag], side)
     return sides[TILE_WIDTH], sides[TILE_LENGTH]
-
-
-def _check_dimensions(size: tuple[int, int], tile: tuple[int, int], name: str, max_pixels: int, hint: str) -> None:
-    """Raise BadImage if an image or its tiles exceed the limits of this module.
-
-    Args:
-        size: Width and height of the image, or of the largest frame that its decoder allocates.
-        tile: Width and height of the tiles of a TIFF image; (0, 0) without tiles. libtiff decodes a whole tile at once,
-            so a tile must not have too many pixels either.
-        name: Name of the image for error messages.
-        max_pixels: Limit for width x height.
-        hint: Advice for an image that has too many pixels; inserted into the error message after the limit.
-    """
-    (short, long), (width, height) = sorted(size), tile
-    if width * height > max_pixels:
-        detail = f"{name} has tiles of {width} x {height} pixels; at most {max_pixels:,} pixels are allowed"
-        raise BadImage("absurd image size", detail)
-    if long > MAX_IMAGE_SIDE or short * long > max_pixels or long > MAX_ASPECT_RATIO * short:
-        limits = f"a side of {MAX_IMAGE_SIDE:,} pixels and a long side of {MAX_ASPECT_RATIO} times the short side"
-        detail = f"{name} has {size[0]} x {size[1]} pixels; at most {max_pixels:,} pixels{hint}, {limits} are allowed"
-        raise BadImage("absurd image size", detail)
 
 
 def image_display_path(row_image: dict | None) -> str:

@@ -95,7 +95,9 @@ def load_or_build_pair_table(
             image = row.pop(split.image_column, None)
             captions = _normalize_and_choose_captions(row, caption_columns, choose)
             if split.is_embedded:
-                digest = _check_embedding_and_get_image_digest(split, number, row)
+                digest = row[DIGEST_COLUMN]
+                if fault := split.invalid_embeds.get(number) or ("" if digest else f"{DIGEST_COLUMN} is empty"):
+                    raise BadRow(INVALID_EMBEDDING, fault)
             else:
                 digest = blake2b(read_image_bytes(image, split.image_access), digest_size=16).hexdigest()
             return pair | {"digest": digest, "captions": captions}
@@ -266,22 +268,6 @@ def _load_or_build_and_prune_cache(
                     if time.time() - old.stat().st_mtime > UNUSED_TABLE_LIFETIME_S:
                         old.unlink()
     return table
-
-
-def _check_embedding_and_get_image_digest(split: Split, number: int, row: dict[str, Any]) -> str:
-    """Return the image digest of a row that has an embedding instead of an image.
-
-    Args:
-        split: Split that contains the row.
-        number: Number of the row in the split.
-        row: The row. It need not contain the embedding.
-
-    Raises:
-        BadRow: If the digest is missing or the embedding is invalid.
-    """
-    if fault := split.invalid_embeds.get(number) or ("" if row[DIGEST_COLUMN] else f"{DIGEST_COLUMN} is empty"):
-        raise BadRow(INVALID_EMBEDDING, fault)
-    return row[DIGEST_COLUMN]
 
 
 def _normalize_and_choose_captions(row: dict[str, Any], columns: Sequence[str], choose: ChooseCaptions) -> list[str]:
