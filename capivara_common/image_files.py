@@ -218,10 +218,8 @@ def _read_row_image_without_decoding(row_image: dict | None, access: ImageAccess
         raise BadImage("unreadable image", f"bytes or a path are needed, got {str(image)[:80]!r}")
     data, path, archive, offset, size = map(image.get, kinds)
     if data is None and path:
-        if archive is None:
-            data = _read_file_bytes(access.allowed_folders, path)
-        else:
-            data = _read_file_bytes(access.allowed_folders, archive, offset or 0, size or 0)
+        file, start, length = (path, 0, MAX_IMAGE_BYTES + 1) if archive is None else (archive, offset or 0, size or 0)
+        data = _read_file_bytes(access.allowed_folders, file, start, length)
     data = check_byte_count(data or b"", repr(path) if path else "the image in the row")
     name = repr(image_display_path(image)) if path else f"{len(data)} bytes"
     return data, check_and_open_image_without_decoding(data, name, access.max_pixels), name
@@ -404,10 +402,8 @@ def check_byte_count(data: bytes, name: str) -> bytes:
     return data
 
 
-def _read_file_bytes(
-    allowed_folders: AllowedFolders | None, path: str, offset: int = 0, size: int = MAX_IMAGE_BYTES + 1
-) -> bytes:
-    """Read a file, or a range of its bytes, if the file lies in the allowed folders.
+def _read_file_bytes(allowed_folders: AllowedFolders | None, path: str, offset: int, size: int) -> bytes:
+    """Read a range of the bytes of a file, if the file lies in the allowed folders.
 
     At most `MAX_IMAGE_BYTES` + 1 bytes are read: one byte above the limit suffices for `check_byte_count` to detect a
     file that is too large.
@@ -417,7 +413,7 @@ def _read_file_bytes(
             refused.
         path: Path of the file. A relative path is looked up in the allowed folders first, then in the current folder.
         offset: Position of the first byte to read.
-        size: Number of bytes to read.
+        size: Number of bytes to read. If the file is shorter, all bytes up to its end are read.
 
     Raises:
         BadImage: If the path is a URL or lies outside the allowed folders, or the file can't be read.
