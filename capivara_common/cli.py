@@ -20,7 +20,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import field, fields
+from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -208,11 +208,9 @@ def flag(default: Any, help: str, **options: Any) -> Any:
         A dataclass field. Its metadata contain `help` and `options`, from which the parser is built.
     """
     metadata = {"help": help, **options}
-    if default is ...:
-        return field(metadata=metadata)
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=MISSING if default is ... else default, metadata=metadata)
 
 
 def check_at_least(arguments: Any, minimum: float, *names: str) -> None:

@@ -116,10 +116,9 @@ def load_or_measure_fastest_setting(
     if output_file:
         with locked_folder(output_file.parent, wait=True):
             # A task on another machine may have recorded its choice in the meantime.
-            recorded = _read_choice(output_file, candidates)
-            if recorded is None:
-                write_json(output_file, content)
-            content = recorded or content
+            if recorded := _read_choice(output_file, candidates):
+                return recorded["choice"]
+            write_json(output_file, content)
     return content["choice"]
 
 

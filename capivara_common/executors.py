@@ -13,7 +13,6 @@ file of a task is missing, the task has failed or is still running. The reason i
 in the log folder of the phase.
 """
 
-import itertools
 import logging
 import multiprocessing
 import os
@@ -191,8 +190,9 @@ def _run_step_locally(step: PhaseStep, args: ExecutorArguments) -> LocalPipeline
     # Workers are daemons, so that Ctrl-C ends them. The environment is passed explicitly, because the fork server may
     # have been started earlier, with other environment variables.
     processes = []
-    for index, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False):
-        arguments = (executor, index, workers, gpu, dict(os.environ))
+    for index in range(workers):
+        gpu = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
+        arguments = (executor, range(index, tasks, workers), os.environ | gpu)
         processes.append(context.Process(target=_run_tasks_in_worker, args=arguments, daemon=True))
         processes[-1].start()
     for process in processes:
@@ -227,20 +227,17 @@ def _run_rank_sequence(executor: LocalPipelineExecutor, ranks: range) -> None:
             close_task_logger(log)
 
 
-def _run_tasks_in_worker(
-    executor: LocalPipelineExecutor, worker_index: int, worker_count: int, gpu: str, environment: dict[str, str]
-) -> None:
+def _run_tasks_in_worker(executor: LocalPipelineExecutor, ranks: range, environment: dict[str, str]) -> None:
     """Run the tasks of one worker; this is the main function of a worker process.
 
-    The worker runs the ranks `worker_index`, `worker_index + worker_count`, and so on. The process ends when its parent
-    process ends.
+    The process ends when its parent process ends.
 
     Args:
         executor: datatrove's executor with the step and the number of tasks.
-        worker_index: Number of this worker, from 0. Only worker 0 shows progress bars.
-        worker_count: Number of workers.
-        gpu: Value for CUDA_VISIBLE_DEVICES; "" if the machine has no GPU.
-        environment: Environment variables of the parent process.
+        ranks: Ranks (numbers) of the tasks that this worker runs. The first rank is the number of the worker, and the
+            step of the range is the number of workers. Only worker 0 shows progress bars.
+        environment: Environment variables for this process. If the machine has GPUs, CUDA_VISIBLE_DEVICES names the GPU
+            of this worker.
     """
     os.environ.update(environment)
     # Ctrl-C in a terminal reaches all processes. The worker ignores it, because the parent handles it and ends the
@@ -252,14 +249,12 @@ def _run_tasks_in_worker(
     threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
     loguru.logger.disable("datatrove")
     logging.basicConfig(format="%(message)s")  # print only warnings; tasks report progress in log files
-    set_progress_bar_timing() if worker_index == 0 else disable_progress_bars()
-    if gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    elif "OMP_NUM_THREADS" not in os.environ:
+    set_progress_bar_timing() if ranks.start == 0 else disable_progress_bars()
+    if not os.environ.get("CUDA_VISIBLE_DEVICES") and "OMP_NUM_THREADS" not in os.environ:
         import torch
 
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // worker_count))
-    _run_rank_sequence(executor, range(worker_index, executor.tasks, worker_count))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.step))
+    _run_rank_sequence(executor, ranks)
 
 
 def _visible_gpus() -> list[str]:

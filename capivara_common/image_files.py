@@ -91,6 +91,7 @@ class BadRow(ValueError):
         # Both arguments are passed to the base class, because worker processes return errors by pickling `args`.
         super().__init__(reason, detail[:MAX_DETAIL_CHARACTERS])
         self.reason, self.detail = self.args
+        self.code = reason  # key of the message in the translations of `capivara_search`, the picture search
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
@@ -98,11 +99,6 @@ class BadRow(ValueError):
 
 class BadImage(BadRow):
     """Error for an image that can't be used, because it is missing, damaged, too large or lies in a forbidden place."""
-
-    @property
-    def code(self) -> str:
-        """Key of the message in the translations of `capivara_search`, the picture search; equal to `reason`."""
-        return self.reason
 
 
 @dataclass(frozen=True)
@@ -222,10 +218,8 @@ def _read_row_image_without_decoding(row_image: dict | None, access: ImageAccess
         raise BadImage("unreadable image", f"bytes or a path are needed, got {str(image)[:80]!r}")
     data, path, archive, offset, size = map(image.get, kinds)
     if data is None and path:
-        if archive is None:
-            data = _read_file_bytes(access.allowed_folders, path)
-        else:
-            data = _read_file_bytes(access.allowed_folders, archive, offset or 0, size or 0)
+        file, start, length = (path, 0, MAX_IMAGE_BYTES + 1) if archive is None else (archive, offset or 0, size or 0)
+        data = _read_file_bytes(access.allowed_folders, file, start, length)
     data = check_byte_count(data or b"", repr(path) if path else "the image in the row")
     name = repr(image_display_path(image)) if path else f"{len(data)} bytes"
     return data, check_and_open_image_without_decoding(data, name, access.max_pixels), name
@@ -299,7 +293,16 @@ def check_and_open_image_without_decoding(
         raise BadImage("absurd image size", f"{name}: {error}") from error
     except Exception as error:  # PIL raises many types of errors, including SyntaxError
         raise BadImage("unreadable image", f"{name}: {error}") from error
-    _check_dimensions(max(image.size, frame, key=math.prod), tile, name, max_pixels, hint)
+    # libtiff decodes a whole tile at once, so a tile must not have too many pixels either.
+    if math.prod(tile) > max_pixels:
+        detail = f"{name} has tiles of {tile[0]} x {tile[1]} pixels; at most {max_pixels:,} pixels are allowed"
+        raise BadImage("absurd image size", detail)
+    width, height = max(image.size, frame, key=math.prod)
+    short, long = sorted((width, height))
+    if long > MAX_IMAGE_SIDE or short * long > max_pixels or long > MAX_ASPECT_RATIO * short:
+        limits = f"a side of {MAX_IMAGE_SIDE:,} pixels and a long side of {MAX_ASPECT_RATIO} times the short side"
+        detail = f"{name} has {width} x {height} pixels; at most {max_pixels:,} pixels{hint}, {limits} are allowed"
+        raise BadImage("absurd image size", detail)
     return image
 
 
@@ -399,10 +402,8 @@ def check_byte_count(data: bytes, name: str) -> bytes:
     return data
 
 
-def _read_file_bytes(
-    allowed_folders: AllowedFolders | None, path: str, offset: int = 0, size: int = MAX_IMAGE_BYTES + 1
-) -> bytes:
-    """Read a file, or a range of its bytes, if the file lies in the allowed folders.
+def _read_file_bytes(allowed_folders: AllowedFolders | None, path: str, offset: int, size: int) -> bytes:
+    """Read a range of the bytes of a file, if the file lies in the allowed folders.
 
     At most `MAX_IMAGE_BYTES` + 1 bytes are read: one byte above the limit suffices for `check_byte_count` to detect a
     file that is too large.
@@ -412,7 +413,7 @@ def _read_file_bytes(
             refused.
         path: Path of the file. A relative path is looked up in the allowed folders first, then in the current folder.
         offset: Position of the first byte to read.
-        size: Number of bytes to read.
+        size: Number of bytes to read. If the file is shorter, all bytes up to its end are read.
 
     Raises:
         BadImage: If the path is a URL or lies outside the allowed folders, or the file can't be read.
@@ -556,27 +557,6 @@ def _read_tiff_tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]
             (side,) = struct.unpack_from(order + TIFF_INTEGER_FORMATS[kind], data, position + value_start)
             sides[tag] = max(sides[tag], side)
     return sides[TILE_WIDTH], sides[TILE_LENGTH]
-
-
-def _check_dimensions(size: tuple[int, int], tile: tuple[int, int], name: str, max_pixels: int, hint: str) -> None:
-    """Raise BadImage if an image or its tiles exceed the limits of this module.
-
-    Args:
-        size: Width and height of the image, or of the largest frame that its decoder allocates.
-        tile: Width and height of the tiles of a TIFF image; (0, 0) without tiles. libtiff decodes a whole tile at once,
-            so a tile must not have too many pixels either.
-        name: Name of the image for error messages.
-        max_pixels: Limit for width x height.
-        hint: Advice for an image that has too many pixels; inserted into the error message after the limit.
-    """
-    (short, long), (width, height) = sorted(size), tile
-    if width * height > max_pixels:
-        detail = f"{name} has tiles of {width} x {height} pixels; at most {max_pixels:,} pixels are allowed"
-        raise BadImage("absurd image size", detail)
-    if long > MAX_IMAGE_SIDE or short * long > max_pixels or long > MAX_ASPECT_RATIO * short:
-        limits = f"a side of {MAX_IMAGE_SIDE:,} pixels and a long side of {MAX_ASPECT_RATIO} times the short side"
-        detail = f"{name} has {size[0]} x {size[1]} pixels; at most {max_pixels:,} pixels{hint}, {limits} are allowed"
-        raise BadImage("absurd image size", detail)
 
 
 def image_display_path(row_image: dict | None) -> str:

@@ -37,10 +37,7 @@ DINOV2_VISION_DEFAULTS = CLIP_VISION_DEFAULTS | {"hidden_act": "gelu", "layer_no
 ANY_SIZE_VISION_TOWERS = ("dinov2",)
 # `model_type` of image towers built like CLIP's, whose embedding comes from the class token of the last layer
 CLASS_TOKEN_VISION_TOWERS = (
-    "clip_vision_model",
-    "chinese_clip_vision_model",
-    "altclip_vision_model",
-    "metaclip_2_vision_model",
+    *("clip_vision_model", "chinese_clip_vision_model", "altclip_vision_model", "metaclip_2_vision_model"),
 )
 SIGLIP_TEXT_DEFAULTS = {
     **{"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-6},

@@ -42,6 +42,10 @@ def describe_augmentation(seed: int) -> dict[str, Any]:
 def make_augmented_view(image: PIL.Image.Image, digest: str, view: int, seed: int) -> PIL.Image.Image:
     """Return a randomly augmented copy of an image, called a view. The same arguments give the same view.
 
+    The method is that of section 4 of the CAPIVARA paper (arXiv 2310.13683). The image is resized to 250 pixels on its
+    shorter side. A random crop with 90 to 100 % of the area is then resized to 224 x 224 pixels. Finally, AugMix, which
+    mixes several randomly distorted copies of an image, is applied with severity 2.
+
     The random choices depend on the content of the image, given by `digest`. They do not depend on its row number,
     because row numbers change when other rows are skipped.
 
@@ -54,27 +58,11 @@ def make_augmented_view(image: PIL.Image.Image, digest: str, view: int, seed: in
     Returns:
         The view, 224 x 224 pixels, RGB.
     """
-    image = to_8_bit(image)  # PIL's conversion to RGB would clip 16-bit images instead of scaling them
-    return augment_image(image, derive_seed(seed, int(digest, 16), view))
-
-
-def augment_image(image: PIL.Image.Image, seed: int) -> PIL.Image.Image:
-    """Augment an image as in section 4 of the CAPIVARA paper (arXiv 2310.13683): random crop, then AugMix.
-
-    The image is resized to 250 pixels on its shorter side. A random crop with 90 to 100 % of the area is then resized
-    to 224 x 224 pixels, and AugMix with severity 2 is applied.
-
-    Args:
-        image: Decoded image.
-        seed: Seed of all random choices; the same seed gives the same result.
-
-    Returns:
-        The augmented image, 224 x 224 pixels, RGB.
-    """
     from torchvision.transforms import v2 as transforms
 
-    torch.manual_seed(seed)
+    torch.manual_seed(derive_seed(seed, int(digest, 16), view))
     bicubic = transforms.InterpolationMode.BICUBIC
+    image = to_8_bit(image)  # PIL's conversion to RGB would clip 16-bit images instead of scaling them
     # PIL can't convert the mode La (gray with premultiplied alpha) to RGB directly.
     image = image.convert("LA") if image.mode == "La" else image
     image = transforms.Resize(AUGMENTATION["resize"], bicubic)(image.convert("RGB"))

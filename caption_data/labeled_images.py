@@ -13,7 +13,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Image
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from capivara_common.files import check_folder_for_outside_links_and_pipes, json_digest
 from capivara_common.image_files import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, ImageAccess
@@ -179,11 +179,9 @@ def _read_or_download_class_names(source: str) -> list[str]:
     if not Path(source).is_dir():
         try:
             path = Path(hf_hub_download(source, path.name, repo_type="dataset"))
-        # If the Hub can't be reached, it is unknown whether the dataset has this file. The error must not be ignored:
-        # without the file, the order of the classes would be a guess, and the labels could be wrong.
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
+        # If the Hub can't be reached, hf_hub_download raises another error. It must not be ignored: the dataset may
+        # have this file, and without it, the order of the classes would be a guess, and the labels could be wrong.
+        except RemoteEntryNotFoundError:
             return []
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 

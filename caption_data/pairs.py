@@ -95,7 +95,9 @@ def load_or_build_pair_table(
             image = row.pop(split.image_column, None)
             captions = _normalize_and_choose_captions(row, caption_columns, choose)
             if split.is_embedded:
-                digest = _check_embedding_and_get_image_digest(split, number, row)
+                digest = row[DIGEST_COLUMN]
+                if fault := split.invalid_embeds.get(number) or ("" if digest else f"{DIGEST_COLUMN} is empty"):
+                    raise BadRow(INVALID_EMBEDDING, fault)
             else:
                 digest = blake2b(read_image_bytes(image, split.image_access), digest_size=16).hexdigest()
             return pair | {"digest": digest, "captions": captions}
@@ -268,22 +270,6 @@ def _load_or_build_and_prune_cache(
     return table
 
 
-def _check_embedding_and_get_image_digest(split: Split, number: int, row: dict[str, Any]) -> str:
-    """Return the image digest of a row that has an embedding instead of an image.
-
-    Args:
-        split: Split that contains the row.
-        number: Number of the row in the split.
-        row: The row. It need not contain the embedding.
-
-    Raises:
-        BadRow: If the digest is missing or the embedding is invalid.
-    """
-    if fault := split.invalid_embeds.get(number) or ("" if row[DIGEST_COLUMN] else f"{DIGEST_COLUMN} is empty"):
-        raise BadRow(INVALID_EMBEDDING, fault)
-    return row[DIGEST_COLUMN]
-
-
 def _normalize_and_choose_captions(row: dict[str, Any], columns: Sequence[str], choose: ChooseCaptions) -> list[str]:
     """Return the captions to use from a row, without captions that are empty after text cleaning.
 
@@ -332,13 +318,11 @@ def _get_row_and_image_state_for_cache_key(split: Split) -> list[Any]:
     """
     tables = [(file["filename"], os.stat(file["filename"])) for file in split.data.cache_files]
     states = [(name, state.st_size, state.st_mtime_ns) for name, state in tables]
-    digest, images = blake2b(digest_size=16), split.data.select_columns([split.image_column]).with_format("arrow")
-    feature = split.data.features[split.image_column]
+    digest, feature = blake2b(digest_size=16), split.features[split.image_column]
     # Images in tars need no separate check: the fingerprint of the dataset already covers the size and modification
     # time of each tar.
     has_files = not split.is_embedded and not (isinstance(feature, dict) and "archive" in feature)
-    for batch in images.iter(10_000) if has_files else ():
-        stored = batch.column(0)
+    for stored in split.iter_column(split.image_column) if has_files else ():
         fields = {field.name for field in stored.type} if pa.types.is_struct(stored.type) else set()
         if fields.isdisjoint(IMAGE_KEYS):
             raise ValueError(
@@ -347,9 +331,8 @@ def _get_row_and_image_state_for_cache_key(split: Split) -> list[Any]:
             )
         if "bytes" in fields:
             stored = stored.filter(pc.is_null(pc.struct_field(stored, "bytes")))
-        if "path" not in fields:
-            continue
-        for path in filter(None, pc.struct_field(stored, "path").to_pylist()):
+        paths = pc.struct_field(stored, "path").to_pylist() if "path" in fields else []
+        for path in filter(None, paths):
             digest.update(path.encode("utf-8", "replace"))
             for folder in (*split.image_access.allowed_folders.folders, "."):
                 with suppress(OSError, ValueError):

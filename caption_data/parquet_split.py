@@ -48,22 +48,10 @@ class ParquetSplit(Split):
             self._row_groups += [(path, group, size) for group, size in enumerate(sizes)]
         # Number of the first row of each row group, followed by the total number of rows.
         self._row_group_starts = list(itertools.accumulate((size for *_, size in self._row_groups), initial=0))
-        self._features = Features.from_arrow_schema(schema)
-
-    @property
-    def features(self) -> Features:
-        """Types of the columns: `{column name: feature}`, where a feature is a column type of `datasets`."""
-        return self._features
+        self.features = Features.from_arrow_schema(schema)
 
     def __len__(self) -> int:
         return self._row_group_starts[-1]
-
-    def row(self, index: int) -> dict[str, Any]:
-        """Return row number `index`, counted from 0, as `{column name: value}`. The image is not decoded.
-
-        To read many rows, use the method `rows`, which is much faster.
-        """
-        return next(self.rows(index))
 
     def rows(self, start: int = 0, column_names: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
         """Iterate over the rows from row `start` to the end. The images are not decoded.

@@ -30,7 +30,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -46,16 +46,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm.auto import tqdm
 
+from capivara_common import image_files
 from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import AllowedFolders, check_folder_for_outside_links_and_pipes, read_json
-from capivara_common.image_files import (
-    BadImage,
-    ImageAccess,
-    decode_image,
-    decode_row_images,
-    image_display_path,
-    read_image_bytes,
-)
+from capivara_common.image_files import BadImage, ImageAccess
 from caption_data import embedded
 from caption_data.rows import SkippedRow
 from caption_data.tars_and_image_folders import load_rows_and_list_damaged_files
@@ -106,7 +100,7 @@ class Split:
         """Name of the dataset and of the split for messages, such as "flickr30k, split 'test'"."""
         return f"{self.name}, split {self.split!r}"
 
-    @property
+    @cached_property
     def features(self) -> Features:
         """Types of the columns: `{column name: feature}`, where a feature is a column type of `datasets`."""
         return self.data.features
@@ -156,10 +150,6 @@ class Split:
         data = self.data if column_names is None else self.data.select_columns(list(column_names))
         return iter(data.skip(start) if start < len(data) else ())
 
-    def row(self, index: int) -> dict[str, Any]:
-        """Return row number `index`, counted from 0, as `{column name: value}`. The image is not decoded."""
-        return self.data[index]
-
     def iter_column(self, name: str) -> Iterator[pa.ChunkedArray]:
         """Iterate over a column in chunks of at most `COLUMN_CHUNK_ROWS` rows, without reading other columns.
 
@@ -186,17 +176,16 @@ class Split:
 
         Only for a split with embeddings instead of images. The first access reads all embeddings.
         """
-        _, width = embedded.check_embeds_columns_and_get_shape(self.features, self.display_name)
-        return embedded.find_invalid_embeds(self.iter_column(embedded.EMBEDS_COLUMN), width)
+        return embedded.find_invalid_embeds(self.iter_column(embedded.EMBEDS_COLUMN), self.embeds_shape[1])
 
     @property
-    def stored_views(self) -> int:
-        """Number of embeddings that each row has; only for a split with embeddings instead of images.
+    def embeds_shape(self) -> tuple[int, int]:
+        """The tuple (views, width) of each row's embeddings; only for a split with embeddings instead of images.
 
-        1: each row has the embedding of the image itself. More than 1: each row has the embeddings of this many views,
-        that is, augmented copies of the image.
+        If the number of views is 1, a row has the embedding of the image itself. If it is larger, a row has the
+        embeddings of this many views, that is, augmented copies of the image. `width` is the number of dimensions.
         """
-        return embedded.check_embeds_columns_and_get_shape(self.features, self.display_name)[0]
+        return embedded.check_embeds_columns_and_get_shape(self.features, self.display_name)
 
     def check_embeds(self, model: str, width: int, fingerprint: str = "", views: int = 1) -> None:
         """Check that a model can use the stored embeddings of this split in place of its own image encoder.
@@ -223,7 +212,7 @@ class Split:
                 f"encoder of {model} is {encoder}. Use the base model that the dataset card names, or embed the images "
                 f"again: python -m captions.embed --model {model} --dataset IMAGES --output FOLDER"
             )
-        _, stored_width = embedded.check_embeds_columns_and_get_shape(self.features, self.display_name)
+        _, stored_width = self.embeds_shape
         if stored_width != width:
             raise ValueError(
                 f"{self.display_name} has embeddings of width {stored_width}, but {model} has width {width}. The "
@@ -243,7 +232,7 @@ class Split:
         Raises:
             ValueError: If the split does not have these views.
         """
-        stored = self.stored_views
+        stored, _ = self.embeds_shape
         if views == 1 < stored:
             raise ValueError(
                 f"{self.display_name} has {stored} augmented views of each image, but the image itself is needed. "
@@ -275,7 +264,7 @@ class Split:
         """
         if self.is_embedded:
             raise BadImage("no image", "the dataset has embeddings instead of images")
-        return decode_image(self.data[row][self.image_column], self.image_access)
+        return image_files.decode_image(self.data[row][self.image_column], self.image_access)
 
     def decode_images(self, rows: Sequence[int]) -> Iterator[PIL.Image.Image | BadImage]:
         """Decode the images of several rows with a pool of threads.
@@ -287,7 +276,7 @@ class Split:
             Iterator over the images, in the order of `rows`. A missing or invalid image does not end the iteration: a
             `BadImage` error takes its place. The text of this error does not show the folder of the image file.
         """
-        return decode_row_images(
+        return image_files.decode_row_images(
             rows, lambda row: self.data[row][self.image_column], self.image_access, self.describe_image_error
         )
 
@@ -304,7 +293,7 @@ class Split:
         digests, quiet = [], not get_or_init_distributed_state().is_main_process
         for row in tqdm(range(len(self)), desc="Reading images", unit="image", disable=quiet):
             try:
-                image = read_image_bytes(self.data[row][self.image_column], self.image_access)
+                image = image_files.read_image_bytes(self.data[row][self.image_column], self.image_access)
             except BadImage as bad:
                 # This message does not name the folder of the image, so that its digest is the same on every machine.
                 image = self.describe_image_error(row, bad).encode("utf-8", "replace")
@@ -318,7 +307,7 @@ class Split:
             row: Number of the row with the image, counted from 0.
             bad: The error that was raised for the image.
         """
-        path = image_display_path(self.data[row][self.image_column])
+        path = image_files.image_display_path(self.data[row][self.image_column])
         # The folder is removed from the text of the error, in plain and in escaped form. The whole path can't be
         # removed, because the file name may be escaped or shortened in the text.
         folder = path.removesuffix(Path(path).name)
@@ -568,26 +557,15 @@ def _load_dataset_with_size_check(*args: Any, split: str | None = None, **option
     # Files that are already in the cache of `datasets` are not checked, because `_generate_tables` does not run for
     # them.
     if isinstance(builder, Parquet):
-        builder._generate_tables = partial(_iter_size_checked_tables, builder._generate_tables)
+        generate_tables = builder._generate_tables
+
+        def check_size_and_generate_tables(files: Sequence[str], **options: Any) -> Iterator[tuple[Any, pa.Table]]:
+            _check_decoded_size_of_parquet_files(files)
+            yield from generate_tables(files=files, **options)
+
+        builder._generate_tables = check_size_and_generate_tables
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
-
-
-def _iter_size_checked_tables(
-    generate: Callable, files: Sequence[str], **options: Any
-) -> Iterator[tuple[Any, pa.Table]]:
-    """Check the decoded size of parquet files, then generate their tables.
-
-    Args:
-        generate: Method `_generate_tables` of the parquet builder of `datasets`.
-        files: Paths of the parquet files.
-        **options: Other arguments of `generate`.
-
-    Yields:
-        The tuples (key, table) that `generate` yields: the key of the table in `datasets`, and the Arrow table.
-    """
-    _check_decoded_size_of_parquet_files(files)
-    yield from generate(files=files, **options)
 
 
 def _check_decoded_size_of_parquet_files(paths: Sequence[str | Path]) -> None:
@@ -599,21 +577,22 @@ def _check_decoded_size_of_parquet_files(paths: Sequence[str | Path]) -> None:
     """
     stored, decoded = sum(map(os.path.getsize, paths)), 0
     limit = max(UNLIMITED_EXPANSION_BYTES, MAX_PARQUET_EXPANSION * stored)
+
+    def check_size(path: str | Path, size: int) -> None:
+        if size > limit:
+            raise ValueError(
+                f"{path} is too large after decoding: the limit is {MAX_PARQUET_EXPANSION} times the size on disk, "
+                f"here {stored:,} bytes, and at least {UNLIMITED_EXPANSION_BYTES / 1e6:.0f} MB. If you trust the data, "
+                "write the files again without compression and dictionary encoding."
+            )
+
     for path in paths:
         with open_parquet(path) as file:
             groups = (file.metadata.row_group(number) for number in range(file.num_row_groups))
-            is_too_large = sum(group.total_byte_size for group in groups) > limit
-            if not is_too_large:
-                for batch in file.iter_batches(PARQUET_BATCH_ROWS):
-                    decoded += sum(map(_compute_decoded_array_size, batch.columns))
-                    if is_too_large := decoded > limit:
-                        break
-            if is_too_large:
-                raise ValueError(
-                    f"{path} is too large after decoding: the limit is {MAX_PARQUET_EXPANSION} times the size on disk, "
-                    f"here {stored:,} bytes, and at least {UNLIMITED_EXPANSION_BYTES / 1e6:.0f} MB. If you trust the "
-                    "data, write the files again without compression and dictionary encoding."
-                )
+            check_size(path, sum(group.total_byte_size for group in groups))
+            for batch in file.iter_batches(PARQUET_BATCH_ROWS):
+                decoded += sum(map(_compute_decoded_array_size, batch.columns))
+                check_size(path, decoded)
 
 
 def _compute_decoded_array_size(array: pa.Array) -> int:

@@ -306,7 +306,7 @@ def _select_examples_and_write_images(
     for kept in (False, True):
         side = captions[captions["kept"] == kept].sort_values("similarity", ascending=kept, kind="stable")
         for example in side.head(EXAMPLES_PER_SIDE).itertuples():
-            row = _rename_columns_and_normalize_captions(args, source.row(example.row))
+            row = _rename_columns_and_normalize_captions(args, next(source.rows(example.row)))
             similarities, _ = _get_similarities_and_chosen_captions(args, row)
             text = list(similarities)[example.place]
             examples.append({"row": example.row, "caption": text, "similarity": example.similarity, "kept": kept})

@@ -207,7 +207,7 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
     base.to(accelerator.device).eval()
     for split in splits.values():
         if split.is_embedded:
-            split.check_embeds(args.model, two_towers.embedding_width(base.config), views=split.stored_views)
+            split.check_embeds(args.model, two_towers.embedding_width(base.config), views=split.embeds_shape[0])
 
     def load_evaluation(split: str, language: str) -> PairDataset:
         opened = splits[args.evaluation_dataset, split]
@@ -511,7 +511,7 @@ def _add_stored_embeddings_column(pairs: PairDataset) -> PairDataset:
         data = data.flatten_indices()
     table = pairs.table.data.table.append_column("vectors", data.data.column(EMBEDS_COLUMN))
     fingerprint = json_digest([data._fingerprint, pairs.table._fingerprint])
-    return replace(pairs, table=Dataset(table, fingerprint=fingerprint), augmented_views=pairs.source.stored_views)
+    return replace(pairs, table=Dataset(table, fingerprint=fingerprint), augmented_views=pairs.source.embeds_shape[0])
 
 
 def open_image_embedding_store(
