@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import date, datetime
-from functools import wraps
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,31 +112,11 @@ def _register_command(name: str) -> Callable[[Callable], click.Command]:
     """
 
     def register(function: Callable) -> click.Command:
-        @wraps(function)
-        def run_command(*args: Any, **flags: Any) -> int | None:
-            # `capivara completion` must be fast, because a shell runs it each time the shell starts. It needs only
-            # click, so the slow check for the other packages is left out.
-            if name != "completion":
-                _require_search_extra()
-            return function(*args, **flags)
-
-        command = capivara.command(name)(click.pass_obj(run_command))
+        command = capivara.command(name)(click.pass_obj(function))
         capivara.add_command(command, COMMAND_NAMES[name])
         return command
 
     return register
-
-
-def _require_search_extra() -> None:
-    """Check that all packages that `pip install "modeling-capivara[search]"` installs are available.
-
-    Raises:
-        ImportError: If a package is missing. The message says which command installs all of them.
-    """
-    from capivara_common.environment import missing_modules  # imported late, to keep `--help` fast
-
-    if missing := missing_modules(*SEARCH_MODULES):
-        raise make_error_from_code(ImportError, "no_search_extra", name=missing[0])
 
 
 @_register_command("index")
@@ -432,9 +411,8 @@ def app(
     not_requested = pictures.folders().keys() - pictures.requested_folders().keys()
     if hidden_folders := sorted(filter(os.path.isdir, not_requested)):
         print_notice(messages("thumbnails_only", folders=", ".join(map(shorten_and_escape_path, hidden_folders))))
-    flag_values = {"index": pictures.where, "lang": messages.language}
-    flag_values |= {name: cli.get_global_value(name) for name in ("model", "device")}
-    follower_flags = [f"--{name}={value}" for name, value in flag_values.items() if value]
+    flags = click.get_current_context().meta | {"index": pictures.where, "lang": messages.language}
+    follower_flags = [f"--{name}={flags[name]}" for name in ("index", "lang", "model", "device") if flags.get(name)]
 
     def print_address(address: str) -> None:
         click.echo(messages("page_open", address=address))
@@ -605,9 +583,25 @@ def completion(messages: Messages, shell: str) -> None:
 
 
 def _open_index() -> "PictureIndex":
+    """Open the index of `--index` with the model of `--model`, after a check that all packages of the search are there.
+
+    Commands without an index, such as `capivara completion`, run without this check, which takes some time.
+
+    Returns:
+        The index.
+
+    Raises:
+        ImportError: If a package of the extra `search` is missing. The message says which command installs all of them.
+        ValueError: If the location of the index contains something else.
+        OSError: If there is no permission to read the index.
+    """
+    from capivara_common.environment import missing_modules
+
+    if missing := missing_modules(*SEARCH_MODULES):
+        raise make_error_from_code(ImportError, "no_search_extra", name=missing[0])
     from capivara_search.index import PictureIndex  # imported late, because it imports lancedb, which takes a second
 
-    index, model, device = (cli.get_global_value(name) for name in ("index", "model", "device"))
+    index, model, device = map(click.get_current_context().meta.get, ("index", "model", "device"))
     return PictureIndex.open(index or "auto", model, device)
 
 
