@@ -712,12 +712,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     messages = Messages(detect_user_language(argv))
+    handler, logger = _UserLanguageHandler(messages), logging.getLogger("capivara")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    # transformers warns about default values in the configuration of every SigLIP model; users do not need the warning.
+    logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     set_progress_bar_timing()
     # PIL warns in English about pictures with too many pixels. They are refused right after, with our own message.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:
-        with _print_log_messages_in_user_language(messages):
-            code = capivara.main(argv, "capivara", standalone_mode=False, obj=messages) or 0
+        code = capivara.main(argv, "capivara", standalone_mode=False, obj=messages) or 0
     except click.Abort:
         # The user has pressed Ctrl-C before the command was done. The next run can continue from there.
         click.echo(messages("stopped_resumable"), err=True)
@@ -726,6 +730,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # These errors are meant for users, who need the message but no traceback.
         code, text = get_exit_code_and_message(error, messages)
         click.echo(messages("error", text=text), err=True)
+    finally:
+        logger.removeHandler(handler)
     sys.exit(code)
 
 
@@ -762,36 +768,34 @@ def get_exit_code_and_message(error: Exception, messages: Messages) -> tuple[int
     return EXIT_USAGE_ERROR if type(error) is ValueError else EXIT_UNUSABLE, line
 
 
-@contextmanager
-def _print_log_messages_in_user_language(messages: Messages) -> Iterator[None]:
-    """Print log messages of `log_message_from_code` to stderr in the user's language while the block runs.
+class _UserLanguageHandler(logging.Handler):
+    """Log handler that prints the messages of `log_message_from_code` to stderr, in the user's language.
 
     Args:
         messages: Texts to print, in the user's language.
     """
-    handler, logger = logging.Handler(), logging.getLogger("capivara")
 
-    def emit(record: logging.LogRecord) -> None:
+    def __init__(self, messages: Messages):
+        super().__init__()
+        self.messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a log message on one line of stderr. A progress bar on the screen stays intact.
+
+        Args:
+            record: The log message. Its attributes `code` and `values` select the Portuguese text and fill in its
+                placeholders. A message without a code is printed as it is.
+        """
         text, key = record.getMessage(), f"note.{getattr(record, 'code', None)}"
-        if messages.language == "pt" and messages.has(key):
+        if self.messages.language == "pt" and self.messages.has(key):
             values = list(getattr(record, "values", record.args))
             for place, value in enumerate(values):
                 if isinstance(value, Exception):
-                    _, values[place] = get_exit_code_and_message(value, messages)
-            text = messages(key, *values)
+                    _, values[place] = get_exit_code_and_message(value, self.messages)
+            text = self.messages(key, *values)
         text = escape_control_characters(" ".join(text.split()))
         if sys.stderr.isatty():
             # Unlike print, this does not break a progress bar: tqdm draws the bar again below the text.
             tqdm.write(text, file=sys.stderr)
         else:
             click.echo(text, err=True)
-
-    handler.emit = emit
-    # transformers warns about default values in the configuration of every SigLIP model; users do not need the warning.
-    logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
