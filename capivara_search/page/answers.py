@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 
+from capivara_search.folders import load_ignored_counts_by_reason
 from capivara_search.page.guard import RequestRefusedError
 from capivara_search.query import clean_and_check_labels
 from capivara_search.results import DEFAULT_LABEL_TEMPLATE, Hit
@@ -182,9 +183,6 @@ class PageAnswers:
 
     def __init__(self, index: "PictureIndex"):
         self.index = index
-        # (Version of the index, number of ignored video files at this version). The page requests the number every few
-        # seconds, so the number is cached until the version changes. The version -1 means that nothing is cached yet.
-        self._video_count = (-1, 0)
 
     def search(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
         """Find the pictures that are most similar to the query, or the newest pictures if the query is empty.
@@ -217,11 +215,9 @@ class PageAnswers:
             # The picture of the query is always among its own hits and is removed below, so one more hit is requested.
             k = question.k + bool(question.like)
             hits = self.index.search_vector(vector, k, is_text_query=is_text_query, group_duplicates=True, **filters)
-        has_target = question.text.strip() or image is not None or question.like or question.more
-        with_score = vector is not None and bool(has_target)
-        shown_hits = [hit for hit in hits if hit.path != question.like][: question.k]
-        answer = {"hits": [_hit_to_dict(hit, with_score) for hit in shown_hits]}
-        return self._index_state() | answer | {"cut": len(question.text) > MODEL_TEXT_CHARACTERS}
+        with_score = vector is not None and bool(question.text.strip() or question.like or question.more or image)
+        shown_hits = [_hit_to_dict(hit, with_score) for hit in hits if hit.path != question.like][: question.k]
+        return self._index_state() | {"hits": shown_hits, "cut": len(question.text) > MODEL_TEXT_CHARACTERS}
 
     def copies(self, question: Question, image: object = None) -> dict[str, Any]:
         """Find the near-duplicates of a picture of the index: resized, re-encoded or slightly edited copies.
@@ -292,11 +288,9 @@ class PageAnswers:
             "note": notice about the model or None, "videos": number of ignored video files in the indexed folders,
             "progress": result of PictureIndex.progress}`.
         """
-        state, model = self._index_state(), self.index.model
-        if self._video_count[0] != state["version"]:
-            self._video_count = state["version"], self.index.status().ignored_counts.get("video", 0)
-        values = {"model": model.name, "note": model.get_notice(question.language), "videos": self._video_count[1]}
-        return state | values | {"progress": self.index.progress()}
+        model, videos = self.index.model, load_ignored_counts_by_reason(self.index._table)["video"]
+        values = {"model": model.name, "note": model.get_notice(question.language), "videos": videos}
+        return self._index_state() | values | {"progress": self.index.progress()}
 
     def _index_state(self) -> dict[str, int]:
         return {"version": self.index.version(), "count": len(self.index)}
