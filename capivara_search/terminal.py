@@ -205,8 +205,7 @@ def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], mes
     if supports_pictures(sys.stdout):
         columns, lines = shutil.get_terminal_size()
         thumbnails = [thumbnail(hit.path) for hit in hits]
-        names = [escape_control_characters(os.path.basename(hit.path)) for hit in hits]
-        captions = [f"{rank} {name}" for rank, name in enumerate(names, 1)]
+        captions = [f"{rank} {escape_control_characters(Path(hit.path).name)}" for rank, hit in enumerate(hits, 1)]
         click.echo(render_contact_sheet(thumbnails, captions, columns, lines - len(hits) - 3))
     rows = [[messages(f"column.{name}") for name in ("rank", "score", "date", "path")]]
     for rank, hit in enumerate(hits, 1):
