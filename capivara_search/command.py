@@ -38,15 +38,10 @@ from capivara_common.progress import set_progress_bar_timing
 from capivara_search import command_line as cli
 from capivara_search.csv_output import write_csv
 from capivara_search.messages import COMMAND_NAMES, Messages, make_error_from_code
-from capivara_search.results import (
-    DEFAULT_LABEL_TEMPLATE,
-    DUPLICATE_MIN_SIMILARITY,
-    IndexReport,
-    IndexStatus,
-    SkippedFile,
-)
+from capivara_search.results import DEFAULT_LABEL_TEMPLATE, DUPLICATE_MIN_SIMILARITY, IndexReport, IndexStatus
 from capivara_search.terminal import (
     align_columns,
+    format_skipped_files,
     open_valid_pictures_in_viewer,
     print_notice,
     shorten_and_escape_path,
@@ -211,18 +206,13 @@ def _format_report(report: IndexReport, picture_count: int, messages: Messages) 
     if report.skipped_files:
         parts.append(messages.format_count("skipped_files", len(report.skipped_files)))
     yield f"{', '.join(parts)} ({tqdm.format_interval(report.seconds)}){':' if report.skipped_files else '.'}"
-    for line in _format_skipped_files(report.skipped_files[:MAX_SHOWN_SKIPPED_FILES], messages):
+    for line in format_skipped_files(report.skipped_files[:MAX_SHOWN_SKIPPED_FILES], messages):
         yield f"  {line}"
     if (more := len(report.skipped_files) - MAX_SHOWN_SKIPPED_FILES) > 0:
         yield "  " + messages("and_more", n=more)
     if ignored := _format_ignored_counts(report.ignored_counts, messages):
         yield messages("ignored", parts=ignored)
     yield messages.format_count("in_index", picture_count) + "."
-
-
-def _format_skipped_files(files: Sequence[SkippedFile], messages: Messages) -> list[str]:
-    """Return one line of text for each skipped file: its path, and the reason why it was skipped."""
-    return [f"{shorten_and_escape_path(file.path)}: {messages.skip_reason(file.code, file.reason)}" for file in files]
 
 
 def _format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages) -> str:
@@ -478,7 +468,7 @@ def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str
         "folders": folders,
         "ignored": [_format_ignored_counts(state.ignored_counts, messages)] if state.ignored_counts else [],
         "rules": rules,
-        "skipped_files": summary + _format_skipped_files(state.skipped_files, messages),
+        "skipped_files": summary + format_skipped_files(state.skipped_files, messages),
     }
 
 

@@ -19,7 +19,7 @@ import click
 
 from capivara_common.privacy import escape_control_characters
 from capivara_search.messages import Messages, make_error_from_code
-from capivara_search.results import Hit
+from capivara_search.results import Hit, SkippedFile
 
 MAX_OPENED_PICTURES = 12  # limit of --open, whose help states this number; nobody can look at more windows at once
 # Notices go to stderr, so that stdout contains results only and can be piped into other programs.
@@ -46,6 +46,16 @@ def shorten_and_escape_path(path: str | Path) -> str:
         if start != os.sep and path.startswith(start):
             return escape_control_characters(prefix + path.removeprefix(start))
     return escape_control_characters(path)
+
+
+def format_skipped_files(files: Sequence[SkippedFile], messages: Messages) -> list[str]:
+    """Return one line of text for each skipped file: its path, and the reason why it was skipped.
+
+    Args:
+        files: Files and folders that could not be read.
+        messages: Texts to print, in the user's language.
+    """
+    return [f"{shorten_and_escape_path(file.path)}: {messages.skip_reason(file.code, file.reason)}" for file in files]
 
 
 def display_width(text: str) -> int:

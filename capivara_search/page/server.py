@@ -140,14 +140,11 @@ def serve_index(
 
 
 def create_page_server(
-    index: "PictureIndex",
-    host: str = "127.0.0.1",
-    port: int = DEFAULT_PORT,
-    language: str = "pt",
-    credit: Credit | None = None,
-    allow_hosts: Sequence[str] = (),
+    index: "PictureIndex", host: str, port: int, language: str, credit: Credit | None, allow_hosts: Sequence[str]
 ) -> tuple[uvicorn.Server, socket.socket, str]:
     """Create the server of the search page without running it.
+
+    `serve_index` runs the server in a thread of its own.
 
     Args:
         index: Index that the page searches.
@@ -242,7 +239,7 @@ class PageSite:
         return [
             Route("/", self.page),
             Mount("/static", StaticFiles(directory=PAGE_FOLDER / "static")),
-            *(Route(f"/api/{name}", self._make_endpoint(ask), methods=["POST"]) for name, ask in questions.items()),
+            *(Route(f"/api/{name}", partial(self._answer, ask), methods=["POST"]) for name, ask in questions.items()),
             Route("/thumbnail", self.thumbnail),
             Route("/picture", self.picture),
             Route("/download", self.download),
@@ -254,24 +251,24 @@ class PageSite:
         html = _render_page(language if language in LANGUAGES else self.language, self.is_local, self.credit)
         return Response(html, media_type="text/html")
 
-    def _make_endpoint(self, ask: Callable[[Question, Any], dict[str, Any]]) -> Callable[[Request], Any]:
-        """Create the handler of a POST route.
+    async def _answer(self, ask: Callable[[Question, Any], dict[str, Any]], request: Request) -> Response:
+        """Answer a POST request of the page.
 
         Args:
             ask: Function `(question, image)` that computes the response. The image is the decoded upload, or None.
+            request: The request. Its body is a line of JSON, optionally followed by the bytes of an uploaded picture.
 
         Returns:
-            Handler that takes a request and returns a JSON response.
+            The result of `ask` as a JSON response.
+
+        Raises:
+            RequestRefusedError: If the request is not allowed, its picture can't be decoded, or the server is busy.
         """
-
-        async def answer(request: Request) -> Response:
-            async with guard.receive_request_body_within_limits(request, self._body_slots) as body:
-                # The body is parsed in a thread, so that the event loop can answer other clients meanwhile.
-                question, upload = await run_in_threadpool(_split_question_and_upload, body)
-                image = await self._decode_upload(upload) if upload else None
-                return JSONResponse(await self._question_queue.ask(lambda: ask(question, image)))
-
-        return answer
+        async with guard.receive_request_body_within_limits(request, self._body_slots) as body:
+            # The body is parsed in a thread, so that the event loop can answer other clients meanwhile.
+            question, upload = await run_in_threadpool(_split_question_and_upload, body)
+            image = await self._decode_upload(upload) if upload else None
+            return JSONResponse(await self._question_queue.ask(lambda: ask(question, image)))
 
     async def _decode_upload(self, upload: bytearray) -> PIL.Image.Image:
         """Decode an uploaded picture and wait until the model is loaded.
