@@ -247,9 +247,9 @@ def keep_watch_subprocess_running(*flags: str) -> Iterator[None]:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, **options)
             while not stopping.wait(0.2) and process.poll() is None:
                 pass
-            process.stdin.close()  # the child process, which watches the folders, then ends
             try:
-                process.wait(SHUTDOWN_TIMEOUT_S)
+                # This call closes the standard input of the child process, which then ends, and waits for the end.
+                process.communicate(timeout=SHUTDOWN_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
             if not stopping.is_set():
