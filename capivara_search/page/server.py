@@ -177,8 +177,8 @@ def create_page_server(
             raise
         listening = socket.create_server((host, 0), family=family)
     name = f"[{host}]" if ":" in host else host
-    site = PageSite(PageAnswers(index), is_loopback(host), language, credit)
-    middleware = Middleware(guard.RequestGuard, hosts=hosts, behind_proxy=not site.is_local)
+    site = PageSite(PageAnswers(index, is_loopback(host)), language, credit)
+    middleware = Middleware(guard.RequestGuard, hosts=hosts, behind_proxy=not site.answers.is_local)
     config = uvicorn.Config(
         Starlette(routes=site.routes(), middleware=[middleware], lifespan=site.lifespan),
         http=guard.LimitedHttpProtocol, backlog=guard.BACKLOG, ws="none", lifespan="on",
@@ -194,13 +194,12 @@ class PageSite:
 
     Args:
         answers: Object that computes the responses to POST requests.
-        is_local: Whether only this machine can reach the page.
         language: Default language of the page, "pt" or "en".
         credit: Source and license of the pictures, which are shown on the page; None to show no credit.
     """
 
-    def __init__(self, answers: PageAnswers, is_local: bool, language: str, credit: Credit | None):
-        self.answers, self.is_local, self.language, self.credit = answers, is_local, language, credit
+    def __init__(self, answers: PageAnswers, language: str, credit: Credit | None):
+        self.answers, self.language, self.credit = answers, language, credit
         self._decoder = DecoderProcess()
         self._question_queue, self._view_queue = guard.QuestionQueue(), guard.QuestionQueue()
         self._body_slots = asyncio.Semaphore(guard.MAX_LARGE_BODIES)
@@ -234,12 +233,12 @@ class PageSite:
 
         A request to any other path gets the status 404.
         """
-        questions = {name: getattr(self.answers, name) for name in ("search", "classify", "copies", "folders")}
-        questions["status"] = lambda question, _: self.answers.status(question) | {"local": self.is_local}
+        questions = ("search", "classify", "copies", "folders", "status")
+        endpoints = {name: partial(self._answer, getattr(self.answers, name)) for name in questions}
         return [
             Route("/", self.page),
             Mount("/static", StaticFiles(directory=PAGE_FOLDER / "static")),
-            *(Route(f"/api/{name}", partial(self._answer, ask), methods=["POST"]) for name, ask in questions.items()),
+            *(Route(f"/api/{name}", endpoint, methods=["POST"]) for name, endpoint in endpoints.items()),
             Route("/thumbnail", self.thumbnail),
             Route("/picture", self.picture),
             Route("/download", self.download),
@@ -248,7 +247,7 @@ class PageSite:
     async def page(self, request: Request) -> Response:
         """Return the HTML page in the language of the URL parameter `lang` (default: language of the server)."""
         language = request.query_params.get("lang", "")
-        html = _render_page(language if language in LANGUAGES else self.language, self.is_local, self.credit)
+        html = _render_page(language if language in LANGUAGES else self.language, self.answers.is_local, self.credit)
         return Response(html, media_type="text/html")
 
     async def _answer(self, ask: Callable[[Question, Any], dict[str, Any]], request: Request) -> Response:
