@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 
-from capivara_search.folders import load_ignored_counts_by_reason
 from capivara_search.page.guard import RequestRefusedError
 from capivara_search.query import clean_and_check_labels
 from capivara_search.results import DEFAULT_LABEL_TEMPLATE, Hit
@@ -289,6 +288,9 @@ class PageAnswers:
             "note": notice about the model or None, "videos": number of ignored video files in the indexed folders,
             "progress": result of PictureIndex.progress, "local": whether only this machine can reach the page}`.
         """
+        # This import is not at the top, because the decoder process imports this package, but needs no pyarrow.
+        from capivara_search.folders import load_ignored_counts_by_reason
+
         model, videos = self.index.model, load_ignored_counts_by_reason(self.index._table)["video"]
         values = {"model": model.name, "note": model.get_notice(question.language), "videos": videos}
         return self._index_state() | values | {"progress": self.index.progress(), "local": self.is_local}
