@@ -49,11 +49,14 @@ def shorten_and_escape_path(path: str | Path) -> str:
 
 
 def format_skipped_files(files: Sequence[SkippedFile], messages: Messages) -> list[str]:
-    """Return one line of text for each skipped file: its path, and the reason why it was skipped.
+    """Describe files that an update of the index has skipped.
 
     Args:
         files: Files and folders that could not be read.
         messages: Texts to print, in the user's language.
+
+    Returns:
+        One line of text for each file: its path, and the reason why it was skipped.
     """
     return [f"{shorten_and_escape_path(file.path)}: {messages.skip_reason(file.code, file.reason)}" for file in files]
 
