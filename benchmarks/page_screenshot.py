@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
             load_example_photo(name).save(pictures / f"{name}.jpg", quality=92)
         index = PictureIndex.open(Path(folder) / "fotos.lance", model=args.model)
         index.add(pictures)
-        server, listening, url = create_page_server(index, port=0, language="pt")
+        server, listening, url = create_page_server(index, "127.0.0.1", 0, "pt", None, ())
         serving = threading.Thread(target=server.run, args=([listening],), daemon=True)
         serving.start()
         try:

@@ -284,7 +284,7 @@ def _measure_searching_and_adding(args: SearchArguments) -> dict[str, Any]:
     measured["recall"] = statistics.mean(len(a & b) / K for a, b in zip(nearest, hits[-QUERY_COUNT:], strict=True))
     texts = [f"{QUERY_TEXTS[number % len(QUERY_TEXTS)]} {number}" for number in range(QUERY_COUNT)]
     measured["text_ms"] = _measure_latency_percentiles(lambda text: index.search(text, k=K), texts)
-    page = PageAnswers(index)
+    page = PageAnswers(index, is_local=True)
     measured["page_ms"] = _measure_latency_percentiles(lambda text: page.search(Question(text=text), None), texts)
     measured["page_newest_ms"] = _measure_latency_percentiles(lambda text: page.search(Question(), None), texts[:50])
     index.model.embed_images([PIL.Image.new("RGB", (64, 64))])  # untimed: loads the image encoder

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import date, datetime
-from functools import wraps
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,15 +38,10 @@ from capivara_common.progress import set_progress_bar_timing
 from capivara_search import command_line as cli
 from capivara_search.csv_output import write_csv
 from capivara_search.messages import COMMAND_NAMES, Messages, make_error_from_code
-from capivara_search.results import (
-    DEFAULT_LABEL_TEMPLATE,
-    DUPLICATE_MIN_SIMILARITY,
-    IndexReport,
-    IndexStatus,
-    SkippedFile,
-)
+from capivara_search.results import DEFAULT_LABEL_TEMPLATE, DUPLICATE_MIN_SIMILARITY, IndexReport, IndexStatus
 from capivara_search.terminal import (
     align_columns,
+    format_skipped_files,
     open_valid_pictures_in_viewer,
     print_notice,
     shorten_and_escape_path,
@@ -113,31 +107,11 @@ def _register_command(name: str) -> Callable[[Callable], click.Command]:
     """
 
     def register(function: Callable) -> click.Command:
-        @wraps(function)
-        def run_command(*args: Any, **flags: Any) -> int | None:
-            # `capivara completion` must be fast, because a shell runs it each time the shell starts. It needs only
-            # click, so the slow check for the other packages is left out.
-            if name != "completion":
-                _require_search_extra()
-            return function(*args, **flags)
-
-        command = capivara.command(name)(click.pass_obj(run_command))
+        command = capivara.command(name)(click.pass_obj(function))
         capivara.add_command(command, COMMAND_NAMES[name])
         return command
 
     return register
-
-
-def _require_search_extra() -> None:
-    """Check that all packages that `pip install "modeling-capivara[search]"` installs are available.
-
-    Raises:
-        ImportError: If a package is missing. The message says which command installs all of them.
-    """
-    from capivara_common.environment import missing_modules  # imported late, to keep `--help` fast
-
-    if missing := missing_modules(*SEARCH_MODULES):
-        raise make_error_from_code(ImportError, "no_search_extra", name=missing[0])
 
 
 @_register_command("index")
@@ -232,18 +206,13 @@ def _format_report(report: IndexReport, picture_count: int, messages: Messages) 
     if report.skipped_files:
         parts.append(messages.format_count("skipped_files", len(report.skipped_files)))
     yield f"{', '.join(parts)} ({tqdm.format_interval(report.seconds)}){':' if report.skipped_files else '.'}"
-    for line in _format_skipped_files(report.skipped_files[:MAX_SHOWN_SKIPPED_FILES], messages):
+    for line in format_skipped_files(report.skipped_files[:MAX_SHOWN_SKIPPED_FILES], messages):
         yield f"  {line}"
     if (more := len(report.skipped_files) - MAX_SHOWN_SKIPPED_FILES) > 0:
         yield "  " + messages("and_more", n=more)
     if ignored := _format_ignored_counts(report.ignored_counts, messages):
         yield messages("ignored", parts=ignored)
     yield messages.format_count("in_index", picture_count) + "."
-
-
-def _format_skipped_files(files: Sequence[SkippedFile], messages: Messages) -> list[str]:
-    """Return one line of text for each skipped file: its path, and the reason why it was skipped."""
-    return [f"{shorten_and_escape_path(file.path)}: {messages.skip_reason(file.code, file.reason)}" for file in files]
 
 
 def _format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages) -> str:
@@ -432,9 +401,8 @@ def app(
     not_requested = pictures.folders().keys() - pictures.requested_folders().keys()
     if hidden_folders := sorted(filter(os.path.isdir, not_requested)):
         print_notice(messages("thumbnails_only", folders=", ".join(map(shorten_and_escape_path, hidden_folders))))
-    flag_values = {"index": pictures.where, "lang": messages.language}
-    flag_values |= {name: cli.get_global_value(name) for name in ("model", "device")}
-    follower_flags = [f"--{name}={value}" for name, value in flag_values.items() if value]
+    flags = click.get_current_context().meta | {"index": pictures.where, "lang": messages.language}
+    follower_flags = [f"--{name}={flags[name]}" for name in ("index", "lang", "model", "device") if flags.get(name)]
 
     def print_address(address: str) -> None:
         click.echo(messages("page_open", address=address))
@@ -500,7 +468,7 @@ def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str
         "folders": folders,
         "ignored": [_format_ignored_counts(state.ignored_counts, messages)] if state.ignored_counts else [],
         "rules": rules,
-        "skipped_files": summary + _format_skipped_files(state.skipped_files, messages),
+        "skipped_files": summary + format_skipped_files(state.skipped_files, messages),
     }
 
 
@@ -605,9 +573,25 @@ def completion(messages: Messages, shell: str) -> None:
 
 
 def _open_index() -> "PictureIndex":
+    """Open the index of `--index` with the model of `--model`, after a check that all packages of the search are there.
+
+    Commands without an index, such as `capivara completion`, run without this check, which takes some time.
+
+    Returns:
+        The index.
+
+    Raises:
+        ImportError: If a package of the extra `search` is missing. The message says which command installs all of them.
+        ValueError: If the location of the index contains something else.
+        OSError: If there is no permission to read the index.
+    """
+    from capivara_common.environment import missing_modules
+
+    if missing := missing_modules(*SEARCH_MODULES):
+        raise make_error_from_code(ImportError, "no_search_extra", name=missing[0])
     from capivara_search.index import PictureIndex  # imported late, because it imports lancedb, which takes a second
 
-    index, model, device = (cli.get_global_value(name) for name in ("index", "model", "device"))
+    index, model, device = map(click.get_current_context().meta.get, ("index", "model", "device"))
     return PictureIndex.open(index or "auto", model, device)
 
 
@@ -718,12 +702,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     messages = Messages(detect_user_language(argv))
+    handler, logger = _UserLanguageHandler(messages), logging.getLogger("capivara")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    # transformers warns about default values in the configuration of every SigLIP model; users do not need the warning.
+    logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     set_progress_bar_timing()
     # PIL warns in English about pictures with too many pixels. They are refused right after, with our own message.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:
-        with _print_log_messages_in_user_language(messages):
-            code = capivara.main(argv, "capivara", standalone_mode=False, obj=messages) or 0
+        code = capivara.main(argv, "capivara", standalone_mode=False, obj=messages) or 0
     except click.Abort:
         # The user has pressed Ctrl-C before the command was done. The next run can continue from there.
         click.echo(messages("stopped_resumable"), err=True)
@@ -732,6 +720,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # These errors are meant for users, who need the message but no traceback.
         code, text = get_exit_code_and_message(error, messages)
         click.echo(messages("error", text=text), err=True)
+    finally:
+        logger.removeHandler(handler)
     sys.exit(code)
 
 
@@ -768,36 +758,34 @@ def get_exit_code_and_message(error: Exception, messages: Messages) -> tuple[int
     return EXIT_USAGE_ERROR if type(error) is ValueError else EXIT_UNUSABLE, line
 
 
-@contextmanager
-def _print_log_messages_in_user_language(messages: Messages) -> Iterator[None]:
-    """Print log messages of `log_message_from_code` to stderr in the user's language while the block runs.
+class _UserLanguageHandler(logging.Handler):
+    """Log handler that prints the messages of `log_message_from_code` to stderr, in the user's language.
 
     Args:
         messages: Texts to print, in the user's language.
     """
-    handler, logger = logging.Handler(), logging.getLogger("capivara")
 
-    def emit(record: logging.LogRecord) -> None:
+    def __init__(self, messages: Messages):
+        super().__init__()
+        self.messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a log message on one line of stderr. A progress bar on the screen stays intact.
+
+        Args:
+            record: The log message. Its attributes `code` and `values` select the Portuguese text and fill in its
+                placeholders. A message without a code is printed as it is.
+        """
         text, key = record.getMessage(), f"note.{getattr(record, 'code', None)}"
-        if messages.language == "pt" and messages.has(key):
+        if self.messages.language == "pt" and self.messages.has(key):
             values = list(getattr(record, "values", record.args))
             for place, value in enumerate(values):
                 if isinstance(value, Exception):
-                    _, values[place] = get_exit_code_and_message(value, messages)
-            text = messages(key, *values)
+                    _, values[place] = get_exit_code_and_message(value, self.messages)
+            text = self.messages(key, *values)
         text = escape_control_characters(" ".join(text.split()))
         if sys.stderr.isatty():
             # Unlike print, this does not break a progress bar: tqdm draws the bar again below the text.
             tqdm.write(text, file=sys.stderr)
         else:
             click.echo(text, err=True)
-
-    handler.emit = emit
-    # transformers warns about default values in the configuration of every SigLIP model; users do not need the warning.
-    logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)

@@ -117,10 +117,10 @@ def add_boolean_flags(*names: str) -> Callable[[Callable], Callable]:
 
 
 def _store_global_value(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Store the value of a shared flag in `ctx.meta` under the name of the flag (a click callback).
+    """Store the value of a shared flag in `ctx.meta` under the name of the flag, where the commands read it.
 
-    Users can write shared flags before or after the name of the command. If a flag is given twice, the later value is
-    used.
+    click calls this function for each shared flag. Users can write shared flags before or after the name of the
+    command. If a flag is given twice, the later value is used.
 
     Args:
         ctx: click context of the command.
@@ -129,18 +129,6 @@ def _store_global_value(ctx: click.Context, param: click.Parameter, value: str |
     """
     if value is not None:
         ctx.meta[param.name] = value
-
-
-def get_global_value(name: str) -> str | None:
-    """Return the value of `--index`, `--model` or `--device`, the flags that all commands share.
-
-    Args:
-        name: Name of the flag: "index", "model" or "device".
-
-    Returns:
-        The value on the command line, or None if the flag was not given.
-    """
-    return click.get_current_context().meta.get(name)
 
 
 _folder_option_kwargs = {"metavar": "directory", "shell_complete": ANY_FOLDER.shell_complete}
@@ -220,12 +208,10 @@ class LocalizedCommand(click.Command):
             formatter.write_dl(flags)
         if is_group:
             order = 1 if messages.language == "en" else -1  # the name in the user's language comes first
-            entries = [
-                (", ".join(names[::order]), messages(f"about.{names[0]}").partition("\n\n")[0])
-                for names in COMMAND_NAMES.items()
-            ]
+            names = [", ".join(both_names[::order]) for both_names in COMMAND_NAMES.items()]
+            summaries = [messages(f"about.{name}").partition("\n\n")[0] for name in COMMAND_NAMES]
             with formatter.section(messages("commands")):
-                formatter.write_dl(entries)
+                formatter.write_dl(list(zip(names, summaries, strict=True)))
             formatter.write(f"\n{click.wrap_text(messages('exit_codes'), formatter.width)}\n")
 
 

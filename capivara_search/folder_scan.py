@@ -128,14 +128,12 @@ def find_pictures_and_unreadable_files(
             no picture. A folder without pictures is accepted if `only_paths` is given, if something in the folder
             could not be read, or if pictures in it were ignored because of the user's rules or because of a link.
     """
-    roots = [str(to_absolute_path(folder)) for folder in folders]
+    roots, rules = [str(to_absolute_path(folder)) for folder in folders], rules or IgnoreRules()
     for root in roots:
         if not os.path.isdir(root):
             fault = "is a file, not a folder" if os.path.exists(root) else "does not exist"
             text = "The folder {path} {fault}. Name a folder of pictures."
             raise make_coded_error(ValueError, None, text, path=root, fault=fault)
-    rules = rules or IgnoreRules()
-    for root in roots:
         rules.check_not_forgotten(root)
     scan = _FolderScan(roots, rules, only_paths)
     for root in roots:

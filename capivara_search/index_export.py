@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow.parquet import ParquetWriter
+from pyarrow.parquet import ParquetWriter, read_metadata
 
 from capivara_common.files import atomic_file, check_output_file
 from capivara_search.csv_output import write_csv
@@ -46,12 +46,10 @@ def export_all_rows(table: PictureTable, path: str | Path) -> int:
         if is_csv:
             with temporary.open("w", encoding="utf-8", newline="") as file:
                 return write_csv(file, schema.names, (row for batch in batches for row in batch.to_pylist()))
-        number = 0
         with ParquetWriter(temporary, schema) as writer:
             for batch in batches:
                 writer.write(batch)
-                number += batch.num_rows
-        return number
+        return read_metadata(temporary).num_rows
 
 
 def _to_export_columns(rows: pa.Table | pa.RecordBatch, as_csv: bool) -> pa.Table | pa.RecordBatch:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
 
-from capivara_common.files import acquire_folder_lock, read_json, write_json
+from capivara_common.files import locked_folder, read_json, write_json
 
 PROGRESS_FILE = ".progress.json"
 WRITE_INTERVAL_S = 0.5  # minimum seconds between two writes of the progress file, so that writing costs hardly any time
@@ -106,7 +106,8 @@ def read_progress_of_running_update(where: str) -> dict[str, int | None] | None:
 
     The progress is read from a small file in the folder of the index. This file alone does not prove that an update is
     running, because a killed process leaves its file behind. Therefore the lock of the index is checked, too, which the
-    operating system releases when a process is killed. If no process holds the lock, the file is removed.
+    operating system releases when a process is killed. If no process holds the lock, or the file system has no locks,
+    the file is removed.
 
     Args:
         where: Folder or address of the index.
@@ -120,17 +121,15 @@ def read_progress_of_running_update(where: str) -> dict[str, int | None] | None:
         file = Path(where, PROGRESS_FILE)
         progress = read_json(file, done=int, total=int)
         try:
-            lock = acquire_folder_lock(Path(where))
+            # If the lock is free, no update is running, and a killed process has left the file behind. The file is
+            # removed, so that later calls return without taking the lock. Otherwise an update that starts at the same
+            # moment would have to wait.
+            with locked_folder(file.parent):
+                file.unlink()
         except BlockingIOError:
             # Another process holds the lock, so an update is running. The estimate was made when the file was written.
             # Therefore the age of the file is subtracted from the estimate.
             left_s, age_s = progress.get("left_s"), round(time.time() - os.stat(file).st_mtime)
             left_s = max(0, left_s - max(0, age_s)) if type(left_s) is int else None
             return {"done": progress["done"], "total": progress["total"], "left_s": left_s}
-        try:
-            # No update is running, so the file is left over from a killed process. It is removed, so that later calls
-            # return without taking the lock. Otherwise an update that starts at the same moment would have to wait.
-            file.unlink()
-        finally:
-            os.close(lock)
     return None

@@ -19,7 +19,7 @@ import click
 
 from capivara_common.privacy import escape_control_characters
 from capivara_search.messages import Messages, make_error_from_code
-from capivara_search.results import Hit
+from capivara_search.results import Hit, SkippedFile
 
 MAX_OPENED_PICTURES = 12  # limit of --open, whose help states this number; nobody can look at more windows at once
 # Notices go to stderr, so that stdout contains results only and can be piped into other programs.
@@ -46,6 +46,19 @@ def shorten_and_escape_path(path: str | Path) -> str:
         if start != os.sep and path.startswith(start):
             return escape_control_characters(prefix + path.removeprefix(start))
     return escape_control_characters(path)
+
+
+def format_skipped_files(files: Sequence[SkippedFile], messages: Messages) -> list[str]:
+    """Describe files that an update of the index has skipped.
+
+    Args:
+        files: Files and folders that could not be read.
+        messages: Texts to print, in the user's language.
+
+    Returns:
+        One line of text for each file: its path, and the reason why it was skipped.
+    """
+    return [f"{shorten_and_escape_path(file.path)}: {messages.skip_reason(file.code, file.reason)}" for file in files]
 
 
 def display_width(text: str) -> int:
@@ -205,8 +218,7 @@ def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], mes
     if supports_pictures(sys.stdout):
         columns, lines = shutil.get_terminal_size()
         thumbnails = [thumbnail(hit.path) for hit in hits]
-        names = [escape_control_characters(os.path.basename(hit.path)) for hit in hits]
-        captions = [f"{rank} {name}" for rank, name in enumerate(names, 1)]
+        captions = [f"{rank} {escape_control_characters(Path(hit.path).name)}" for rank, hit in enumerate(hits, 1)]
         click.echo(render_contact_sheet(thumbnails, captions, columns, lines - len(hits) - 3))
     rows = [[messages(f"column.{name}") for name in ("rank", "score", "date", "path")]]
     for rank, hit in enumerate(hits, 1):

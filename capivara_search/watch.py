@@ -10,16 +10,17 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PureWindowsPath
+from threading import Event, Thread
 from typing import Any
 
 from capivara_common.files import IS_WINDOWS
 from capivara_search.folder_scan import FileState, is_picture_name
 from capivara_search.folders import is_folder_available, load_ignore_rules
+from capivara_search.index_progress import ProgressCallback
 from capivara_search.messages import log_message_from_code
 from capivara_search.results import IndexReport
 
@@ -44,11 +45,7 @@ FOLLOWER_PROGRAM = (
 
 
 def watch_folders_and_iter_index_updates(
-    index: Any,
-    named_folders: Sequence[Path],
-    poll: bool | None,
-    stop: threading.Event | None,
-    on_progress: Callable[[int, int], None] | None,
+    index: Any, named_folders: Sequence[Path], poll: bool | None, stop: Event | None, progress: ProgressCallback | None
 ) -> Iterator[IndexReport]:
     """Update an index from folders, then watch the folders and index each change within seconds.
 
@@ -58,7 +55,7 @@ def watch_folders_and_iter_index_updates(
         poll: Whether to scan the folders every two seconds instead of waiting for events of the operating system. None:
             scan only if a folder is on a network file system, which reports no events.
         stop: Event that ends the iteration when it is set. None: only an interrupt such as Ctrl-C ends the iteration.
-        on_progress: Callback that takes the number of processed pictures and the total number.
+        progress: Callback that takes the number of processed pictures and the total number.
 
     Yields:
         One report for the initial update of all folders, then one report per burst of changes.
@@ -87,12 +84,12 @@ def watch_folders_and_iter_index_updates(
 
     def add(paths: Iterable[Path], only_paths: Collection[str] | None) -> IndexReport:
         """Update the index from the folders `paths`. If `only_paths` is given, update only these paths inside them."""
-        report = index.add(*paths, only_paths=only_paths, on_progress=on_progress, real_paths=folders)
+        report = index.add(*paths, only_paths=only_paths, on_progress=progress, real_paths=folders)
         index.model.prepare_images()  # load the model now, so that the first change does not have to wait for it
         return report
 
     available_folders = partial(_find_available_folders_with_inodes, allow_empty=bool(named_folders))
-    stop, is_first = stop or threading.Event(), True
+    stop, is_first = stop or Event(), True
     named_paths = {folder: os.path.realpath(folder) for folder in named_folders}
     folders = known_folders()
     if not (available_folders(folders) if named_folders else folders):
@@ -242,7 +239,7 @@ def keep_watch_subprocess_running(*flags: str) -> Iterator[None]:
     # second while the follower reads pictures.
     # Windows ignores `process_group` and has a flag instead.
     options = {"process_group": 0, "creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
-    stopping, command = threading.Event(), [sys.executable, "-c", FOLLOWER_PROGRAM, "watch", *flags]
+    stopping, command = Event(), [sys.executable, "-c", FOLLOWER_PROGRAM, "watch", *flags]
 
     def keep_running() -> None:
         """Start the child process `capivara watch`, and start it again whenever it ends, until `stopping` is set."""
@@ -250,16 +247,16 @@ def keep_watch_subprocess_running(*flags: str) -> Iterator[None]:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, **options)
             while not stopping.wait(0.2) and process.poll() is None:
                 pass
-            process.stdin.close()  # the child process, which watches the folders, then ends
             try:
-                process.wait(SHUTDOWN_TIMEOUT_S)
+                # This call closes the standard input of the child process, which then ends, and waits for the end.
+                process.communicate(timeout=SHUTDOWN_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
             if not stopping.is_set():
                 log_message_from_code("follower_ended", process.returncode, RESTART_DELAY_S, level=logging.WARNING)
             stopping.wait(RESTART_DELAY_S)
 
-    thread = threading.Thread(target=keep_running, daemon=True)
+    thread = Thread(target=keep_running, daemon=True)
     thread.start()
     try:
         yield
@@ -284,4 +281,4 @@ def end_with_parent_and_lower_priority() -> None:
 
     if hasattr(os, "nice"):
         os.nice(10)
-    threading.Thread(target=wait, daemon=True).start()
+    Thread(target=wait, daemon=True).start()

@@ -93,6 +93,7 @@ def served(index: Any, host: str = "127.0.0.1", port: int = 0, **options: Any) -
     """Serve the page of an index in this process, by default on a free port."""
     from capivara_search.page.server import create_page_server
 
+    options = {"language": "pt", "credit": None, "allow_hosts": ()} | options
     server, listening, url = create_page_server(index, host, port, **options)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()

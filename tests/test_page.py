@@ -58,7 +58,7 @@ def test_the_language_of_the_page(plain_index):
             page = client.get(query)[2].decode()
             assert f'<html lang="{tag}">' in page and f">{word}</label>" in page and "<built-in" not in page
     with pytest.raises(ValueError, match=r"pt, en.*'fr'"):
-        create_page_server(plain_index, language="fr")
+        server.serve_index(plain_index, language="fr")
 
 
 def test_a_free_port_is_used_if_the_default_port_is_taken(plain_index, monkeypatch):
@@ -69,7 +69,7 @@ def test_a_free_port_is_used_if_the_default_port_is_taken(plain_index, monkeypat
             assert client.port != port and client.get("")[0] == 200
         monkeypatch.setattr(server, "DEFAULT_PORT", 7860)
         with pytest.raises(OSError) as caught:
-            create_page_server(plain_index, port=port)
+            server.serve_index(plain_index, port=port)
         assert caught.value.errno == errno.EADDRINUSE
 
 
@@ -79,7 +79,7 @@ def test_a_model_that_does_not_match_the_index_is_refused_before_the_page_opens(
     other = shutil.copytree(saved_tiny_folder, tmp_path / "outro")
     randomize(CapivaraModel(tiny_config()), seed=5).save_pretrained(other)
     with pytest.raises(ValueError, match="outro") as caught:
-        create_page_server(PictureIndex.open(plain_index.where, str(other)), port=0)
+        server.serve_index(PictureIndex.open(plain_index.where, str(other)), port=0)
     assert caught.value.code == "other_model"
 
 

@@ -34,7 +34,7 @@ def index(tmp_path_factory, folder, saved_tiny_folder):
 
 @pytest.fixture
 def answers(index):
-    return PageAnswers(index)
+    return PageAnswers(index, is_local=True)
 
 
 def names(answer: dict) -> list[str]:
@@ -104,11 +104,11 @@ def test_folder_and_dates_filter_every_search(answers, folder):
 def test_a_missing_query_picture_is_refused_and_an_empty_index_has_no_hits(answers, saved_tiny_folder, tmp_path):
     with pytest.raises(RequestRefusedError, match="gone"):
         answers.search(Question.parse({"like": "/etc/passwd"}), None)
-    empty = PageAnswers(PictureIndex.open(tmp_path / "new.lance", str(saved_tiny_folder)))
+    empty = PageAnswers(PictureIndex.open(tmp_path / "new.lance", str(saved_tiny_folder)), is_local=False)
     assert empty.search(Question.parse({"text": "gato"}), None)["hits"] == []
     assert empty.status(Question()) | {"version": 0} == {
         "version": 0, "count": 0, "videos": 0, "model": "model", "note": None,
-        "progress": None,
+        "progress": None, "local": False,
     }  # fmt: skip
 
 

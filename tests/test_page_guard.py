@@ -34,7 +34,6 @@ from capivara_search.page.guard import (
     RequestGuard,
     RequestRefusedError,
 )
-from capivara_search.page.server import create_page_server
 from capivara_search.picture_reading import convert_image_to_rgb_on_white
 
 DECODE_TIMEOUT_S = 2
@@ -215,7 +214,7 @@ def test_on_a_network_a_page_answers_only_to_its_own_names(index):
         assert client.ask("search", {}, X_Forwarded_Host="evil.example", Origin="https://evil.example")[0] == 403
     for invalid in ("http://fotos.local", "fotos.local outro.local"):
         with pytest.raises(ValueError) as caught:
-            create_page_server(index, "0.0.0.0", 0, allow_hosts=[invalid])
+            server.serve_index(index, "0.0.0.0", 0, allow_hosts=[invalid])
         assert (caught.value.code, caught.value.values) == ("bad_host", {"value": invalid})
 
 

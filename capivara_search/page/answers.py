@@ -1,7 +1,7 @@
 """Compute the responses to the requests of the search page, as dictionaries that are sent as JSON.
 
 Example:
-    answers = PageAnswers(index)
+    answers = PageAnswers(index, is_local=True)
     hits = answers.search(Question.parse({"text": "um gato", "k": 12}), None)["hits"]
 
 A question is a POST request of the page, such as a search. `server.py` receives the request, and `guard.py` checks and
@@ -10,9 +10,8 @@ code of this error.
 """
 
 import contextlib
-import dataclasses
 import os
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,13 +177,11 @@ class PageAnswers:
 
     Args:
         index: Index that is searched.
+        is_local: Whether only this machine can reach the page.
     """
 
-    def __init__(self, index: "PictureIndex"):
-        self.index = index
-        # (Version of the index, number of ignored video files at this version). The page requests the number every few
-        # seconds, so the number is cached until the version changes. The version -1 means that nothing is cached yet.
-        self._video_count = (-1, 0)
+    def __init__(self, index: "PictureIndex", is_local: bool):
+        self.index, self.is_local = index, is_local
 
     def search(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
         """Find the pictures that are most similar to the query, or the newest pictures if the query is empty.
@@ -217,11 +214,9 @@ class PageAnswers:
             # The picture of the query is always among its own hits and is removed below, so one more hit is requested.
             k = question.k + bool(question.like)
             hits = self.index.search_vector(vector, k, is_text_query=is_text_query, group_duplicates=True, **filters)
-        has_target = question.text.strip() or image is not None or question.like or question.more
-        with_score = vector is not None and bool(has_target)
-        shown_hits = [hit for hit in hits if hit.path != question.like][: question.k]
-        answer = {"hits": [_hit_to_dict(hit, with_score) for hit in shown_hits]}
-        return self._index_state() | answer | {"cut": len(question.text) > MODEL_TEXT_CHARACTERS}
+        with_score = vector is not None and bool(question.text.strip() or question.like or question.more or image)
+        shown_hits = [_hit_to_dict(hit, with_score) for hit in hits if hit.path != question.like][: question.k]
+        return self._index_state() | {"hits": shown_hits, "cut": len(question.text) > MODEL_TEXT_CHARACTERS}
 
     def copies(self, question: Question, image: object = None) -> dict[str, Any]:
         """Find the near-duplicates of a picture of the index: resized, re-encoded or slightly edited copies.
@@ -281,22 +276,24 @@ class PageAnswers:
         """Load the model and embed a small image, so that the first uploaded picture is embedded quickly."""
         self.index.model.embed_images([PIL.Image.new("RGB", (8, 8))])
 
-    def status(self, question: Question) -> dict[str, Any]:
+    def status(self, question: Question, image: object = None) -> dict[str, Any]:
         """Return the state of the index for the page.
 
         Args:
             question: `language` selects the language of the notice about the model.
+            image: Not used.
 
         Returns:
             Dictionary `{"version": version of the index, "count": number of pictures, "model": name of the model,
             "note": notice about the model or None, "videos": number of ignored video files in the indexed folders,
-            "progress": result of PictureIndex.progress}`.
+            "progress": result of PictureIndex.progress, "local": whether only this machine can reach the page}`.
         """
-        state, model = self._index_state(), self.index.model
-        if self._video_count[0] != state["version"]:
-            self._video_count = state["version"], self.index.status().ignored_counts.get("video", 0)
-        values = {"model": model.name, "note": model.get_notice(question.language), "videos": self._video_count[1]}
-        return state | values | {"progress": self.index.progress()}
+        # This import is not at the top, because the decoder process imports this package, but needs no pyarrow.
+        from capivara_search.folders import load_ignored_counts_by_reason
+
+        model, videos = self.index.model, load_ignored_counts_by_reason(self.index._table)["video"]
+        values = {"model": model.name, "note": model.get_notice(question.language), "videos": videos}
+        return self._index_state() | values | {"progress": self.index.progress(), "local": self.is_local}
 
     def _index_state(self) -> dict[str, int]:
         return {"version": self.index.version(), "count": len(self.index)}
@@ -363,9 +360,7 @@ def _hit_to_dict(hit: Hit, with_score: bool) -> dict[str, Any]:
         the modification time of the file in seconds since 1970, or 0 if it is not known. The page adds "v" to the URL
         of the picture, so that browsers do not show an outdated picture from their cache. Times are texts in ISO 8601.
     """
-    values = dataclasses.asdict(hit) | {"name": Path(hit.path).stem}
-    times = ("taken", "modified", "date")
-    values |= {key: value.isoformat() for key in times if isinstance(value := values[key], datetime)}
-    values["v"] = int(hit.modified.timestamp()) if hit.modified else 0
-    values["score"] = float(hit.score) if with_score else None
-    return values
+    times = {key: value.isoformat() for key, value in vars(hit).items() if isinstance(value, datetime)}
+    modified_s = int(hit.modified.timestamp()) if hit.modified else 0
+    score = float(hit.score) if with_score else None
+    return asdict(hit) | times | {"name": Path(hit.path).stem, "v": modified_s, "score": score}

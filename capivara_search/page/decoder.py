@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import warnings
-from contextlib import suppress
 from typing import BinaryIO
 
 import PIL.Image
@@ -72,12 +71,9 @@ class DecoderProcess:
     def close(self) -> None:
         """Kill the child process that decodes pictures."""
         self._process.kill()
-        self._process.stdout.close()
-        # Closing the pipe writes what is left in its buffer. This fails, because the process that would read it was
-        # killed.
-        with suppress(OSError):
-            self._process.stdin.close()
-        self._process.wait()
+        # `communicate` closes both pipes and waits for the end of the process. It ignores the error that the unsent
+        # rest of a picture in the buffer of the pipe can't be written any more.
+        self._process.communicate()
 
     def _start(self) -> None:
         command = [sys.executable, "-c", DECODER_PROGRAM, str(DECODE_TIMEOUT_S)]

@@ -329,10 +329,8 @@ def compute_connection_limit() -> int:
     file descriptors, and `RESERVED_DESCRIPTORS` file descriptors are needed for everything else. Windows allows
     thousands of open files, so there the number is always `MAX_CONNECTIONS`.
     """
-    if resource is None:
-        return MAX_CONNECTIONS
-    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if descriptors == resource.RLIM_INFINITY:
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else None
+    if descriptors is None or descriptors == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
     return max(1, min(MAX_CONNECTIONS, (descriptors - RESERVED_DESCRIPTORS) // 2))
 

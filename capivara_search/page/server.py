@@ -140,14 +140,11 @@ def serve_index(
 
 
 def create_page_server(
-    index: "PictureIndex",
-    host: str = "127.0.0.1",
-    port: int = DEFAULT_PORT,
-    language: str = "pt",
-    credit: Credit | None = None,
-    allow_hosts: Sequence[str] = (),
+    index: "PictureIndex", host: str, port: int, language: str, credit: Credit | None, allow_hosts: Sequence[str]
 ) -> tuple[uvicorn.Server, socket.socket, str]:
     """Create the server of the search page without running it.
+
+    `serve_index` runs the server in a thread of its own.
 
     Args:
         index: Index that the page searches.
@@ -180,8 +177,8 @@ def create_page_server(
             raise
         listening = socket.create_server((host, 0), family=family)
     name = f"[{host}]" if ":" in host else host
-    site = PageSite(PageAnswers(index), is_loopback(host), language, credit)
-    middleware = Middleware(guard.RequestGuard, hosts=hosts, behind_proxy=not site.is_local)
+    site = PageSite(PageAnswers(index, is_loopback(host)), language, credit)
+    middleware = Middleware(guard.RequestGuard, hosts=hosts, behind_proxy=not site.answers.is_local)
     config = uvicorn.Config(
         Starlette(routes=site.routes(), middleware=[middleware], lifespan=site.lifespan),
         http=guard.LimitedHttpProtocol, backlog=guard.BACKLOG, ws="none", lifespan="on",
@@ -197,13 +194,12 @@ class PageSite:
 
     Args:
         answers: Object that computes the responses to POST requests.
-        is_local: Whether only this machine can reach the page.
         language: Default language of the page, "pt" or "en".
         credit: Source and license of the pictures, which are shown on the page; None to show no credit.
     """
 
-    def __init__(self, answers: PageAnswers, is_local: bool, language: str, credit: Credit | None):
-        self.answers, self.is_local, self.language, self.credit = answers, is_local, language, credit
+    def __init__(self, answers: PageAnswers, language: str, credit: Credit | None):
+        self.answers, self.language, self.credit = answers, language, credit
         self._decoder = DecoderProcess()
         self._question_queue, self._view_queue = guard.QuestionQueue(), guard.QuestionQueue()
         self._body_slots = asyncio.Semaphore(guard.MAX_LARGE_BODIES)
@@ -237,12 +233,12 @@ class PageSite:
 
         A request to any other path gets the status 404.
         """
-        questions = {name: getattr(self.answers, name) for name in ("search", "classify", "copies", "folders")}
-        questions["status"] = lambda question, _: self.answers.status(question) | {"local": self.is_local}
+        questions = ("search", "classify", "copies", "folders", "status")
+        endpoints = {name: partial(self._answer, getattr(self.answers, name)) for name in questions}
         return [
             Route("/", self.page),
             Mount("/static", StaticFiles(directory=PAGE_FOLDER / "static")),
-            *(Route(f"/api/{name}", self._make_endpoint(ask), methods=["POST"]) for name, ask in questions.items()),
+            *(Route(f"/api/{name}", endpoint, methods=["POST"]) for name, endpoint in endpoints.items()),
             Route("/thumbnail", self.thumbnail),
             Route("/picture", self.picture),
             Route("/download", self.download),
@@ -251,27 +247,27 @@ class PageSite:
     async def page(self, request: Request) -> Response:
         """Return the HTML page in the language of the URL parameter `lang` (default: language of the server)."""
         language = request.query_params.get("lang", "")
-        html = _render_page(language if language in LANGUAGES else self.language, self.is_local, self.credit)
+        html = _render_page(language if language in LANGUAGES else self.language, self.answers.is_local, self.credit)
         return Response(html, media_type="text/html")
 
-    def _make_endpoint(self, ask: Callable[[Question, Any], dict[str, Any]]) -> Callable[[Request], Any]:
-        """Create the handler of a POST route.
+    async def _answer(self, ask: Callable[[Question, Any], dict[str, Any]], request: Request) -> Response:
+        """Answer a POST request of the page.
 
         Args:
             ask: Function `(question, image)` that computes the response. The image is the decoded upload, or None.
+            request: The request. Its body is a line of JSON, optionally followed by the bytes of an uploaded picture.
 
         Returns:
-            Handler that takes a request and returns a JSON response.
+            The result of `ask` as a JSON response.
+
+        Raises:
+            RequestRefusedError: If the request is not allowed, its picture can't be decoded, or the server is busy.
         """
-
-        async def answer(request: Request) -> Response:
-            async with guard.receive_request_body_within_limits(request, self._body_slots) as body:
-                # The body is parsed in a thread, so that the event loop can answer other clients meanwhile.
-                question, upload = await run_in_threadpool(_split_question_and_upload, body)
-                image = await self._decode_upload(upload) if upload else None
-                return JSONResponse(await self._question_queue.ask(lambda: ask(question, image)))
-
-        return answer
+        async with guard.receive_request_body_within_limits(request, self._body_slots) as body:
+            # The body is parsed in a thread, so that the event loop can answer other clients meanwhile.
+            question, upload = await run_in_threadpool(_split_question_and_upload, body)
+            image = await self._decode_upload(upload) if upload else None
+            return JSONResponse(await self._question_queue.ask(lambda: ask(question, image)))
 
     async def _decode_upload(self, upload: bytearray) -> PIL.Image.Image:
         """Decode an uploaded picture and wait until the model is loaded.
