@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 
 from capivara_common.files import CAN_OPEN_FOLDERS, acquire_folder_lock
 from capivara_search import storage_errors
-from capivara_search.folder_scan import FileState
+from capivara_search.folder_scan import FileState, to_absolute_path
 from capivara_search.messages import log_message_from_code, make_error_from_code
 from capivara_search.results import Hit, SkippedFile
 from capivara_search.storage_errors import LANCEDB_ERRORS, DamagedIndexError
@@ -425,14 +425,14 @@ class PictureTable:
             max_rows: Maximum number of rows to read. Rows with vectors of other models count, too.
 
         Returns:
-            Array (rows, width), float16.
+            Array (rows, width), float32. Each vector has unit length.
         """
         row_count, column = self.count(), vector_column(width)
         if not row_count:
-            return np.empty((0, width), np.float16)
+            return np.empty((0, width), np.float32)
         offsets = np.linspace(0, row_count - 1, min(row_count, max_rows)).astype(int).tolist()
         rows = self.run_read(lambda table: table.take_offsets(offsets).select(["model", column]).to_arrow())
-        return _vector_column_to_array(rows.filter(pc.equal(rows["model"], image_digest))[column])
+        return l2_normalize(_vector_column_to_array(rows.filter(pc.equal(rows["model"], image_digest))[column]))
 
     def vectors_of_digests(self, digests: Collection[str], width: int, image_digest: str) -> dict[str, np.ndarray]:
         """Look up the stored vectors of pictures by the digests (hashes) of their file contents.
@@ -966,18 +966,6 @@ def _in_clause(column: str, values: Iterable[str]) -> str:
     return f"{column} IN ({', '.join(map(quote_sql, values))})"
 
 
-def join_clauses(clauses: Sequence[str]) -> str | None:
-    """Join SQL conditions with AND.
-
-    Args:
-        clauses: SQL conditions.
-
-    Returns:
-        One SQL condition. None, which means no condition, if `clauses` is empty.
-    """
-    return " AND ".join(clauses) or None
-
-
 def folders_clause(*folders: str | Path) -> str:
     """Return the SQL condition for rows of the given files and of all files inside the given folders.
 
@@ -989,19 +977,28 @@ def folders_clause(*folders: str | Path) -> str:
     return "(" + " OR ".join(clauses) + ")"
 
 
-def date_clauses(since: date | None, until: date | None) -> list[str]:
-    """Return the SQL conditions for pictures of a range of days.
+def filter_clause(
+    folder: str | Path | None, since: date | None, until: date | None, other_clause: str | None = None
+) -> str | None:
+    """Return the SQL condition that limits a search to the pictures in a folder and of a range of days.
 
     The date of a picture is its EXIF date if there is one, otherwise the modification time of its file.
 
     Args:
+        folder: Folder of the pictures, including its subfolders. None: all folders.
         since: First day of the range. None: no first day.
         until: Last day of the range, which is included. None: no last day.
+        other_clause: Another SQL condition that the pictures must match. None: no other condition.
 
     Returns:
-        A list with one condition per given day. The caller joins the conditions with AND.
+        The SQL condition. None, which means no condition, if all arguments are None.
+
+    Raises:
+        ValueError: If the path of the folder is not valid UTF-8.
     """
-    clauses = []
+    clauses = [other_clause] if other_clause else []
+    if folder is not None:
+        clauses.append(folders_clause(to_absolute_path(folder)))
     # To include the whole last day, the condition is "before the start of the next day".
     for day, sign, offset in ((since, ">=", 0), (until, "<", 1)):
         if day is not None:
@@ -1011,7 +1008,7 @@ def date_clauses(since: date | None, until: date | None) -> list[str]:
                 f"((taken IS NOT NULL AND taken {sign} timestamp '{start:%Y-%m-%d %H:%M:%S}')"
                 f" OR (taken IS NULL AND mtime_ns {sign} {int(start.timestamp()) * 10**9}))"
             )
-    return clauses
+    return " AND ".join(clauses) or None
 
 
 def l2_normalize(vectors: np.ndarray) -> np.ndarray:

@@ -7,8 +7,9 @@ from tiny import save_model
 
 from capivara_common.files import write_json
 from capivara_search import query
-from capivara_search.index import PictureIndex, l2_normalize
+from capivara_search.index import PictureIndex
 from capivara_search.query import apply_feedback, parse_weighted_feedback
+from capivara_search.table import l2_normalize
 
 
 @pytest.fixture(scope="module")
