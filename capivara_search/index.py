@@ -849,7 +849,7 @@ class PictureIndex:
             folders=self.folders(),
             model=model.get("name"),
             bytes=self._table.bytes(),
-            approximate=bool(model) and self._table.exists() and self._table.has_approximate_index(model["width"]),
+            approximate=bool(model) and table.vector_column(model["width"]) in self._table.indices(),
             first=taken["min"],
             last=taken["max"],
             exclude=list(rules.exclude),

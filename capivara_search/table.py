@@ -527,23 +527,20 @@ class PictureTable:
             Rows with the columns that `comparison_columns` lists, and an additional column `score`: the cosine between
             the row's vector and the query vector. Rows are sorted by score, best first, then by path.
         """
-        approximate = not exact and self.has_approximate_index(len(vector))
+        approximate = not exact and vector_column(len(vector)) in self.indices()
         rows = self.run_read(lambda table: _build_vector_query(table, vector, k, clause, approximate).to_arrow())
         scores = np.clip(l2_normalize(_vector_column_to_array(rows[vector_column(len(vector))])) @ vector, -1, 1)
         rows = rows.append_column("score", pa.array(scores, pa.float64()))
         return rows.sort_by([("score", "descending"), ("path", "ascending")])
 
-    def has_approximate_index(self, width: int) -> bool:
-        """Return whether the table `pictures` has an approximate vector index for vectors of this width."""
-        return vector_column(width) in self.indices()
-
     def indices(self) -> dict[str, Any]:
         """Return the indexes that LanceDB has for columns of the table `pictures`, such as the vector index.
 
         Returns:
-            Dictionary `{name of the indexed column: LanceDB's description of the index}`.
+            Dictionary `{name of the indexed column: LanceDB's description of the index}`. It is empty if the table does
+            not exist.
         """
-        indices = self.cached("indices", lambda: self.run_read(methodcaller("list_indices")))
+        indices = self.cached("indices", lambda: self.run_read(methodcaller("list_indices"))) if self.exists() else ()
         return {index.columns[0]: index for index in indices}
 
     # --- Writing
@@ -571,7 +568,7 @@ class PictureTable:
                 try:
                     return operation(self.open_table(table_name))
                 except LANCEDB_ERRORS as error:
-                    if attempt == MAX_WRITE_ATTEMPTS or not storage_errors.is_write_conflict(error):
+                    if attempt == MAX_WRITE_ATTEMPTS or not storage_errors.WRITE_CONFLICT_RE.search(str(error)):
                         raise
                 time.sleep(random.uniform(0.05, 0.2) * attempt)
                 if table_name in self._open_tables:
