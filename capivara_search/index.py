@@ -254,9 +254,7 @@ class PictureIndex:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         start = time.monotonic()
         with self._table.locked(), mirror_progress_to_file(self.where, on_progress) as progress:
-            plan = indexing.plan_update_and_prepare_index(
-                self._table, self.model, paths, exclude, include, only_paths, progress
-            )
+            plan = indexing.prepare_index_update(self._table, self.model, paths, exclude, include, only_paths, progress)
             writer = indexing.IndexWriter(self._table, self.model, plan, batch_size, progress)
             writer.run()
             report = writer.finish()
@@ -703,10 +701,8 @@ class PictureIndex:
         digest, total = self.model.image_digest, len(self)
         other_count = self._table.count_other_models(digest)
         if total and (other_count == total or self.model.width not in self._table.widths()):
-            known = (self._table.model() or {}).get("name")
-            raise make_error_from_code(
-                ValueError, "other_model", model=self.model.name, path=self.where, known=known, total=total
-            )
+            names = {"model": self.model.name, "known": (self._table.model() or {}).get("name")}
+            raise make_error_from_code(ValueError, "other_model", path=self.where, total=total, **names)
         return f"model = {table.quote_sql(digest)}" if other_count else None
 
     def duplicates(self, threshold: float = duplicates.DUPLICATE_MIN_SIMILARITY) -> list[list[Hit]]:

@@ -1,8 +1,8 @@
 """Update the tables of an index from folders: plan the work, then read and embed pictures and write their rows.
 
-`PictureIndex.add` calls three functions in turn. `plan_update_and_prepare_index` plans the work and prepares the
-tables. `IndexWriter.run` embeds pictures and writes rows. `IndexWriter.finish` removes the rows of files that are gone,
-and optimizes the tables.
+`PictureIndex.add` calls three functions in turn. `prepare_index_update` plans the work and prepares the tables.
+`IndexWriter.run` embeds pictures and writes rows. `IndexWriter.finish` removes the rows of files that are gone, and
+optimizes the tables.
 
 A file is read only if it is new, if its size or modification time has changed, or if its vector is of another model. A
 file that could not even be opened in the last update (`RETRYABLE_REASONS`) is tried again. If the content of a file is
@@ -101,9 +101,8 @@ class StoredRows:
             the model in use. False otherwise.
         """
         position = self.positions.get(file.path)
-        if position is None or (self.sizes[position], self.times[position]) != (file.size, file.mtime_ns):
-            return False
-        return bool(self.is_current[position])
+        is_same = position is not None and (self.sizes[position], self.times[position]) == (file.size, file.mtime_ns)
+        return bool(is_same and self.is_current[position])
 
 
 @dataclass
@@ -437,7 +436,7 @@ class IndexWriter:
         return sorted(valid.values(), key=lambda skipped: skipped.path)
 
 
-def plan_update_and_prepare_index(
+def prepare_index_update(
     table: PictureTable,
     model: "SearchModel",
     folders: Mapping[Path, str],

@@ -186,14 +186,13 @@ class PictureTable:
         This is the case for a file, a broken symbolic link, and a folder that contains something other than an index.
         """
         folder = Path(self.where)
-        if os.path.isfile(folder) or (os.path.islink(folder) and not os.path.exists(folder)):
+        if os.path.isdir(folder):
+            with storage_errors.wrap_storage_errors(self.where):
+                names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+            if names and not any(f"{name}.lance" in names for name in TABLE_KEY_COLUMNS):
+                raise make_error_from_code(ValueError, "other_folder", path=folder, name=names[0])
+        elif os.path.lexists(folder):  # False also if a parent folder can't be read; `open_table` reports that
             raise make_error_from_code(ValueError, "index_is_file", path=folder)
-        if not os.path.isdir(folder):  # not created yet, or a parent folder can't be read (`open_table` reports it)
-            return
-        with storage_errors.wrap_storage_errors(self.where):
-            names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        if names and not any(f"{name}.lance" in names for name in TABLE_KEY_COLUMNS):
-            raise make_error_from_code(ValueError, "other_folder", path=folder, name=names[0])
 
     @cached_property
     def _connection(self) -> "lancedb.DBConnection":

@@ -81,7 +81,7 @@ def add_folders_with_workers(arguments: WorkerArguments) -> bool:
     exclude, include = arguments.exclude, arguments.include
     arguments.real_paths = index.folders_to_add(arguments.folders, exclude, include)
     with index._table.locked():
-        indexing.plan_update_and_prepare_index(index._table, index.model, arguments.real_paths, exclude, include)
+        indexing.prepare_index_update(index._table, index.model, arguments.real_paths, exclude, include)
         arguments.model = index.model.source  # recorded in the arguments, so that all tasks use the same model
         return run_phases(PhaseStep.from_phases(arguments, PHASES, "index"), arguments)
 
