@@ -200,8 +200,8 @@ class PictureIndex:
 
         if isinstance(self._requested_model, SearchModel):
             return self._requested_model
-        stored = self._table.model() if self._requested_model is None else None
-        return resolve_search_model(stored["source"] if stored else self._requested_model, self._device)
+        stored = self._table.model() if self._requested_model is None else {}
+        return resolve_search_model(stored.get("source", self._requested_model), self._device)
 
     # --- Adding, moving and removing pictures
 
@@ -456,8 +456,7 @@ class PictureIndex:
 
         At most `query.SAMPLE_ROWS` vectors are returned. They are cached until the index changes.
         """
-        width, digest = self.model.width, self.model.image_digest
-        return self._table.cached("sample", lambda: self._table.sample(width, digest, query.SAMPLE_ROWS))
+        return self._table.cached("sample", lambda: self._table.sample(self.model, query.SAMPLE_ROWS))
 
     def _compute_relevance_threshold(self, vector: np.ndarray) -> float:
         """Compute the minimum cosine with a sentence that makes a picture count as relevant.
@@ -701,7 +700,7 @@ class PictureIndex:
         digest, total = self.model.image_digest, len(self)
         other_count = self._table.count_other_models(digest)
         if total and (other_count == total or self.model.width not in self._table.widths()):
-            names = {"model": self.model.name, "known": (self._table.model() or {}).get("name")}
+            names = {"model": self.model.name, "known": self._table.model().get("name")}
             raise make_error_from_code(ValueError, "other_model", path=self.where, total=total, **names)
         return f"model = {table.quote_sql(digest)}" if other_count else None
 
@@ -837,7 +836,7 @@ class PictureIndex:
     def status(self) -> IndexStatus:
         """Return a summary of the index: number of pictures, folders, skipped files, model, size and ignore rules."""
         taken = pc.min_max(self._table.rows(["taken"], "taken IS NOT NULL")["taken"]).as_py()
-        model, rules = self._table.model() or {}, known_folders.load_ignore_rules(self._table)
+        model, rules = self._table.model(), known_folders.load_ignore_rules(self._table)
         return IndexStatus(
             where=self.where,
             pictures=len(self),

@@ -344,7 +344,7 @@ class IndexWriter:
                 self.skipped_files[file] = SkippedFile(file.path, result.reason, result.detail)
                 self.report.skipped_files.append(self.skipped_files[file])
         digests = {picture.digest for picture in pictures.values()}
-        vectors = self.table.vectors_of_digests(digests, self.model.width, self.image_digest) | self.vectors_by_digest
+        vectors = self.table.vectors_of_digests(digests, self.model) | self.vectors_by_digest
         new = {picture.digest: picture.image for picture in pictures.values() if picture.digest not in vectors}
         if new and not self.report.embedded:
             self.model.prepare_images()
@@ -474,8 +474,7 @@ def prepare_index_update(
     _ = model.image_size
     rules = load_ignore_rules(table).updated(exclude, include)
     plan = plan_index_update(table, model.image_digest, folders, rules=rules, only_paths=only_paths)
-    stored_model = table.model()
-    if progress and plan.files and (stored_model is None or stored_model["image_digest"] != model.image_digest):
+    if progress and plan.files and table.model().get("image_digest") != model.image_digest:
         # With this first report, the web page shows that the update is running while the model loads.
         progress(0, len(plan.files))
         model.prepare_images()  # loaded before the index is created or changed, because loading may fail
@@ -505,7 +504,7 @@ def _record_current_model(table: PictureTable, model: "SearchModel", plan: Index
     metadata = {"source": model.source, "name": model.name, "width": model.width, "image_digest": model.image_digest}
     stored_rows = [plan.stored_rows[file.path] for file in plan.files]
     to_reembed = sum(row is not None and not row[1] for row in stored_rows)
-    is_new_image_encoder = (stored_model or {}).get("image_digest") != model.image_digest
+    is_new_image_encoder = stored_model.get("image_digest") != model.image_digest
     if other_count and (to_reembed or is_new_image_encoder):
         log_message_from_code("image_side", model.name, to_reembed, other_count)
     elif stored_model and stored_model != metadata and table.count():

@@ -415,33 +415,31 @@ class PictureTable:
         with storage_errors.wrap_storage_errors(self.where, PICTURES_TABLE):
             yield from self.run_read(lambda table: _build_row_scan_query(table, columns, clause).to_batches())
 
-    def sample(self, width: int, image_digest: str, max_rows: int) -> np.ndarray:
+    def sample(self, model: "SearchModel", max_rows: int) -> np.ndarray:
         """Read the vectors of a sample of rows, which are spread evenly over the table `pictures`.
 
         Args:
-            width: Width of the model's vectors.
-            image_digest: Digest of the model (`SearchModel.image_digest`). Vectors of other models are not returned.
+            model: Model in use. Vectors of other models are not returned.
             max_rows: Maximum number of rows to read. Rows with vectors of other models count, too.
 
         Returns:
             Array (rows, width), float32. Each vector has unit length.
         """
-        row_count, column = self.count(), vector_column(width)
+        row_count, column = self.count(), vector_column(model.width)
         if not row_count:
-            return np.empty((0, width), np.float32)
+            return np.empty((0, model.width), np.float32)
         offsets = np.linspace(0, row_count - 1, min(row_count, max_rows)).astype(int).tolist()
         rows = self.run_read(lambda table: table.take_offsets(offsets).select(["model", column]).to_arrow())
-        return l2_normalize(_vector_column_to_array(rows.filter(pc.equal(rows["model"], image_digest))[column]))
+        return l2_normalize(_vector_column_to_array(rows.filter(pc.equal(rows["model"], model.image_digest))[column]))
 
-    def vectors_of_digests(self, digests: Collection[str], width: int, image_digest: str) -> dict[str, np.ndarray]:
+    def vectors_of_digests(self, digests: Collection[str], model: "SearchModel") -> dict[str, np.ndarray]:
         """Look up the stored vectors of pictures by the digests (hashes) of their file contents.
 
         So a file that was moved or copied need not be embedded again.
 
         Args:
             digests: Digests of the file contents.
-            width: Width of the model's vectors.
-            image_digest: Digest of the model (`SearchModel.image_digest`).
+            model: Model in use. Vectors of other models are not returned.
 
         Returns:
             Dictionary `{digest: vector (width,)}`, with vectors in float16. Digests without a stored vector of the
@@ -449,9 +447,10 @@ class PictureTable:
         """
         if not digests:
             return {}
-        clause = f"{_in_clause('digest', digests)} AND model = {quote_sql(image_digest)}"
-        rows = self.rows(["digest", vector_column(width)], clause)
-        return dict(zip(rows["digest"].to_pylist(), _vector_column_to_array(rows[vector_column(width)]), strict=True))
+        clause = f"{_in_clause('digest', digests)} AND model = {quote_sql(model.image_digest)}"
+        column = vector_column(model.width)
+        rows = self.rows(["digest", column], clause)
+        return dict(zip(rows["digest"].to_pylist(), _vector_column_to_array(rows[column]), strict=True))
 
     def count(self, clause: str | None = None, table: str = PICTURES_TABLE) -> int:
         """Return the number of rows of a table that match an SQL condition.
@@ -500,16 +499,17 @@ class PictureTable:
         rows = self.rows(["path", "size", "mtime_ns", "reason"], clause, SKIPPED_FILES_TABLE).to_pylist()
         return {FileState(row["path"], row["size"], row["mtime_ns"]): SkippedFile.from_row(row) for row in rows}
 
-    def model(self) -> dict[str, Any] | None:
+    def model(self) -> dict[str, Any]:
         """Return a description of the model that the latest update of the index used.
 
         Returns:
             Dictionary `{"source": folder or Hub id, "name": name for users, "width": width of the vectors,
-            "image_digest": digest of the image encoder}` (see `SearchModel`). None if the index has no model yet.
+            "image_digest": digest of the image encoder}` (see `SearchModel`). It is empty if the index has no model
+            yet.
         """
         with suppress(KeyError, json.JSONDecodeError):
             return json.loads(self.read_metadata()["model"])
-        return None
+        return {}
 
     # --- Nearest neighbors
 
@@ -920,9 +920,8 @@ def convert_rows_to_hits(rows: pa.Table, scores: Sequence[float] | None = None) 
     hits = []
     for row, score in zip(rows.select(list(HIT_COLUMNS)).to_pylist(), scores, strict=True):
         modified = datetime.fromtimestamp(row.pop("mtime_ns") / 1e9)
-        date_source = "camera" if row["taken"] else "file"
-        hit_date = row["taken"] or modified
-        hits.append(Hit(score=float(score), modified=modified, date=hit_date, date_source=date_source, **row))
+        shown = {"date": row["taken"] or modified, "date_source": "camera" if row["taken"] else "file"}
+        hits.append(Hit(score=float(score), modified=modified, **shown, **row))
     return hits
 
 

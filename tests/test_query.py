@@ -1,5 +1,7 @@
 """Relevance feedback and the relevance threshold: their arithmetic, and their effect on searches of an index."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from made_index import make_pictures
@@ -103,7 +105,6 @@ def test_a_model_uses_the_threshold_if_its_measured_auc_is_high_enough(index, tm
 
 
 def test_the_sample_holds_only_vectors_of_the_same_model(index):
-    sample, others = (
-        index._table.sample(index.model.width, digest, 7) for digest in (index.model.image_digest, "another")
-    )
+    another = SimpleNamespace(width=index.model.width, image_digest="another")
+    sample, others = (index._table.sample(model, 7) for model in (index.model, another))
     assert sample.shape == (7, index.model.width) and len(np.unique(sample, axis=0)) == 7 and not len(others)
