@@ -177,11 +177,13 @@ def plan_index_update(
     unreadable_prefixes = tuple(skipped.path + os.sep for skipped in unreadable)
     missing = (path for path in stored.positions if path not in present and path.startswith(folder_prefixes))
     removed = [path for path in missing if not path.startswith(unreadable_prefixes)]
-    emptied = (_would_remove_all_rows_of_folder(table, folder, removed, files) for folder in folders)
-    if only_paths is not None and any(emptied):
-        # All pictures of a folder seem to be gone, perhaps because its disk was unmounted. Their rows must not be
-        # removed. So a plan for whole folders is made, which raises an error if a folder is empty.
-        return plan_index_update(table, image_digest, folders, rules)
+    for folder, prefix in zip(folders, folder_prefixes, strict=True) if only_paths is not None else ():
+        has_files = any(file.path.startswith(prefix) for file in files)
+        removed_count = sum(path.startswith(prefix) for path in removed)
+        if not has_files and 0 < removed_count == table.count(folders_clause(folder)):
+            # All pictures of the folder seem to be gone, perhaps because its disk was unmounted. Their rows must not be
+            # removed. So a plan for whole folders is made, which raises an error if a folder is empty.
+            return plan_index_update(table, image_digest, folders, rules)
     return IndexPlan(
         clause=clause,
         covers_folders=only_paths is None,
@@ -194,28 +196,6 @@ def plan_index_update(
         known_bad_files=known_bad_files,
         ignored_counts=counts,
     )
-
-
-def _would_remove_all_rows_of_folder(
-    table: PictureTable, folder: Path, removed: Sequence[str], files: Sequence[FileState]
-) -> bool:
-    """Return whether a plan would remove all rows of a folder although no file was found in the folder.
-
-    An example is a folder on a disk that was unmounted.
-
-    Args:
-        table: Object that reads and writes the LanceDB tables of the index.
-        folder: Absolute path of the folder.
-        removed: Paths of the rows that the plan removes.
-        files: Files that the folder scan has found.
-
-    Returns:
-        True if the folder has rows, the plan removes all of these rows, and no file was found in the folder.
-    """
-    prefix = os.path.join(folder, "")
-    number = sum(path.startswith(prefix) for path in removed)
-    has_files = any(file.path.startswith(prefix) for file in files)
-    return 0 < number == table.count(folders_clause(folder)) and not has_files
 
 
 # --- Reading, embedding, writing -------------------------------------------------------------------------------------
