@@ -6,8 +6,8 @@
 
 This module knows neither models nor datasets. The caller gives it a function that loads items (images or texts) and a
 function that embeds a batch of loaded items. Training and evaluation keep the embeddings in an `EmbeddingStore`. The
-commands `captions.score` and `captions.embed`, and the picture search, store embeddings in other ways. They only use
-the function `embed_batch_except_bad_images`.
+commands `captions.score` and `captions.embed` store embeddings in other ways. They only use the function
+`embed_batch_except_bad_images`.
 """
 
 import itertools
@@ -143,7 +143,7 @@ class EmbeddingStore:
             ValueError: If a shard has the wrong number of rows, or `embed` refuses an item.
             OSError: If the disk is full. Complete shards stay; call the method again to compute the rest.
         """
-        from tqdm.auto import tqdm  # imported here because the search imports this module and must start fast
+        from tqdm.auto import tqdm  # imported here because only this method needs it
 
         items, parts, state = list(items), split_rows(len(items), rows_per_shard), get_or_init_distributed_state()
         digests = (json_digest(items[part.start : part.stop]) for part in parts)
@@ -178,7 +178,7 @@ class EmbeddingStore:
         Args:
             paths: Files of the shards.
         """
-        # Imported here because this import loads torch. The search uses this module without torch, to start fast.
+        # Imported here because this import loads torch, which most functions of this module do not need.
         from accelerate.utils import broadcast_object_list
 
         missing: list[int] | None = None

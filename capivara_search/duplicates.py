@@ -118,38 +118,21 @@ def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes |
 
     Returns:
         Array (rows, width + `SIGNATURE_BYTES` + `DETAIL_BYTES`), float32. The last columns (`DETAIL_COLUMNS`) contain
-        the details of flat pictures, such as icons, and are zeros for other pictures.
+        the details of flat pictures, such as icons, as values from -127 to 128. They are zeros for other pictures.
     """
-    colors = b"".join((signature or bytes(SIGNATURE_BYTES))[:SIGNATURE_BYTES] for signature in signatures)
-    pixels = np.frombuffer(colors, np.uint8).reshape(len(signatures), SIGNATURE_SIDE**2, 3).astype(np.float32)
+    # Missing bytes are filled with 127. So a missing signature is a uniform color, and missing details become zeros.
+    size = SIGNATURE_BYTES + DETAIL_BYTES
+    filled = [(signature or b"").ljust(size, b"\x7f")[:size] for signature in signatures]
+    values = np.frombuffer(b"".join(filled), np.uint8).reshape(len(signatures), size)
+    pixels = values[:, :SIGNATURE_BYTES].reshape(len(signatures), SIGNATURE_SIDE**2, 3).astype(np.float32)
+    details = values[:, SIGNATURE_BYTES:] - np.float32(127)
     pixels -= (pixels.mean(axis=1, keepdims=True) + pixels.mean(axis=(1, 2), keepdims=True)) / 2
     pixels = pixels.reshape(len(signatures), SIGNATURE_BYTES)
     norms = np.linalg.norm(pixels, axis=1, keepdims=True)
     is_uniform = norms < MIN_SIGNATURE_STD * SIGNATURE_BYTES**0.5
     pixels *= np.where(is_uniform, 0, SIGNATURE_WEIGHT**0.5 / np.maximum(norms, 1)).astype(np.float32)
     vector_scale = np.where(is_uniform, 1, (1 - SIGNATURE_WEIGHT) ** 0.5).astype(np.float32)
-    details = _extract_flat_picture_details(signatures)
     return np.concatenate([vectors * vector_scale, pixels, details], axis=1, dtype=np.float32)
-
-
-def _extract_flat_picture_details(signatures: Sequence[bytes | None]) -> np.ndarray:
-    """Extract the details of flat pictures from color signatures.
-
-    Flat pictures, such as icons, have many pixels of exactly the same color. Their color signatures end with the
-    details: the reduced Y, Cb and Cr planes of the picture (`compute_color_signature`).
-
-    Args:
-        signatures: The color signature of each picture, or None if the picture has no signature.
-
-    Returns:
-        Array (rows, `DETAIL_BYTES`), float32. The row of a flat picture has values from -127 to 128. The row of any
-        other picture is all zeros.
-    """
-    details = np.zeros((len(signatures), DETAIL_BYTES), np.float32)
-    for row, signature in enumerate(signatures):
-        if signature and len(signature) == SIGNATURE_BYTES + DETAIL_BYTES:
-            details[row] = np.frombuffer(signature, np.uint8, offset=SIGNATURE_BYTES) - np.float32(127)
-    return details
 
 
 def compute_duplicate_similarity(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:

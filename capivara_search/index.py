@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capivara_search import duplicates, folder_scan, indexing, query
+from capivara_search import duplicates, folder_scan, indexing, query, table
 from capivara_search import folders as known_folders
 from capivara_search.folder_scan import to_absolute_path, to_absolute_path_with_disk_case
 from capivara_search.index_progress import ProgressCallback, mirror_progress_to_file, read_progress_of_running_update
@@ -29,22 +29,6 @@ from capivara_search.messages import log_message_from_code, make_error_from_code
 from capivara_search.picture_reading import open_query_picture
 from capivara_search.results import DEFAULT_LABEL_TEMPLATE, Classification, Hit, IndexReport, IndexStatus
 from capivara_search.storage_errors import DamagedIndexError
-from capivara_search.table import (
-    HIT_COLUMNS,
-    MAX_PATHS_PER_CLAUSE,
-    THUMBNAIL_COLUMN,
-    PictureTable,
-    comparison_columns,
-    convert_rows_to_hits,
-    date_clauses,
-    extract_unit_vectors_of_model_or_zeros,
-    folders_clause,
-    join_clauses,
-    l2_normalize,
-    newest_first_order,
-    quote_sql,
-    vector_column,
-)  # fmt: skip
 from capivara_search.watch import watch_folders_and_iter_index_updates
 
 if TYPE_CHECKING:
@@ -91,7 +75,7 @@ class CachedRows:
 
     def __init__(self, model: "SearchModel", rows: pa.Table):
         self.rows, self._model = rows.sort_by("path"), model
-        self._vectors = extract_unit_vectors_of_model_or_zeros(model, self.rows)
+        self._vectors = table.extract_unit_vectors_of_model_or_zeros(model, self.rows)
         self._without_vector = ~self._vectors.any(axis=1)  # True for rows without a vector of this model
 
     @cached_property
@@ -129,7 +113,7 @@ class CachedRows:
         Returns:
             At most k rows.
         """
-        return self.rows.take(newest_first_order(self.rows)[:k])
+        return self.rows.take(table.newest_first_order(self.rows)[:k])
 
 
 class PictureIndex:
@@ -165,8 +149,8 @@ class PictureIndex:
 
     relevance_threshold: bool | None = None
 
-    def __init__(self, table: PictureTable, model: "str | SearchModel | None", device: str | None):
-        self._table, self._requested_model, self._device = table, model, device
+    def __init__(self, picture_table: table.PictureTable, model: "str | SearchModel | None", device: str | None):
+        self._table, self._requested_model, self._device = picture_table, model, device
 
     @classmethod
     def open(
@@ -192,10 +176,10 @@ class PictureIndex:
                 version of this package.
             OSError: If there is no permission to read the location.
         """
-        table = PictureTable(_default_index_path() if where == "auto" else where)
+        index = cls(table.PictureTable(_default_index_path() if where == "auto" else where), model, device)
         with suppress(DamagedIndexError):  # `add` may be able to repair a damaged index
-            table.exists()  # the result is not used; errors of the index are raised now and not at the first search
-        return cls(table, model, device)
+            index._table.exists()  # not used; the call raises errors of the index now and not at the first search
+        return index
 
     @property
     def where(self) -> str:
@@ -216,8 +200,8 @@ class PictureIndex:
 
         if isinstance(self._requested_model, SearchModel):
             return self._requested_model
-        stored = self._table.model() if self._requested_model is None else None
-        return resolve_search_model(stored["source"] if stored else self._requested_model, self._device)
+        stored = self._table.model() if self._requested_model is None else {}
+        return resolve_search_model(stored.get("source", self._requested_model), self._device)
 
     # --- Adding, moving and removing pictures
 
@@ -262,7 +246,7 @@ class PictureIndex:
                 an entry of `include`. If `batch_size` is below 1, or the model does not exist.
             OSError: If there is no disk space left, or no permission to write the index.
         """
-        if only_paths is None or len(only_paths) > MAX_PATHS_PER_CLAUSE:
+        if only_paths is None or len(only_paths) > table.MAX_PATHS_PER_CLAUSE:
             only_paths = None
             self.repair()
         paths = self.folders_to_add(folders, exclude, include, real_paths)
@@ -270,13 +254,10 @@ class PictureIndex:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         start = time.monotonic()
         with self._table.locked(), mirror_progress_to_file(self.where, on_progress) as progress:
-            table, model = self._table, self.model
-            plan = indexing.plan_update_and_prepare_index(table, model, paths, exclude, include, only_paths, progress)
-            writer = indexing.IndexWriter(table, model, plan, batch_size, progress)
-            report = writer.run()
-            indexing.finish_indexing(table, model, plan, report)
-            if writer.reported < len(plan.files):
-                progress(len(plan.files), len(plan.files))
+            plan = indexing.prepare_index_update(self._table, self.model, paths, exclude, include, only_paths, progress)
+            writer = indexing.IndexWriter(self._table, self.model, plan, batch_size, progress)
+            writer.run()
+            report = writer.finish()
         report.seconds = time.monotonic() - start
         return report
 
@@ -445,7 +426,7 @@ class PictureIndex:
             raise make_error_from_code(ValueError, "empty_query")
         # The result is not used. If the index has an error, this call raises it now, before the model is loaded, which
         # takes time.
-        self._model_clauses()
+        self._model_clause()
         vectors = [self.model.embed_texts([text])] if text else []
         if like is not None:
             image = open_query_picture(like) if isinstance(like, str | Path) else like
@@ -475,8 +456,7 @@ class PictureIndex:
 
         At most `query.SAMPLE_ROWS` vectors are returned. They are cached until the index changes.
         """
-        width, digest = self.model.width, self.model.image_digest
-        return self._table.cached("sample", lambda: l2_normalize(self._table.sample(width, digest, query.SAMPLE_ROWS)))
+        return self._table.cached("sample", lambda: self._table.sample(self.model, query.SAMPLE_ROWS))
 
     def _compute_relevance_threshold(self, vector: np.ndarray) -> float:
         """Compute the minimum cosine with a sentence that makes a picture count as relevant.
@@ -498,7 +478,7 @@ class PictureIndex:
             It is computed with neutral sentences: sentences such as "uma imagem" that describe no particular picture.
             """
             neutral_vectors = self.model.embed_texts(query.NEUTRAL_SENTENCES)
-            nearest = self._make_nearest(join_clauses(self._model_clauses()))
+            nearest = self._make_nearest(self._model_clause())
             best_cosines = [nearest(neutral, 1)["score"][0].as_py() for neutral in neutral_vectors]
             return query.estimate_relevance_z_score_threshold(self._sample_vectors(), neutral_vectors, best_cosines)
 
@@ -543,13 +523,13 @@ class PictureIndex:
             raise ValueError(f"The vector must have {self.model.width} numbers, got the shape {np.shape(vector)}.")
         if since and until and since > until:
             raise ValueError(f"since must not be after until, got {since} and {until}.")
-        if model_clauses := self._model_clauses():
+        if model_clause := self._model_clause():
             not_embedded = self._table.count_other_models(self.model.image_digest)
             log_message_from_code("not_yet_embedded", not_embedded, len(self), self.model.name, level=logging.WARNING)
-        vector = l2_normalize(vector)
-        clause = join_clauses([*model_clauses, *_build_filter_clauses(folder, since, until)])
+        vector = table.l2_normalize(vector)
+        clause = table.filter_clause(folder, since, until, model_clause)
         nearest = partial(self._make_nearest(clause, exact), vector)
-        hits = self._group_hits(k, nearest, clause) if group_duplicates else convert_rows_to_hits(nearest(k))
+        hits = self._group_hits(k, nearest, clause) if group_duplicates else table.convert_rows_to_hits(nearest(k))
         if not is_text_query or not hits:
             return hits
         uses_threshold = self.relevance_threshold
@@ -575,7 +555,7 @@ class PictureIndex:
         cache, key = self._table.cached("cached_rows", dict), (self.model.image_digest, clause)
         if key not in cache:
             cache.clear()
-            is_small, columns = self._table.count(clause) <= MAX_CACHED_ROWS, comparison_columns(self.model.width)
+            is_small, columns = self._table.count(clause) <= MAX_CACHED_ROWS, table.comparison_columns(self.model.width)
             cache[key] = CachedRows(self.model, self._table.rows(columns, clause)) if is_small else None
         return cache[key]
 
@@ -620,7 +600,7 @@ class PictureIndex:
         cached = self._load_cached_rows(clause)
         others = cached.comparison_vectors if cached else vectors
         copy_counts = duplicates.is_duplicate(vectors[first_rows], others).sum(axis=1) - 1
-        hits = zip(convert_rows_to_hits(rows.take(first_rows)), copy_counts, strict=True)
+        hits = zip(table.convert_rows_to_hits(rows.take(first_rows)), copy_counts, strict=True)
         return [replace(hit, copies=max(0, int(copy_count))) for hit, copy_count in hits]
 
     def copies(
@@ -642,15 +622,15 @@ class PictureIndex:
         Raises:
             KeyError: If the picture is not indexed, or was embedded with another model.
         """
-        vector, clause = self.vectors([path])[0], join_clauses(_build_filter_clauses(folder, since, until))
-        picture = self._table.rows_of_paths(comparison_columns(self.model.width), [path])
+        vector, clause = self.vectors([path])[0], table.filter_clause(folder, since, until)
+        picture = self._table.rows_of_paths(table.comparison_columns(self.model.width), [path])
         picture_vectors = duplicates.get_comparison_vectors(self.model, picture)  # one row, because there is one path
         cached = self._load_cached_rows(clause)
         rows = cached.rows if cached else self._table.nearest(vector, DUPLICATE_OVERFETCH * k, clause)
         others = cached.comparison_vectors if cached else duplicates.get_comparison_vectors(self.model, rows)
         copies = np.flatnonzero(duplicates.is_duplicate(picture_vectors, others)[0])
         similarities = duplicates.compute_duplicate_similarity(others[copies], picture_vectors)[:, 0]
-        hits = convert_rows_to_hits(rows.take(copies), np.clip(similarities, -1, 1))
+        hits = table.convert_rows_to_hits(rows.take(copies), np.clip(similarities, -1, 1))
         return sorted((hit for hit in hits if hit.path != path), key=lambda hit: (-hit.score, hit.path))[:k]
 
     def newest(
@@ -677,11 +657,11 @@ class PictureIndex:
         Returns:
             Hits, latest first. Their score is 0.
         """
-        clause = join_clauses(_build_filter_clauses(folder, since, until))
+        clause = table.filter_clause(folder, since, until)
         if not group_duplicates:  # handled separately, because only grouping needs the model, which is slow to load
-            return convert_rows_to_hits(self._fetch_newest(clause, HIT_COLUMNS, k))
-        cached = self._load_cached_rows(clause)
-        newest = cached.newest if cached else partial(self._fetch_newest, clause, comparison_columns(self.model.width))
+            return table.convert_rows_to_hits(self._fetch_newest(clause, table.HIT_COLUMNS, k))
+        cached, columns = self._load_cached_rows(clause), table.comparison_columns(self.model.width)
+        newest = cached.newest if cached else partial(self._fetch_newest, clause, columns)
         return self._group_hits(k, newest, clause)
 
     def _fetch_newest(self, clause: str | None, columns: Sequence[str], k: int) -> pa.Table:
@@ -699,18 +679,19 @@ class PictureIndex:
         def paths_in_order() -> pa.ChunkedArray:
             """Return the paths of all rows that match the clause, latest first."""
             rows = self._table.rows(["path", "taken", "mtime_ns"], clause)
-            return rows["path"].take(newest_first_order(rows))
+            return rows["path"].take(table.newest_first_order(rows))
 
         # Sorting a million rows takes a second, so the order of all rows of the index is cached.
         paths = paths_in_order() if clause else self._table.cached("newest", paths_in_order)
         rows = self._table.rows_of_paths(columns, paths[:k].to_pylist())
         return rows.take(pc.index_in(paths[:k], rows["path"]).drop_null())
 
-    def _model_clauses(self) -> list[str]:
-        """Return the SQL clauses that limit a search to vectors of the model in use.
+    def _model_clause(self) -> str | None:
+        """Check that a search is possible, and return the SQL condition for rows with vectors of the model in use.
 
         Returns:
-            One clause if the index also contains vectors of other models, otherwise an empty list.
+            The SQL condition if the index also contains vectors of other models. None, which means no condition, if all
+            vectors were made with the model in use.
 
         Raises:
             ValueError: If there is no index, or all vectors in the index were made with other models.
@@ -719,11 +700,9 @@ class PictureIndex:
         digest, total = self.model.image_digest, len(self)
         other_count = self._table.count_other_models(digest)
         if total and (other_count == total or self.model.width not in self._table.widths()):
-            known = (self._table.model() or {}).get("name")
-            raise make_error_from_code(
-                ValueError, "other_model", model=self.model.name, path=self.where, known=known, total=total
-            )
-        return [f"model = {quote_sql(digest)}"] if other_count else []
+            names = {"model": self.model.name, "known": self._table.model().get("name")}
+            raise make_error_from_code(ValueError, "other_model", path=self.where, total=total, **names)
+        return f"model = {table.quote_sql(digest)}" if other_count else None
 
     def duplicates(self, threshold: float = duplicates.DUPLICATE_MIN_SIMILARITY) -> list[list[Hit]]:
         """Return all groups of near-duplicates in the index.
@@ -746,7 +725,7 @@ class PictureIndex:
             raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}.")
         if not self._table.exists():
             return []
-        rows = self._table.rows(comparison_columns(self.model.width), join_clauses(self._model_clauses()))
+        rows = self._table.rows(table.comparison_columns(self.model.width), self._model_clause())
         rows = rows.append_column("pixels", pc.multiply(rows["width"], rows["height"]))
         # The first row of a group becomes its first hit, which should be the copy of the best quality. Therefore rows
         # are sorted by the number of pixels, then by the size of the file.
@@ -754,7 +733,7 @@ class PictureIndex:
         vectors, groups = duplicates.get_comparison_vectors(self.model, rows), []
         for numbers in (group for group in duplicates.cluster_near_duplicates(vectors, threshold) if len(group) > 1):
             similarities = duplicates.compute_duplicate_similarity(vectors[numbers], vectors[numbers[:1]])[:, 0]
-            leader, *others = convert_rows_to_hits(rows.take(numbers), np.clip(similarities, -1, 1))
+            leader, *others = table.convert_rows_to_hits(rows.take(numbers), np.clip(similarities, -1, 1))
             groups.append([leader, *sorted(others, key=lambda hit: (-hit.score, hit.path))])
         return sorted(groups, key=len, reverse=True)
 
@@ -769,8 +748,8 @@ class PictureIndex:
         Returns:
             A WebP file whose longer side has at most 256 pixels, or None if the picture is not indexed.
         """
-        rows = self._table.rows_of_paths([THUMBNAIL_COLUMN], [str(path)])
-        return rows[THUMBNAIL_COLUMN][0].as_py() if rows.num_rows else None
+        rows = self._table.rows_of_paths([table.THUMBNAIL_COLUMN], [str(path)])
+        return rows[table.THUMBNAIL_COLUMN][0].as_py() if rows.num_rows else None
 
     def get_picture(self, path: str) -> Hit | None:
         """Return the metadata of an indexed picture.
@@ -781,8 +760,8 @@ class PictureIndex:
         Returns:
             A hit with the score 0, or None if the picture is not indexed.
         """
-        rows = self._table.rows_of_paths(HIT_COLUMNS, [str(path)])
-        return convert_rows_to_hits(rows)[0] if rows.num_rows else None
+        rows = self._table.rows_of_paths(table.HIT_COLUMNS, [str(path)])
+        return table.convert_rows_to_hits(rows)[0] if rows.num_rows else None
 
     def vectors(self, paths: Sequence[str]) -> np.ndarray:
         """Return the stored vectors of pictures.
@@ -811,13 +790,9 @@ class PictureIndex:
         Returns:
             Dictionary `{path: vector (width,)}`. Vectors are float32 and have unit length.
         """
-        if not self._table.exists():
-            return {}
-        column = vector_column(self.model.width)
-        rows = self._table.rows_of_paths(["path", "model", column], list(paths))
-        rows = rows.filter(pc.and_(pc.equal(rows["model"], self.model.image_digest), rows[column].is_valid()))
-        vectors = extract_unit_vectors_of_model_or_zeros(self.model, rows)
-        return dict(zip(rows["path"].to_pylist(), vectors, strict=True))
+        rows = self._table.rows_of_paths(["path", "model", table.vector_column(self.model.width)], list(paths))
+        vectors = table.extract_unit_vectors_of_model_or_zeros(self.model, rows)
+        return {path: vector for path, vector in zip(rows["path"].to_pylist(), vectors, strict=True) if vector.any()}
 
     def folders(self) -> dict[str, int]:
         """Return the number of pictures in each folder that was added to the index.
@@ -825,7 +800,7 @@ class PictureIndex:
         Returns:
             A dictionary that maps the path of each folder to the number of pictures in the folder and its subfolders.
         """
-        return {folder: self._table.count(folders_clause(folder)) for folder in self._table.folders()}
+        return {folder: self._table.count(table.folders_clause(folder)) for folder in self._table.folders()}
 
     def all_folders(self) -> dict[str, int]:
         """Return the number of pictures in each folder that was added to the index, and in each of its subfolders.
@@ -861,7 +836,7 @@ class PictureIndex:
     def status(self) -> IndexStatus:
         """Return a summary of the index: number of pictures, folders, skipped files, model, size and ignore rules."""
         taken = pc.min_max(self._table.rows(["taken"], "taken IS NOT NULL")["taken"]).as_py()
-        model, rules = self._table.model() or {}, known_folders.load_ignore_rules(self._table)
+        model, rules = self._table.model(), known_folders.load_ignore_rules(self._table)
         return IndexStatus(
             where=self.where,
             pictures=len(self),
@@ -869,7 +844,7 @@ class PictureIndex:
             folders=self.folders(),
             model=model.get("name"),
             bytes=self._table.bytes(),
-            approximate=bool(model) and self._table.exists() and self._table.has_approximate_index(model["width"]),
+            approximate=bool(model) and table.vector_column(model["width"]) in self._table.indices(),
             first=taken["min"],
             last=taken["max"],
             exclude=list(rules.exclude),
@@ -927,7 +902,7 @@ class PictureIndex:
             files = [folder_scan.FileState.of(str(source))]
         else:
             files, _ = folder_scan.find_pictures_and_unreadable_files([source])
-        rows = self._table.rows(["path", "size", "mtime_ns", "digest", "model"], folders_clause(source))
+        rows = self._table.rows(["path", "size", "mtime_ns", "digest", "model"], table.folders_clause(source))
         stored = indexing.StoredRows(rows, self.model.image_digest)
         vectors = self._stored_vectors([file.path for file in files if stored.is_done(file)])
         missing = [file for file in files if file.path not in vectors]
@@ -954,18 +929,3 @@ class PictureIndex:
         # that would delete files that the export still has to read.
         with self._table.locked():
             return export_all_rows(self._table, path)
-
-
-def _build_filter_clauses(folder: FolderFilter, since: DateFilter, until: DateFilter) -> list[str]:
-    """Return the SQL clauses that limit a search to a folder and to a range of days.
-
-    Args:
-        folder: Only pictures in this folder and its subfolders. None: all folders.
-        since: Only pictures of this day or later. None: no limit.
-        until: Only pictures of this day or earlier. None: no limit.
-
-    Returns:
-        The clauses, which the caller joins with AND; an empty list if there is no limit.
-    """
-    clauses = date_clauses(since, until)
-    return clauses if folder is None else [*clauses, folders_clause(to_absolute_path(folder))]

@@ -1,8 +1,8 @@
 """Update the tables of an index from folders: plan the work, then read and embed pictures and write their rows.
 
-`PictureIndex.add` calls three functions in turn. `plan_update_and_prepare_index` plans the work and prepares the
-tables. `IndexWriter.run` embeds pictures and writes rows. `finish_indexing` removes the rows of files that are gone,
-and optimizes the tables.
+`PictureIndex.add` calls three functions in turn. `prepare_index_update` plans the work and prepares the tables.
+`IndexWriter.run` embeds pictures and writes rows. `IndexWriter.finish` removes the rows of files that are gone, and
+optimizes the tables.
 
 A file is read only if it is new, if its size or modification time has changed, or if its vector is of another model. A
 file that could not even be opened in the last update (`RETRYABLE_REASONS`) is tried again. If the content of a file is
@@ -30,7 +30,6 @@ import numpy as np
 import pyarrow as pa
 
 from capivara_common.cli import make_coded_error
-from capivara_common.embedding_store import embed_batch_except_bad_images
 from capivara_common.image_files import DECODER_THREADS, BadImage
 from capivara_search.duplicates import compute_color_signature
 from capivara_search.folder_scan import RETRYABLE_REASONS, FileState, find_pictures_and_unreadable_files
@@ -102,9 +101,8 @@ class StoredRows:
             the model in use. False otherwise.
         """
         position = self.positions.get(file.path)
-        if position is None or (self.sizes[position], self.times[position]) != (file.size, file.mtime_ns):
-            return False
-        return bool(self.is_current[position])
+        is_same = position is not None and (self.sizes[position], self.times[position]) == (file.size, file.mtime_ns)
+        return bool(is_same and self.is_current[position])
 
 
 @dataclass
@@ -112,7 +110,7 @@ class IndexPlan:
     """Plan of one index update: the files to read, the rows to remove, and the results of the folder scan.
 
     `plan_index_update` makes the plan by comparing the files on disk with the rows of the index. `IndexWriter` then
-    reads and embeds the files, and `finish_indexing` removes the rows.
+    reads and embeds the files, and removes the rows.
     """
 
     clause: str  # SQL condition that selects the rows of the index that were compared with the files on disk
@@ -179,11 +177,13 @@ def plan_index_update(
     unreadable_prefixes = tuple(skipped.path + os.sep for skipped in unreadable)
     missing = (path for path in stored.positions if path not in present and path.startswith(folder_prefixes))
     removed = [path for path in missing if not path.startswith(unreadable_prefixes)]
-    emptied = (_would_remove_all_rows_of_folder(table, folder, removed, files) for folder in folders)
-    if only_paths is not None and any(emptied):
-        # All pictures of a folder seem to be gone, perhaps because its disk was unmounted. Their rows must not be
-        # removed. So a plan for whole folders is made, which raises an error if a folder is empty.
-        return plan_index_update(table, image_digest, folders, rules)
+    for folder, prefix in zip(folders, folder_prefixes, strict=True) if only_paths is not None else ():
+        has_files = any(file.path.startswith(prefix) for file in files)
+        removed_count = sum(path.startswith(prefix) for path in removed)
+        if not has_files and 0 < removed_count == table.count(folders_clause(folder)):
+            # All pictures of the folder seem to be gone, perhaps because its disk was unmounted. Their rows must not be
+            # removed. So a plan for whole folders is made, which raises an error if a folder is empty.
+            return plan_index_update(table, image_digest, folders, rules)
     return IndexPlan(
         clause=clause,
         covers_folders=only_paths is None,
@@ -198,34 +198,15 @@ def plan_index_update(
     )
 
 
-def _would_remove_all_rows_of_folder(
-    table: PictureTable, folder: Path, removed: Sequence[str], files: Sequence[FileState]
-) -> bool:
-    """Return whether a plan would remove all rows of a folder although no file was found in the folder.
-
-    An example is a folder on a disk that was unmounted.
-
-    Args:
-        table: Object that reads and writes the LanceDB tables of the index.
-        folder: Absolute path of the folder.
-        removed: Paths of the rows that the plan removes.
-        files: Files that the folder scan has found.
-
-    Returns:
-        True if the folder has rows, the plan removes all of these rows, and no file was found in the folder.
-    """
-    prefix = os.path.join(folder, "")
-    number = sum(path.startswith(prefix) for path in removed)
-    has_files = any(file.path.startswith(prefix) for file in files)
-    return 0 < number == table.count(folders_clause(folder)) and not has_files
-
-
 # --- Reading, embedding, writing -------------------------------------------------------------------------------------
 
 
 @dataclass
 class IndexWriter:
-    """Object that reads the files of a plan, embeds them in batches, and writes their rows to the index.
+    """Object that reads the files of a plan, embeds them in batches, and updates the rows of the index.
+
+    `run` embeds the files and writes their rows. `finish` removes outdated rows and optimizes the table. If several
+    tasks share the work, each task calls `run` for its files, and one task calls `finish` when all others have ended.
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.
@@ -236,7 +217,6 @@ class IndexWriter:
 
     Attributes:
         report: Report of the update up to now, for example the numbers of embedded, new and changed pictures.
-        reported: Number of processed files that the last call of `progress` reported.
     """
 
     table: PictureTable
@@ -270,7 +250,7 @@ class IndexWriter:
         If an exception is raised, for example by Ctrl-C, the rows of finished files are committed first.
 
         Returns:
-            The report of this update. It does not count the removed rows yet; `finish_indexing` fills in their number.
+            The report of this update. It does not count the removed rows yet; `finish` fills in their number.
         """
         files, read = self.plan.files, _make_reader(self.model, self.plan.roots)
         self.progress(0, len(files))
@@ -343,7 +323,8 @@ class IndexWriter:
                 # A file that was deleted since the scan ("gone") is no error. The next update removes its row.
                 self.skipped_files[file] = SkippedFile(file.path, result.reason, result.detail)
                 self.report.skipped_files.append(self.skipped_files[file])
-        vectors = self._load_vectors({picture.digest for picture in pictures.values()}) | self.vectors_by_digest
+        digests = {picture.digest for picture in pictures.values()}
+        vectors = self.table.vectors_of_digests(digests, self.model) | self.vectors_by_digest
         new = {picture.digest: picture.image for picture in pictures.values() if picture.digest not in vectors}
         if new and not self.report.embedded:
             self.model.prepare_images()
@@ -353,23 +334,11 @@ class IndexWriter:
             self.progress(self.reported, len(self.plan.files))
             self.embed = self.model.tune_image_embedding(len(self.plan.files), self.batch_size)
         if new:
-            vectors |= dict(zip(new, embed_batch_except_bad_images(list(new.values()), self.embed), strict=True))
+            vectors |= dict(zip(new, self.embed(list(new.values())), strict=True))
         self.report.embedded += len(new)
         for file, picture in pictures.items():
             self._add_row(file, picture, vectors[picture.digest])
         self.done_count += len(batch)
-
-    def _load_vectors(self, digests: Collection[str]) -> dict[str, np.ndarray]:
-        """Look up the stored vectors of pictures by the digests (hashes) of their file contents.
-
-        Args:
-            digests: Digests of the file contents.
-
-        Returns:
-            Dictionary `{digest: vector (width,)}`, with vectors in float16. Digests without a stored vector of the
-            model in use are missing from the dictionary.
-        """
-        return self.table.vectors_of_digests(digests, self.model.width, self.image_digest)
 
     def _add_row(self, file: FileState, picture: Picture, vector: np.ndarray) -> None:
         """Collect the row of a picture for the next commit, and count the picture in the report.
@@ -397,8 +366,57 @@ class IndexWriter:
         self.removed_digests[digest] -= kind == "moved"
         setattr(self.report, kind, getattr(self.report, kind) + 1)
 
+    def finish(self) -> IndexReport:
+        """Finish the update: remove outdated rows, record ignored and skipped files, and optimize the table.
 
-def plan_update_and_prepare_index(
+        The progress callback is called with the total number of files at the end.
+
+        Returns:
+            The report of the whole update.
+        """
+        table, plan, report = self.table, self.plan, self.report
+        table.delete_paths(plan.removed_paths)
+        report.removed += len(plan.removed_paths) - report.moved
+        report.ignored_counts = dict(sum(plan.ignored_counts.values(), Counter()))
+        if plan.covers_folders:
+            counts = plan.ignored_counts.items()
+            table.set_folders({folder: json.dumps(numbers, sort_keys=True) for folder, numbers in counts})
+        report.skipped_files = self._update_and_list_skipped_files()
+        if len(table.widths()) > 1 and not table.count_other_models(self.image_digest):
+            # All rows have vectors of the model in use, so the vector columns of other widths are no longer needed.
+            columns = [vector_column(width) for width in table.widths() if width != self.model.width]
+            table.run_write(lambda opened: opened.drop_columns(columns))
+        table.optimize(self.model.width)
+        if self.reported < len(plan.files):
+            self.progress(len(plan.files), len(plan.files))
+        return report
+
+    def _update_and_list_skipped_files(self) -> list[SkippedFile]:
+        """Update the table of skipped files at the end of an index update.
+
+        Rows of files that can be read now, or no longer exist, are removed. Files and folders that the folder scan
+        could not read are added. Files that `run` could not read are in the table already.
+
+        Returns:
+            All skipped files among the paths that the plan compared, sorted by path.
+        """
+        plan, stored = self.plan, self.table.skipped_files(self.plan.clause)
+        new_paths = {skipped.path for skipped in self.report.skipped_files}
+        valid = {file: stored[file] for file in stored if file.path in new_paths or file in plan.known_bad_files}
+        for skipped in plan.unreadable:
+            # LanceDB stores only valid UTF-8, so the invalid characters of a file name are replaced by "?".
+            path = skipped.path.encode("utf-8", "replace").decode()
+            # No file has the size and time -1. So the row matches no file on disk, and each update tries to read the
+            # path again.
+            valid[FileState(path, -1, -1)] = replace(skipped, path=path)
+        valid_paths = {file.path for file in valid}
+        self.table.delete_skipped_files([file.path for file in stored if file.path not in valid_paths])
+        if new := {file: skipped for file, skipped in valid.items() if stored.get(file) != skipped}:
+            self.table.set_skipped_files(new)
+        return sorted(valid.values(), key=lambda skipped: skipped.path)
+
+
+def prepare_index_update(
     table: PictureTable,
     model: "SearchModel",
     folders: Mapping[Path, str],
@@ -436,8 +454,7 @@ def plan_update_and_prepare_index(
     _ = model.image_size
     rules = load_ignore_rules(table).updated(exclude, include)
     plan = plan_index_update(table, model.image_digest, folders, rules=rules, only_paths=only_paths)
-    stored_model = table.model()
-    if progress and plan.files and (stored_model is None or stored_model["image_digest"] != model.image_digest):
+    if progress and plan.files and table.model().get("image_digest") != model.image_digest:
         # With this first report, the web page shows that the update is running while the model loads.
         progress(0, len(plan.files))
         model.prepare_images()  # loaded before the index is created or changed, because loading may fail
@@ -446,7 +463,7 @@ def plan_update_and_prepare_index(
     save_ignore_rules(table, rules)
     if plan.covers_folders:
         # New folders are recorded now, so that the index knows them even if this update is interrupted. Their value ""
-        # is replaced in `finish_indexing` by the numbers of ignored files.
+        # is replaced in `IndexWriter.finish` by the numbers of ignored files.
         table.set_folders(dict.fromkeys(plan.ignored_counts.keys() - table.folders().keys(), ""))
     _record_current_model(table, model, plan)
     return plan
@@ -467,67 +484,12 @@ def _record_current_model(table: PictureTable, model: "SearchModel", plan: Index
     metadata = {"source": model.source, "name": model.name, "width": model.width, "image_digest": model.image_digest}
     stored_rows = [plan.stored_rows[file.path] for file in plan.files]
     to_reembed = sum(row is not None and not row[1] for row in stored_rows)
-    is_new_image_encoder = (stored_model or {}).get("image_digest") != model.image_digest
+    is_new_image_encoder = stored_model.get("image_digest") != model.image_digest
     if other_count and (to_reembed or is_new_image_encoder):
         log_message_from_code("image_side", model.name, to_reembed, other_count)
     elif stored_model and stored_model != metadata and table.count():
         log_message_from_code("text_exchanged", model.name, stored_model.get("name"))
     table.set_metadata({"model": json.dumps(metadata)})
-
-
-def finish_indexing(table: PictureTable, model: "SearchModel", plan: IndexPlan, report: IndexReport) -> None:
-    """Finish an index update: remove outdated rows, record ignored and skipped files, and optimize the table.
-
-    Args:
-        table: Object that reads and writes the LanceDB tables of the index.
-        model: Model that embedded the pictures.
-        plan: Plan of the update.
-        report: Report of `IndexWriter.run`. This function changes its fields `removed`, `ignored_counts` and
-            `skipped_files`.
-    """
-    table.delete_paths(plan.removed_paths)
-    report.removed += len(plan.removed_paths) - report.moved
-    report.ignored_counts = dict(sum(plan.ignored_counts.values(), Counter()))
-    if plan.covers_folders:
-        counts = plan.ignored_counts.items()
-        table.set_folders({folder: json.dumps(numbers, sort_keys=True) for folder, numbers in counts})
-    new_paths = {skipped.path for skipped in report.skipped_files}
-    report.skipped_files = _update_and_list_skipped_files(table, plan, new_paths)
-    if len(table.widths()) > 1 and not table.count_other_models(model.image_digest):
-        # All rows have vectors of the model in use, so the vector columns of other widths are no longer needed.
-        columns = [vector_column(width) for width in table.widths() if width != model.width]
-        table.run_write(lambda opened: opened.drop_columns(columns))
-    table.optimize(model.width)
-
-
-def _update_and_list_skipped_files(table: PictureTable, plan: IndexPlan, new_paths: set[str]) -> list[SkippedFile]:
-    """Update the table of skipped files at the end of an index update.
-
-    Rows of files that can be read now, or no longer exist, are removed. Files and folders that the folder scan could
-    not read are added.
-
-    Args:
-        table: Object that reads and writes the LanceDB tables of the index.
-        plan: Plan of the update.
-        new_paths: Paths of the files that `IndexWriter` could not read in this update. They are in the table of skipped
-            files already.
-
-    Returns:
-        All skipped files among the paths that the plan compared, sorted by path.
-    """
-    stored = table.skipped_files(plan.clause)
-    valid = {file: stored[file] for file in stored if file.path in new_paths or file in plan.known_bad_files}
-    for skipped in plan.unreadable:
-        # LanceDB stores only valid UTF-8, so the invalid characters of a file name are replaced by "?".
-        path = skipped.path.encode("utf-8", "replace").decode()
-        # No file has the size and time -1. So the row matches no file on disk, and each update tries to read the path
-        # again.
-        valid[FileState(path, -1, -1)] = replace(skipped, path=path)
-    valid_paths = {file.path for file in valid}
-    table.delete_skipped_files([file.path for file in stored if file.path not in valid_paths])
-    if new := {file: skipped for file, skipped in valid.items() if stored.get(file) != skipped}:
-        table.set_skipped_files(new)
-    return sorted(valid.values(), key=lambda skipped: skipped.path)
 
 
 def embed_files_without_indexing(model: "SearchModel", files: list[FileState], folder: Path) -> dict[str, np.ndarray]:
@@ -546,8 +508,7 @@ def embed_files_without_indexing(model: "SearchModel", files: list[FileState], f
     vectors, read = {}, _make_reader(model, [os.path.realpath(folder)])
     for batch in prefetch_pictures(files, read, CLASSIFY_BATCH_SIZE):
         pictures = {file.path: result.image for file, result in batch if isinstance(result, Picture)}
-        embeddings = embed_batch_except_bad_images(list(pictures.values()), model.embed_images)
-        vectors |= zip(pictures, embeddings, strict=True)
+        vectors |= zip(pictures, model.embed_images(list(pictures.values())), strict=True)
     return vectors
 
 

@@ -35,15 +35,15 @@ QUANTIZED_BLOCK_DTYPE = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])
 # Number of the first position embedding. XLM-R counts positions from pad_token_id + 1, which is 2. The weights file
 # does not contain the two rows before, so they are filled with zeros.
 POSITION_OFFSET = 2
-# {prefix of a tensor's name in the weights file: prefix of the parameter's name in XLMRobertaModel}. `{}` stands for
-# the number of the layer.
-MODULE_NAMES = {"emb.ln": "embeddings.LayerNorm"} | {
-    f"l{{}}.{short}": f"encoder.layer.{{}}.{name}"
-    for short, name in (
-        *((letter[0], f"attention.self.{letter}") for letter in ("query", "key", "value")),
-        *(("ao", "attention.output.dense"), ("aln", "attention.output.LayerNorm")),
-        *(("fi", "intermediate.dense"), ("fo", "output.dense"), ("oln", "output.LayerNorm")),
-    )
+# {part of a parameter's name in XLMRobertaModel: the same part of the tensor's name in the weights file}. The parts are
+# replaced in this order, so "encoder.layer.3.attention.output.dense.bias" becomes "l3.ao.b".
+NAME_PARTS = {
+    **{"embeddings.word_embeddings.weight": "emb.word", "embeddings.token_type_embeddings.weight": "emb.type"},
+    **{"embeddings.position_embeddings.weight": "emb.pos", "embeddings.LayerNorm": "emb.ln"},
+    **{"encoder.layer.": "l", ".weight": ".w", ".bias": ".b"},
+    **{"attention.self.query": "q", "attention.self.key": "k", "attention.self.value": "v"},
+    **{"attention.output.dense": "ao", "attention.output.LayerNorm": "aln"},
+    **{"intermediate.dense": "fi", "output.dense": "fo", "output.LayerNorm": "oln"},
 }
 
 
@@ -182,17 +182,11 @@ def _build_e5_from_tensors(tensors: dict[str, np.ndarray], config: XLMRobertaCon
     model, width = XLMRobertaModel(config, add_pooling_layer=False), config.hidden_size
     tensors["emb.pos"] = np.concatenate([np.zeros(POSITION_OFFSET * width, np.float32), tensors["emb.pos"]])
     tensors["emb.type"] = tensors["emb.type"][: config.type_vocab_size * width]
-    embeddings = {"emb.word": "word", "emb.pos": "position", "emb.type": "token_type"}
-    names = {source: f"embeddings.{kind}_embeddings.weight" for source, kind in embeddings.items()}
-    for number, (source, target) in itertools.product(range(config.num_hidden_layers), MODULE_NAMES.items()):
-        for kind in ("weight", "bias"):
-            names[f"{source}.{kind[0]}".format(number)] = f"{target}.{kind}".format(number)
-    state = {target: torch.from_numpy(tensors[source].copy()) for source, target in names.items()}
-    for name, parameter in model.named_parameters():
-        state[name] = state[name].reshape(parameter.shape)
-    # Strict loading would fail for versions of transformers that store position ids as a buffer of the model, because
-    # the weights file does not contain them. The loop above has read every parameter, so none can be missing.
-    model.load_state_dict(state, strict=False)
+    for parameter_name, parameter in model.named_parameters():
+        name = parameter_name
+        for part, short in NAME_PARTS.items():
+            name = name.replace(part, short)
+        parameter.data = torch.tensor(tensors[name]).reshape(parameter.shape)
     return model.eval()
 
 

@@ -27,8 +27,9 @@ ENDPOINT_RE = re.compile(
 # probably mistyped and is refused.
 SCHEME_RE = re.compile(r"[A-Za-z][\w+.-]+:/", re.ASCII)
 ADDRESS_RE = re.compile(r"[A-Za-z][\w+.-]+://([^/@\s]*@)?[\w.%-]*(:\d{1,5})?([/?#].*)?", re.ASCII)
-# Patterns in LanceDB's error texts. If a text matches `LANCE_ERROR_RE` and no other pattern of this module, a file of
-# the index is missing or damaged.
+# Patterns in LanceDB's error texts. If a text matches `WRITE_CONFLICT_RE`, another process wrote at the same time, and
+# the write can succeed if it is repeated. If a text matches `LANCE_ERROR_RE` and no other pattern of this module, a
+# file of the index is missing or damaged.
 WRITE_CONFLICT_RE = re.compile(
     r"commit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I
 )
@@ -95,7 +96,7 @@ def convert_lancedb_error(error: Exception, where: str, part: str = "") -> Excep
     """
     if access_error := convert_storage_refusal_to_os_error_or_none(error, where):
         return access_error
-    if is_write_conflict(error):
+    if WRITE_CONFLICT_RE.search(str(error)):
         return make_error_from_code(partial(OSError, errno.EAGAIN), "conflict", path=where)
     if isinstance(error, RuntimeError | ValueError) and LANCE_ERROR_RE.search(str(error)):
         code = "damaged_remote" if "://" in where else "damaged"
@@ -103,20 +104,6 @@ def convert_lancedb_error(error: Exception, where: str, part: str = "") -> Excep
         return make_error_from_code(DamagedIndexError, code, path=where, part=part or "tables", detail=detail)
     redacted = redact_secrets(str(error))
     return error if redacted == str(error) else OSError(errno.EIO, redacted)
-
-
-def is_write_conflict(error: Exception) -> bool:
-    """Return whether a write failed because another process wrote at the same time.
-
-    After such an error, the write can succeed if it is repeated.
-
-    Args:
-        error: Error that LanceDB raised.
-
-    Returns:
-        True if the text of the error matches `WRITE_CONFLICT_RE`.
-    """
-    return bool(WRITE_CONFLICT_RE.search(str(error)))
 
 
 def convert_storage_refusal_to_os_error_or_none(error: Exception, where: str) -> OSError | None:

@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 
 from capivara_common.files import CAN_OPEN_FOLDERS, acquire_folder_lock
 from capivara_search import storage_errors
-from capivara_search.folder_scan import FileState
+from capivara_search.folder_scan import FileState, to_absolute_path
 from capivara_search.messages import log_message_from_code, make_error_from_code
 from capivara_search.results import Hit, SkippedFile
 from capivara_search.storage_errors import LANCEDB_ERRORS, DamagedIndexError
@@ -186,14 +186,13 @@ class PictureTable:
         This is the case for a file, a broken symbolic link, and a folder that contains something other than an index.
         """
         folder = Path(self.where)
-        if os.path.isfile(folder) or (os.path.islink(folder) and not os.path.exists(folder)):
+        if os.path.isdir(folder):
+            with storage_errors.wrap_storage_errors(self.where):
+                names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+            if names and not any(f"{name}.lance" in names for name in TABLE_KEY_COLUMNS):
+                raise make_error_from_code(ValueError, "other_folder", path=folder, name=names[0])
+        elif os.path.lexists(folder):  # False also if a parent folder can't be read; `open_table` reports that
             raise make_error_from_code(ValueError, "index_is_file", path=folder)
-        if not os.path.isdir(folder):  # not created yet, or a parent folder can't be read (`open_table` reports it)
-            return
-        with storage_errors.wrap_storage_errors(self.where):
-            names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        if names and not any(f"{name}.lance" in names for name in TABLE_KEY_COLUMNS):
-            raise make_error_from_code(ValueError, "other_folder", path=folder, name=names[0])
 
     @cached_property
     def _connection(self) -> "lancedb.DBConnection":
@@ -416,33 +415,31 @@ class PictureTable:
         with storage_errors.wrap_storage_errors(self.where, PICTURES_TABLE):
             yield from self.run_read(lambda table: _build_row_scan_query(table, columns, clause).to_batches())
 
-    def sample(self, width: int, image_digest: str, max_rows: int) -> np.ndarray:
+    def sample(self, model: "SearchModel", max_rows: int) -> np.ndarray:
         """Read the vectors of a sample of rows, which are spread evenly over the table `pictures`.
 
         Args:
-            width: Width of the model's vectors.
-            image_digest: Digest of the model (`SearchModel.image_digest`). Vectors of other models are not returned.
+            model: Model in use. Vectors of other models are not returned.
             max_rows: Maximum number of rows to read. Rows with vectors of other models count, too.
 
         Returns:
-            Array (rows, width), float16.
+            Array (rows, width), float32. Each vector has unit length.
         """
-        row_count, column = self.count(), vector_column(width)
+        row_count, column = self.count(), vector_column(model.width)
         if not row_count:
-            return np.empty((0, width), np.float16)
+            return np.empty((0, model.width), np.float32)
         offsets = np.linspace(0, row_count - 1, min(row_count, max_rows)).astype(int).tolist()
         rows = self.run_read(lambda table: table.take_offsets(offsets).select(["model", column]).to_arrow())
-        return _vector_column_to_array(rows.filter(pc.equal(rows["model"], image_digest))[column])
+        return l2_normalize(_vector_column_to_array(rows.filter(pc.equal(rows["model"], model.image_digest))[column]))
 
-    def vectors_of_digests(self, digests: Collection[str], width: int, image_digest: str) -> dict[str, np.ndarray]:
+    def vectors_of_digests(self, digests: Collection[str], model: "SearchModel") -> dict[str, np.ndarray]:
         """Look up the stored vectors of pictures by the digests (hashes) of their file contents.
 
         So a file that was moved or copied need not be embedded again.
 
         Args:
             digests: Digests of the file contents.
-            width: Width of the model's vectors.
-            image_digest: Digest of the model (`SearchModel.image_digest`).
+            model: Model in use. Vectors of other models are not returned.
 
         Returns:
             Dictionary `{digest: vector (width,)}`, with vectors in float16. Digests without a stored vector of the
@@ -450,9 +447,10 @@ class PictureTable:
         """
         if not digests:
             return {}
-        clause = f"{_in_clause('digest', digests)} AND model = {quote_sql(image_digest)}"
-        rows = self.rows(["digest", vector_column(width)], clause)
-        return dict(zip(rows["digest"].to_pylist(), _vector_column_to_array(rows[vector_column(width)]), strict=True))
+        clause = f"{_in_clause('digest', digests)} AND model = {quote_sql(model.image_digest)}"
+        column = vector_column(model.width)
+        rows = self.rows(["digest", column], clause)
+        return dict(zip(rows["digest"].to_pylist(), _vector_column_to_array(rows[column]), strict=True))
 
     def count(self, clause: str | None = None, table: str = PICTURES_TABLE) -> int:
         """Return the number of rows of a table that match an SQL condition.
@@ -501,16 +499,17 @@ class PictureTable:
         rows = self.rows(["path", "size", "mtime_ns", "reason"], clause, SKIPPED_FILES_TABLE).to_pylist()
         return {FileState(row["path"], row["size"], row["mtime_ns"]): SkippedFile.from_row(row) for row in rows}
 
-    def model(self) -> dict[str, Any] | None:
+    def model(self) -> dict[str, Any]:
         """Return a description of the model that the latest update of the index used.
 
         Returns:
             Dictionary `{"source": folder or Hub id, "name": name for users, "width": width of the vectors,
-            "image_digest": digest of the image encoder}` (see `SearchModel`). None if the index has no model yet.
+            "image_digest": digest of the image encoder}` (see `SearchModel`). It is empty if the index has no model
+            yet.
         """
         with suppress(KeyError, json.JSONDecodeError):
             return json.loads(self.read_metadata()["model"])
-        return None
+        return {}
 
     # --- Nearest neighbors
 
@@ -527,23 +526,20 @@ class PictureTable:
             Rows with the columns that `comparison_columns` lists, and an additional column `score`: the cosine between
             the row's vector and the query vector. Rows are sorted by score, best first, then by path.
         """
-        approximate = not exact and self.has_approximate_index(len(vector))
+        approximate = not exact and vector_column(len(vector)) in self.indices()
         rows = self.run_read(lambda table: _build_vector_query(table, vector, k, clause, approximate).to_arrow())
         scores = np.clip(l2_normalize(_vector_column_to_array(rows[vector_column(len(vector))])) @ vector, -1, 1)
         rows = rows.append_column("score", pa.array(scores, pa.float64()))
         return rows.sort_by([("score", "descending"), ("path", "ascending")])
 
-    def has_approximate_index(self, width: int) -> bool:
-        """Return whether the table `pictures` has an approximate vector index for vectors of this width."""
-        return vector_column(width) in self.indices()
-
     def indices(self) -> dict[str, Any]:
         """Return the indexes that LanceDB has for columns of the table `pictures`, such as the vector index.
 
         Returns:
-            Dictionary `{name of the indexed column: LanceDB's description of the index}`.
+            Dictionary `{name of the indexed column: LanceDB's description of the index}`. It is empty if the table does
+            not exist.
         """
-        indices = self.cached("indices", lambda: self.run_read(methodcaller("list_indices")))
+        indices = self.cached("indices", lambda: self.run_read(methodcaller("list_indices"))) if self.exists() else ()
         return {index.columns[0]: index for index in indices}
 
     # --- Writing
@@ -571,7 +567,7 @@ class PictureTable:
                 try:
                     return operation(self.open_table(table_name))
                 except LANCEDB_ERRORS as error:
-                    if attempt == MAX_WRITE_ATTEMPTS or not storage_errors.is_write_conflict(error):
+                    if attempt == MAX_WRITE_ATTEMPTS or not storage_errors.WRITE_CONFLICT_RE.search(str(error)):
                         raise
                 time.sleep(random.uniform(0.05, 0.2) * attempt)
                 if table_name in self._open_tables:
@@ -924,9 +920,8 @@ def convert_rows_to_hits(rows: pa.Table, scores: Sequence[float] | None = None) 
     hits = []
     for row, score in zip(rows.select(list(HIT_COLUMNS)).to_pylist(), scores, strict=True):
         modified = datetime.fromtimestamp(row.pop("mtime_ns") / 1e9)
-        date_source = "camera" if row["taken"] else "file"
-        hit_date = row["taken"] or modified
-        hits.append(Hit(score=float(score), modified=modified, date=hit_date, date_source=date_source, **row))
+        shown = {"date": row["taken"] or modified, "date_source": "camera" if row["taken"] else "file"}
+        hits.append(Hit(score=float(score), modified=modified, **shown, **row))
     return hits
 
 
@@ -966,18 +961,6 @@ def _in_clause(column: str, values: Iterable[str]) -> str:
     return f"{column} IN ({', '.join(map(quote_sql, values))})"
 
 
-def join_clauses(clauses: Sequence[str]) -> str | None:
-    """Join SQL conditions with AND.
-
-    Args:
-        clauses: SQL conditions.
-
-    Returns:
-        One SQL condition. None, which means no condition, if `clauses` is empty.
-    """
-    return " AND ".join(clauses) or None
-
-
 def folders_clause(*folders: str | Path) -> str:
     """Return the SQL condition for rows of the given files and of all files inside the given folders.
 
@@ -989,19 +972,28 @@ def folders_clause(*folders: str | Path) -> str:
     return f"({' OR '.join(clauses) or 'false'})"
 
 
-def date_clauses(since: date | None, until: date | None) -> list[str]:
-    """Return the SQL conditions for pictures of a range of days.
+def filter_clause(
+    folder: str | Path | None, since: date | None, until: date | None, other_clause: str | None = None
+) -> str | None:
+    """Return the SQL condition that limits a search to the pictures in a folder and of a range of days.
 
     The date of a picture is its EXIF date if there is one, otherwise the modification time of its file.
 
     Args:
+        folder: Folder of the pictures, including its subfolders. None: all folders.
         since: First day of the range. None: no first day.
         until: Last day of the range, which is included. None: no last day.
+        other_clause: Another SQL condition that the pictures must match. None: no other condition.
 
     Returns:
-        A list with one condition per given day. The caller joins the conditions with AND.
+        The SQL condition. None, which means no condition, if all arguments are None.
+
+    Raises:
+        ValueError: If the path of the folder is not valid UTF-8.
     """
-    clauses = []
+    clauses = [other_clause] if other_clause else []
+    if folder is not None:
+        clauses.append(folders_clause(to_absolute_path(folder)))
     # To include the whole last day, the condition is "before the start of the next day".
     for day, sign, offset in ((since, ">=", 0), (until, "<", 1)):
         if day is not None:
@@ -1011,7 +1003,7 @@ def date_clauses(since: date | None, until: date | None) -> list[str]:
                 f"((taken IS NOT NULL AND taken {sign} timestamp '{start:%Y-%m-%d %H:%M:%S}')"
                 f" OR (taken IS NULL AND mtime_ns {sign} {int(start.timestamp()) * 10**9}))"
             )
-    return clauses
+    return " AND ".join(clauses) or None
 
 
 def l2_normalize(vectors: np.ndarray) -> np.ndarray:

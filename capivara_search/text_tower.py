@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -140,14 +141,14 @@ class TextTower:
             attended = self._attention(hidden, mask[:, None, None], names)
             attended = self._linear(attended, f"{name}attention.output.dense.")
             hidden = self._layer_norm(attended + hidden, f"{name}attention.output.LayerNorm.")
-            inner = gelu(self._linear(hidden, f"{name}intermediate.dense."))
+            inner = _gelu(self._linear(hidden, f"{name}intermediate.dense."))
             hidden = self._layer_norm(self._linear(inner, f"{name}output.dense.") + hidden, f"{name}output.LayerNorm.")
         token_weights = mask[..., None].astype(np.float32)
         # Mean over the tokens: (texts, hidden size).
         pooled = (hidden * token_weights).sum(axis=1) / token_weights.sum(axis=1)
         if "text_projection.weight" in self.weights.tensors:
             return pooled @ self.weights.array("text_projection.weight").T
-        inner = gelu(pooled @ self.weights.array("text_projection.0.weight").T)
+        inner = _gelu(pooled @ self.weights.array("text_projection.0.weight").T)
         return inner @ self.weights.array("text_projection.2.weight").T
 
     def _embed_tokens(self, name: str, tokens: np.ndarray) -> np.ndarray:
@@ -363,10 +364,9 @@ def load_numpy_text_tower_or_none(folder: str | Path) -> TextTower | None:
             tokenizer = Tokenizer.from_file(str(tokenizer_file))
             if not tower_class.prepare_tokenizer(tokenizer, settings, text_config):
                 return None
-        epsilon = np.float32(text_config["layer_norm_eps"])
+        return tower_class(weights, tokenizer, layers, heads, np.float32(text_config["layer_norm_eps"]), text_config)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError, RecursionError):
         return None
-    return tower_class(weights, tokenizer, layers, heads, epsilon, text_config)
 
 
 def _token_text(token: Any) -> Any:
@@ -391,13 +391,11 @@ def _pad_ids(ids: list[list[int]], pad_id: int) -> np.ndarray:
     Returns:
         Token ids (texts, tokens).
     """
-    tokens = np.full((len(ids), max(map(len, ids))), pad_id)
-    for row, text_ids in zip(tokens, ids, strict=True):
-        row[: len(text_ids)] = text_ids
-    return tokens
+    # `zip_longest` yields the first tokens of all texts, then the second tokens, and so on.
+    return np.array([*zip_longest(*ids, fillvalue=pad_id)], int).T.reshape(len(ids), -1)
 
 
-def gelu(values: np.ndarray) -> np.ndarray:
+def _gelu(values: np.ndarray) -> np.ndarray:
     """Compute the exact GELU activation of each element: x * P(X <= x), where X is a standard normal variable."""
     return values * np.float32(0.5) * (1 + _erf(values * np.float32(0.5**0.5)))
 
@@ -408,7 +406,7 @@ def _gelu_tanh(values: np.ndarray) -> np.ndarray:
     return np.float32(0.5) * values * (1 + np.tanh(inner))
 
 
-def quick_gelu(values: np.ndarray) -> np.ndarray:
+def _quick_gelu(values: np.ndarray) -> np.ndarray:
     """Compute the activation x * sigmoid(1.702 x) of each element x, like `quick_gelu` of transformers."""
     return values / (1 + np.exp(np.float32(-1.702) * values))
 
@@ -428,4 +426,4 @@ def _erf(values: np.ndarray) -> np.ndarray:
 
 
 # {name of the activation function in transformers: function that computes it in NumPy}
-ACTIVATIONS = {"gelu": gelu, "gelu_pytorch_tanh": _gelu_tanh, "quick_gelu": quick_gelu}
+ACTIVATIONS = {"gelu": _gelu, "gelu_pytorch_tanh": _gelu_tanh, "quick_gelu": _quick_gelu}

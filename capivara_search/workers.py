@@ -21,7 +21,6 @@ from capivara_common.tasks import ExecutorArguments, Phase
 from capivara_search import indexing
 from capivara_search.index import PictureIndex
 from capivara_search.models import SearchModel
-from capivara_search.results import IndexReport
 from capivara_search.table import PictureTable
 
 
@@ -82,7 +81,7 @@ def add_folders_with_workers(arguments: WorkerArguments) -> bool:
     exclude, include = arguments.exclude, arguments.include
     arguments.real_paths = index.folders_to_add(arguments.folders, exclude, include)
     with index._table.locked():
-        indexing.plan_update_and_prepare_index(index._table, index.model, arguments.real_paths, exclude, include)
+        indexing.prepare_index_update(index._table, index.model, arguments.real_paths, exclude, include)
         arguments.model = index.model.source  # recorded in the arguments, so that all tasks use the same model
         return run_phases(PhaseStep.from_phases(arguments, PHASES, "index"), arguments)
 
@@ -133,8 +132,7 @@ def _prune_and_optimize_index(arguments: WorkerArguments, rank: int, world_size:
     Returns:
         A sentence for the log: the number of removed rows.
     """
-    report = IndexReport()
-    indexing.finish_indexing(*_open_index_and_plan(arguments), report)
+    report = indexing.IndexWriter(*_open_index_and_plan(arguments), arguments.batch_size).finish()
     return f"{report.removed} rows removed"
 
 

@@ -1,5 +1,7 @@
 """Relevance feedback and the relevance threshold: their arithmetic, and their effect on searches of an index."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from made_index import make_pictures
@@ -7,8 +9,9 @@ from tiny import save_model
 
 from capivara_common.files import write_json
 from capivara_search import query
-from capivara_search.index import PictureIndex, l2_normalize
+from capivara_search.index import PictureIndex
 from capivara_search.query import apply_feedback, parse_weighted_feedback
+from capivara_search.table import l2_normalize
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +105,6 @@ def test_a_model_uses_the_threshold_if_its_measured_auc_is_high_enough(index, tm
 
 
 def test_the_sample_holds_only_vectors_of_the_same_model(index):
-    sample, others = (
-        index._table.sample(index.model.width, digest, 7) for digest in (index.model.image_digest, "another")
-    )
+    another = SimpleNamespace(width=index.model.width, image_digest="another")
+    sample, others = (index._table.sample(model, 7) for model in (index.model, another))
     assert sample.shape == (7, index.model.width) and len(np.unique(sample, axis=0)) == 7 and not len(others)

@@ -20,9 +20,9 @@ from capivara_search.duplicates import (
     compute_color_signature,
     is_duplicate,
 )
-from capivara_search.index import PictureIndex, l2_normalize
+from capivara_search.index import PictureIndex
 from capivara_search.results import DUPLICATE_MIN_SIMILARITY
-from capivara_search.table import vector_column
+from capivara_search.table import l2_normalize, vector_column
 
 WIDTH = 24
 SCENES = 40  # each with 0 to 7 copies
