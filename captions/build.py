@@ -374,7 +374,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
             _check_columns_of_all_stages(steps)
     for step in plan.all_steps():
         if _get_stage_status(step) != "done":
-            step.check_backend()
+            step.backend_type.check(step)
     for line in _describe_progress(plan):
         logger.info("%s", line)
     if args.dry_run:
@@ -524,7 +524,7 @@ def _describe_server_requests(steps: list[StageArguments]) -> list[str]:
         args = step if is_ready else replace(step, **source)
         # Give no estimate if the source dataset lacks captions that an earlier stage will generate.
         with suppress(ValueError):
-            lines += [f"{step.title}: {line}" for line in args.describe_work(RowStage(args))]
+            lines += [f"{step.title}: {line}" for line in step.backend_type.describe_work(args, RowStage(args))]
     return lines
 
 

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -80,6 +80,75 @@ S = TypeVar("S", bound=Sized)
 logger = logging.getLogger("capivara")
 
 
+class Backend:
+    """Base class of the backends of a stage. A backend is the model or service that does the work of the stage.
+
+    For example, the stage `captions.translate` has a backend that calls Google's service. Stages without a choice of
+    backends use this base class itself, which has nothing to check or to estimate.
+
+    Attributes:
+        flags: Dataclass with the flags of the backend, which become flags of the stage.
+    """
+
+    flags: ClassVar[type]
+
+    @classmethod
+    def check_flags(cls, args: Any) -> None:
+        """Check the flags of the backend, without network access and without loading a model.
+
+        Args:
+            args: Flags of the stage.
+
+        Raises:
+            ValueError: If a flag is invalid.
+            ImportError: If a package is missing.
+        """
+
+    @classmethod
+    def check(cls, args: Any) -> None:
+        """Check that the backend can be used, for example that its server can be reached.
+
+        A build calls this method before its first stage runs, so that it does not fail hours later.
+
+        Args:
+            args: Flags of the stage.
+
+        Raises:
+            ValueError, OSError: If the backend can't be used.
+        """
+
+    @classmethod
+    def describe_work(cls, args: Any, stage: "RowStage") -> list[str]:
+        """Estimate how many requests and tokens the stage will send to a server. A dry run prints this estimate.
+
+        Args:
+            args: Flags of the stage.
+            stage: Access to the rows, which are read for the estimate.
+
+        Returns:
+            Lines of text to print. The list is empty if the backend uses no server.
+        """
+        return []
+
+    @classmethod
+    def load(cls, args: Any, stage: "RowStage") -> Self:
+        """Load the backend, for example its model, or connect to its server.
+
+        The default implementation calls the class with the flags.
+
+        Args:
+            args: Flags of the stage.
+            stage: Access to the rows that will be processed.
+
+        Returns:
+            The backend, ready to process the rows.
+
+        Raises:
+            ValueError, OSError, ImportError: If the backend can't be used.
+        """
+        return cls(args)
+
+
 @dataclass
 class StageArguments(ImageFileArguments, ExecutorArguments):
     """Flags of a stage, and the methods that run it. A stage reads dataset rows and writes them with new columns.
@@ -89,6 +158,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     Raises ValueError if the value of a flag is invalid.
     """
 
+    backend_type = Backend  # class of the model or service that does the work; some stages let users choose it
     uses_model = False  # True if the stage runs a model; its tasks then get GPUs
     decodes_images = False  # True if the stage needs the decoded image of each row, under the key `DECODED_KEY`
     # True if the stage can also work on a dataset that contains embeddings instead of images. A stage with
@@ -177,24 +247,6 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         Raises ValueError if the split does not exist or is damaged.
         """
         return open_in_place(self.dataset, self.split, self.image_column, **self.image_options())
-
-    def check_backend(self) -> None:
-        """Check that the model or service of the stage can be used, for example that its server can be reached.
-
-        A build calls this method before its first stage runs, so that it does not fail hours later. The base class
-        checks nothing. Subclasses raise ValueError or OSError if the check fails.
-        """
-
-    def describe_work(self, stage: "RowStage") -> list[str]:
-        """Return lines that say how many requests and tokens the stage would send to a server. A dry run prints them.
-
-        Args:
-            stage: Access to the rows, which are read for the estimate.
-
-        Returns:
-            Lines of text to print. The list is empty if the stage uses no server.
-        """
-        return []
 
     def pending_manual_step(self) -> str:
         """Describe what a person must do before the stage can run, such as filling a translation table.
@@ -926,10 +978,11 @@ def run_stage_command(
     if args.dry_run:
         stage = RowStage(args)
         missing = sum(map(len, stage.missing_parts()))
-        args.check_backend()
+        args.backend_type.check(args)
         if isinstance(args, EncoderStageArguments):
             args.check_model()
-        print("\n".join([f"{args.output}: {missing:,} rows are missing", *args.describe_work(stage)]))
+        work = args.backend_type.describe_work(args, stage)
+        print("\n".join([f"{args.output}: {missing:,} rows are missing", *work]))
         return None
     if args.pending_manual_step():
         logger.info(

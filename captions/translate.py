@@ -91,6 +91,11 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
     )
     rows_per_part: int = flag(1024, "Rows per output file.")
 
+    @property
+    def backend_type(self) -> type[Translator]:
+        """Class of the translator: the model, service or table that translates, as the flag `backend` says."""
+        return TRANSLATORS[self.backend]
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("language", "source_language"):
@@ -105,9 +110,9 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         if self.language == self.source_language:
             raise ValueError(f"language and source_language must differ, got {self.language!r} for both.")
         check_at_least(self, 1, "batch_size", "max_new_tokens")
-        if TRANSLATORS[self.backend].needs_table != (self.import_file is not None):
+        if self.backend_type.needs_table != (self.import_file is not None):
             raise ValueError("--backend file requires --import FILE.tsv. With another --backend, remove --import.")
-        TRANSLATORS[self.backend].check_flags(self)
+        self.backend_type.check_flags(self)
 
     def required_columns(self) -> list[str]:
         """Return the names of the columns with captions in the source language, for example "captions-en".
@@ -157,29 +162,6 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         """
         return {self.language: "machine" if self.import_file is None else self.translated_by}
 
-    def check_backend(self) -> None:
-        """Check that the translator can be used, for example that its server can be reached.
-
-        A build calls this method before its first stage runs. Raises ValueError or OSError if the translator can't be
-        used.
-        """
-        TRANSLATORS[self.backend].check(self)
-
-    def describe_work(self, stage: RowStage) -> list[str]:
-        """Estimate how many requests and tokens the translation will send to a server. A dry run prints this estimate.
-
-        Args:
-            stage: Access to the rows whose captions are translated.
-
-        Returns:
-            Lines of text to print. The list is empty if the translator (`--backend`) does not count tokens.
-        """
-        translator = TRANSLATORS[self.backend]
-        if not translator.counts_tokens:
-            return []
-        sentences = sorted(iter_distinct_captions(self, stage.source))
-        return [f"{len(sentences):,} distinct captions", *translator.describe_work(self, sentences)]
-
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
         """Load the translator, for example a model or a table of translations that people have filled.
 
@@ -196,7 +178,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
             ValueError, OSError, ImportError: If the translator can't be loaded, or the table is incomplete.
         """
         columns = map_caption_columns_to_translated_columns(stage.features, stage.source.display_name, self)
-        translator = TRANSLATORS[self.backend].load(self, stage)
+        translator = self.backend_type.load(self, stage)
         answers: dict[str, Answer] = {}  # sentence -> its translation, only for the rows that are processed next
 
         def prepare(parts: list[range]) -> None:
@@ -226,7 +208,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
                     flag_report["captions"] += 1
                     if len(flag_report["examples"]) < EXAMPLES_PER_FLAG:
                         flag_report["examples"].append(example)
-        if TRANSLATORS[self.backend].counts_tokens:
+        if self.backend_type.counts_tokens:
             fingerprint = read_stage_record(self.output)["settings"]["translator"]
             report |= {"translator": fingerprint, "usage": _open_memory(self, fingerprint).count_usage()}
         write_json(self.output / QUALITY_FILE, report)

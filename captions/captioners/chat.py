@@ -13,7 +13,7 @@ import hashlib
 import io
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
 import PIL.Image
 from datasets import List, Value
@@ -26,7 +26,7 @@ from captions.captioners.base import Captioner
 from captions.captioners.blip2 import DEFAULT_MODEL
 from captions.chat.answers import USAGE_FIELDS, Answer, clean_answer, detect_refusal_or_truncation
 from captions.chat.client import ChatClient, Choice
-from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, check_server, get_settings_that_change_answers
+from captions.chat.flags import CHAT, ChatBackend, ChatFlags, check_chat_flags, get_settings_that_change_answers
 from captions.chat.prompts import CaptionPrompts
 from captions.journal import Journal, read_journal
 from captions.quality import QUALITY_FILE, count_and_iter_row_qualities, find_caption_quality_flags
@@ -58,7 +58,7 @@ class ChatCaptionerFlags(ChatFlags):
     n: int = flag(1, "Captions per prompt and image. More than 1 requires --temperature above 0.", group=CHAT)
 
 
-class ChatCaptioner(Captioner):
+class ChatCaptioner(ChatBackend, Captioner):
     """Captioner that sends images to a vision-language model on a server, and receives captions.
 
     Args:
@@ -116,15 +116,6 @@ class ChatCaptioner(Captioner):
         CaptionPrompts(args.prompts, args.caption_language)
 
     @classmethod
-    def check(cls, args: Any) -> None:
-        """Check that the server can be used: send it a test image, and request an answer of a single token.
-
-        The check is skipped if each cluster node has its own server, which this machine can't reach. Raises ValueError
-        or OSError if the server can't be used.
-        """
-        check_server(args, lambda: cls(args, None))
-
-    @classmethod
     def describe_work(cls, args: Any, stage: RowStage) -> list[str]:
         """Estimate the work that captioning will send to the server. A dry run prints this estimate.
 
@@ -151,19 +142,6 @@ class ChatCaptioner(Captioner):
         """
         language = args.caption_language
         return {f"generated-captions-{language}": CAPTIONS_FEATURE, f"generated-quality-{language}": QUALITY_FEATURES}
-
-    @classmethod
-    def load(cls, args: Any, stage: RowStage) -> Self:
-        """Connect to the server, and check that its model sees images.
-
-        Args:
-            args: Flags of `captions.generate`.
-            stage: Access to the rows to caption.
-
-        Returns:
-            The captioner, ready to caption rows.
-        """
-        return cls(args, stage)
 
     def start_part(self, part: range) -> None:
         """Prepare for the rows of the next output file: load the answers that an interrupted run has already received.
