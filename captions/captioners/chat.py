@@ -24,8 +24,8 @@ from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE
 from captions.captioners.base import Captioner
 from captions.captioners.blip2 import DEFAULT_MODEL
-from captions.chat.answers import USAGE_FIELDS, Answer, clean_answer, detect_refusal_or_truncation
-from captions.chat.client import ChatClient, Choice
+from captions.chat.answers import USAGE_FIELDS, Answer, Choice, clean_answer, detect_refusal_or_truncation
+from captions.chat.client import ChatClient
 from captions.chat.flags import CHAT, ChatBackend, ChatFlags, check_chat_flags, get_settings_that_change_answers
 from captions.chat.prompts import CaptionPrompts
 from captions.journal import Journal, read_journal
@@ -198,7 +198,7 @@ class ChatCaptioner(ChatBackend, Captioner):
             value: Caption in a JSON answer. If it is no text, the whole answer is the caption.
         """
         text = clean_answer(value if isinstance(value, str) else choice.text)
-        faults = [detect_refusal_or_truncation(text, choice.finish_reason, choice.refusal)]
+        faults = [detect_refusal_or_truncation(text, choice)]
         faults += find_caption_quality_flags(text, self._args.caption_language)
         return text or choice.refusal or "", next(filter(None, faults), None)
 

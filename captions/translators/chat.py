@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from capivara_common.cli import check_at_least, flag
-from captions.chat.answers import Answer, clean_answer, detect_refusal_or_truncation, extract_numbered_lines
-from captions.chat.client import ChatClient, Choice
+from captions.chat.answers import Answer, Choice, clean_answer, detect_refusal_or_truncation, extract_numbered_lines
+from captions.chat.client import ChatClient
 from captions.chat.flags import CHAT, ChatBackend, ChatFlags, check_chat_flags, get_settings_that_change_answers
 from captions.chat.prompts import TranslationPrompts
 from captions.quality import REFUSED, TRUNCATED, find_translation_quality_flags
@@ -129,7 +129,7 @@ class ChatTranslator(ChatBackend, Translator):
             lines, cost = await self._request_lines(sentences)
         answers = []
         for sentence, line in zip(sentences, lines, strict=True):
-            text, fault = self._judge_text(sentence, line)
+            text, fault = self._judge_text(sentence, line, Choice(line))
             answers.append(Answer(text) if fault is None else await self._translate_sentence(sentence))
         answers[0] = answers[0].with_cost_of(cost)
         for place, sentence in enumerate(sentences):
@@ -171,16 +171,16 @@ class ChatTranslator(ChatBackend, Translator):
             answer = replace(part.with_cost_of(answer), text=text, fault=answer.fault or fault)
         return answer if answer.fault is None else replace(answer, text="")
 
-    def _judge_text(self, sentence: str, text: str, choice: Choice | None = None) -> tuple[str, str | None]:
+    def _judge_text(self, sentence: str, text: str, choice: Choice) -> tuple[str, str | None]:
         """Return the tuple (cleaned translation, first fault) for an answer; the fault is None if none was found.
 
         Args:
             sentence: Sentence that was translated.
             text: Text of the answer.
-            choice: The complete answer of the model; None if `text` is one line of an answer.
+            choice: The complete answer of the model, which also says why the model stopped.
         """
         text = clean_answer(text, sentence)
-        fault = detect_refusal_or_truncation(text, choice and choice.finish_reason, choice and choice.refusal, sentence)
+        fault = detect_refusal_or_truncation(text, choice, sentence)
         return text, fault or next(iter(find_translation_quality_flags(sentence, text, self._args.language)), None)
 
 
