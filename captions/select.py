@@ -33,13 +33,7 @@ from capivara_common.image_files import BadRow, decode_image
 from capivara_common.privacy import get_publishable_model_or_dataset_name
 from caption_data.rows import CAPTIONS_FEATURE, NOT_CHOSEN, CaptionChoice, convert_to_caption_list
 from caption_data.sources import Split
-from captions.stages import (
-    RowStage,
-    StageArguments,
-    check_stage_and_count_rows,
-    read_skipped_row_numbers_and_reasons,
-    run_stage_command,
-)
+from captions.stages import RowStage, StageArguments, check_stage_and_count_rows, read_skipped_rows, run_stage_command
 from eval.records.tables import make_short_plain_line, write_html_from_template
 
 # Path of the HTML page in the output folder. The page is written after all other files of the report, so that a report
@@ -228,7 +222,7 @@ def _write_selection_report(args: SelectArguments) -> None:
     }
     if len(shown):
         cutoff = args.min_pair_similarity if by_first else args.strategy_cutoff
-        plot_kept_and_dropped_similarities(sides, unit, cutoff, folder / "similarities.png")
+        draw_similarity_histogram(sides, unit, cutoff, folder / "similarities.png")
     write_json(folder / "selection.json", metadata)
     write_html_from_template(
         REPORT_TEMPLATE,
@@ -259,7 +253,7 @@ def _build_caption_similarity_frame(args: SelectArguments, source: Split) -> pd.
     """
     present = [old for old in source.columns if args.column_renames().get(old, old) in args.columns()]
     parts = args.output.glob(f"{args.split}-*.parquet")
-    skipped = itertools.chain.from_iterable(map(read_skipped_row_numbers_and_reasons, parts))
+    skipped = itertools.chain.from_iterable(map(read_skipped_rows, parts))
     unusable = {row for row, reason in skipped if reason != NOT_CHOSEN}
 
     def iter_captions() -> Iterator[tuple[Any, ...]]:
@@ -319,9 +313,7 @@ def _select_examples_and_write_images(
     return examples
 
 
-def plot_kept_and_dropped_similarities(
-    sides: dict[str, pd.Series], unit: str, cutoff: float | None, path: Path
-) -> None:
+def draw_similarity_histogram(sides: dict[str, pd.Series], unit: str, cutoff: float | None, path: Path) -> None:
     """Draw a histogram of the similarities of kept and dropped captions to their images, for the selection report.
 
     A vertical line marks the lowest similarity that the selection accepts.

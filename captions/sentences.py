@@ -13,6 +13,7 @@ from caption_data.rows import convert_to_caption_list
 from caption_data.sources import Split
 from captions.chat.answers import Answer
 from captions.quality import find_translation_quality_flags
+from captions.stages import Row
 
 CAPTION_KINDS = ("captions", "generated-captions")  # names of caption columns, without the language code at the end
 # Type of the column `quality-<language>`. `captions` is the number of translated captions of the row. `flagged` lists
@@ -23,7 +24,7 @@ _FLAGGED_FEATURES |= {"source": Value("string"), "translation": Value("string")}
 QUALITY_FEATURES = {"captions": Value("int32"), "flagged": List(_FLAGGED_FEATURES)}
 
 
-def map_caption_columns_to_translated_columns(present: Collection[str], where: str, args: Any) -> dict[str, str]:
+def map_columns_to_translate(present: Collection[str], where: str, args: Any) -> dict[str, str]:
     """Determine which caption columns to translate, and in which new columns to write the translations.
 
     Args:
@@ -64,7 +65,7 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range] | No
         ValueError: If the dataset already has a column of translations.
     """
     names = {args.column_renames().get(name, name): name for name in source.columns}
-    columns = [names[column] for column in map_caption_columns_to_translated_columns(names, source.display_name, args)]
+    columns = [names[column] for column in map_columns_to_translate(names, source.display_name, args)]
     # Digests of the sentences that were already returned. The sentences themselves would need several times the memory.
     seen: set[bytes] = set()
     for part in [range(len(source))] if parts is None else parts:
@@ -82,8 +83,8 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range] | No
 
 
 def build_translation_and_quality_columns(
-    args: Any, row: dict[str, Any], columns: dict[str, str], answers: dict[str, Answer]
-) -> dict[str, Any]:
+    args: Any, row: Row, columns: dict[str, str], answers: dict[str, Answer]
+) -> Row:
     """Build the new columns of a row: its translated captions, and a list of the translations that look wrong.
 
     With the flag `drop_flagged`, the columns of translations do not contain translations that look wrong.

@@ -72,9 +72,10 @@ ROWS_PER_GROUP = 16  # number of rows in a parquet row group, the smallest unit 
 # Largest number of rows that a stage prepares at a time, for example by translating their captions. It limits the
 # memory.
 MAX_PREPARED_ROWS = 50_000
-# Function that processes a batch of rows. For each row, it returns a dict with the values of the new columns, or a
-# BadRow if the row must be skipped.
-ProcessRows = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
+Row = dict[str, Any]  # column name -> value
+# Function that processes a batch of rows. For each row, it returns the values of the new columns, or a BadRow if the
+# row must be skipped.
+ProcessRows = Callable[[list[Row]], list[Row | BadRow]]
 
 S = TypeVar("S", bound=Sized)
 logger = logging.getLogger("capivara")
@@ -616,7 +617,7 @@ class RowStage:
             if not path.is_file():
                 raise
 
-    def _process_rows(self, process: ProcessRows, part: range, skipped: list[SkippedRow]) -> Iterator[dict[str, Any]]:
+    def _process_rows(self, process: ProcessRows, part: range, skipped: list[SkippedRow]) -> Iterator[Row]:
         """Iterate over the rows of a part with their new columns, without rows that can't be used.
 
         Args:
@@ -642,7 +643,7 @@ class RowStage:
                     yield row | result
             self.bar.update(len(batch))
 
-    def _prepare_row(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
+    def _prepare_row(self, row: Row) -> Row | BadRow:
         """Convert a row of the source to the form that the argument `process` of the method `run` takes.
 
         The columns are renamed, the image file is read (and decoded if the stage needs this), and captions become lists
@@ -788,7 +789,7 @@ def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
     is_invalidated = recorded["source"].get("fingerprint") is None
     if is_invalidated:
         recorded["source"]["fingerprint"] = record["source"]["fingerprint"]
-    if differences := describe_stage_record_differences(recorded, record):
+    if differences := describe_record_differences(recorded, record):
         raise ValueError(
             f"{output} was made from {recorded['source'].get('name')} with other settings, and all files of a folder "
             f"must have the same settings. {differences}. Use the old values, choose another --output, or remove this "
@@ -798,7 +799,7 @@ def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
         write_json(path, recorded)
 
 
-def describe_stage_record_differences(recorded: dict[str, Any], current: dict[str, Any]) -> str:
+def describe_record_differences(recorded: dict[str, Any], current: dict[str, Any]) -> str:
     """Describe how two versions of the file `stage.json` differ, for an error message.
 
     Only values that must be equal for all files of an output folder are compared, for example the settings.
@@ -923,7 +924,7 @@ def _count_written_and_skipped_rows(output: Path, record: dict[str, Any], parts:
         path = _part_path(output, record["source"]["split"], part)
         with open_parquet(path, f". Remove it, {retry}") as file:
             written = file.metadata.num_rows
-        reasons = Counter(reason for _, reason in read_skipped_row_numbers_and_reasons(path))
+        reasons = Counter(reason for _, reason in read_skipped_rows(path))
         if written + sum(reasons.values()) != len(part):
             raise ValueError(
                 f"{path} has {written} rows, and its list of skipped rows has {sum(reasons.values())}; together, they "
@@ -933,7 +934,7 @@ def _count_written_and_skipped_rows(output: Path, record: dict[str, Any], parts:
     return StageReport(rows, dict(skipped.most_common()))
 
 
-def read_skipped_row_numbers_and_reasons(part: Path) -> list[tuple[int, str]]:
+def read_skipped_rows(part: Path) -> list[tuple[int, str]]:
     """Read which rows a stage has skipped for one parquet file of its output, and why.
 
     Args:

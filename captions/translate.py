@@ -38,7 +38,7 @@ from captions.sentences import (
     QUALITY_FEATURES,
     build_translation_and_quality_columns,
     iter_distinct_captions,
-    map_caption_columns_to_translated_columns,
+    map_columns_to_translate,
 )
 from captions.stages import RowStage, StageArguments, iter_length_limited_batches, read_stage_record, run_stage_command
 from captions.translation_memory import TranslationMemory
@@ -137,7 +137,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
                 similarities in the target language.
         """
         added = super().check_columns(columns, where)
-        translated = map_caption_columns_to_translated_columns(columns, where, self).values()
+        translated = map_columns_to_translate(columns, where, self).values()
         return [*added, *translated, f"quality-{self.language}"]
 
     def settings(self, translator: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +177,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         Raises:
             ValueError, OSError, ImportError: If the translator can't be loaded, or the table is incomplete.
         """
-        columns = map_caption_columns_to_translated_columns(stage.features, stage.source.display_name, self)
+        columns = map_columns_to_translate(stage.features, stage.source.display_name, self)
         translator = self.backend_type.load(self, stage)
         answers: dict[str, Answer] = {}  # sentence -> its translation, only for the rows that are processed next
 

@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 from capivara_common.image_files import BadRow
-from captions.stages import Backend
+from captions.stages import Backend, Row
 
 
 class Captioner(Backend):
@@ -51,7 +51,7 @@ class Captioner(Backend):
             part: Range of the row numbers in the part, counted from 0 over the whole split.
         """
 
-    def caption_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+    def caption_rows(self, rows: list[Row]) -> list[Row | BadRow]:
         """Generate captions of the images in dataset rows.
 
         Args:

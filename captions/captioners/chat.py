@@ -30,7 +30,7 @@ from captions.chat.flags import CHAT, ChatBackend, ChatFlags, check_chat_flags, 
 from captions.chat.prompts import CaptionPrompts
 from captions.journal import Journal, read_journal
 from captions.quality import QUALITY_FILE, count_and_iter_row_qualities, find_caption_quality_flags
-from captions.stages import DECODED_KEY, RowStage, read_stage_record
+from captions.stages import DECODED_KEY, Row, RowStage, read_stage_record
 
 JPEG_QUALITY = 90
 PROBE_SIDE = 32  # side in pixels of the gray test image that is sent to a server before the work begins
@@ -160,7 +160,7 @@ class ChatCaptioner(ChatBackend, Captioner):
         }
         self._journal = Journal(path)
 
-    def caption_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+    def caption_rows(self, rows: list[Row]) -> list[Row | BadRow]:
         """Request captions of the images in dataset rows from the server.
 
         Args:
@@ -202,7 +202,7 @@ class ChatCaptioner(ChatBackend, Captioner):
         faults += find_caption_quality_flags(text, self._args.caption_language)
         return text or choice.refusal or "", next(filter(None, faults), None)
 
-    def _new_columns(self, row: dict[str, Any], answers: list[list[Answer]]) -> dict[str, Any] | BadRow:
+    def _new_columns(self, row: Row, answers: list[list[Answer]]) -> Row | BadRow:
         """Return the new columns of a row as `{"column name": value}`, or a BadRow if the row has no caption at all.
 
         Args:
