@@ -13,6 +13,7 @@ import hashlib
 import io
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -28,7 +29,7 @@ from captions.chat.answers import USAGE_FIELDS, Answer, Choice, clean_answer, de
 from captions.chat.client import ChatClient
 from captions.chat.flags import CHAT, ChatBackend, ChatFlags, check_chat_flags, get_settings_that_change_answers
 from captions.chat.prompts import CaptionPrompts
-from captions.journal import Journal, read_journal
+from captions.journal import append_to_journal, read_journal
 from captions.quality import QUALITY_FILE, count_and_iter_row_qualities, find_caption_quality_flags
 from captions.stages import DECODED_KEY, Row, RowStage, read_stage_record
 
@@ -89,7 +90,7 @@ class ChatCaptioner(ChatBackend, Captioner):
                 f"{args.model} does not see images: with and without an image, the server {args.base_url[-1]} reads "
                 f"{read} tokens. Serve a vision-language model."
             )
-        self._journal: Journal | None = None
+        self._journal: Path | None = None  # journal of the current output file
         self._stored: dict[str, list[Answer]] = {}  # key of a request -> its answers; the journal has them too
         self.settings = {
             "captioner": "chat",
@@ -153,12 +154,10 @@ class ChatCaptioner(ChatBackend, Captioner):
             part: Range of the row numbers in the output file, counted from 0 over the whole split.
         """
         if self._journal is not None:
-            self._journal.remove()
-        path = self._stage.path(part).with_suffix(JOURNAL_SUFFIX)
-        self._stored = {
-            record["request"]: [Answer(**answer) for answer in record["answers"]] for record in read_journal(path)
-        }
-        self._journal = Journal(path)
+            self._journal.unlink(missing_ok=True)
+        self._journal = self._stage.path(part).with_suffix(JOURNAL_SUFFIX)
+        records = read_journal(self._journal)
+        self._stored = {record["request"]: [Answer(**answer) for answer in record["answers"]] for record in records}
 
     def caption_rows(self, rows: list[Row]) -> list[Row | BadRow]:
         """Request captions of the images in dataset rows from the server.
@@ -186,7 +185,8 @@ class ChatCaptioner(ChatBackend, Captioner):
         key = f"{hashlib.blake2b(url.encode(), digest_size=16).hexdigest()}-{number}"
         if key not in self._stored:
             answers = await self._client.ask(self._prompts.messages(number, url), self._judge, SCHEMA_KEY, self._args.n)
-            self._journal.append({"request": key, "answers": [asdict(answer) for answer in answers]})
+            record = {"request": key, "answers": [asdict(answer) for answer in answers]}
+            append_to_journal(self._journal, record)
             self._stored[key] = answers
         return self._stored[key]
 
