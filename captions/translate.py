@@ -137,7 +137,13 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
                 similarities in the target language.
         """
         added = super().check_columns(columns, where)
-        translated = map_columns_to_translate(columns, where, self).values()
+        translated = map_columns_to_translate(self, columns).values()
+        for name in (*translated, f"similarities-{self.language}"):
+            if name in columns:
+                raise ValueError(
+                    f"{where} already has the column {name}, but the translation or a later stage creates this column. "
+                    f"Rename the old column with --rename {name}=old-{name}."
+                )
         return [*added, *translated, f"quality-{self.language}"]
 
     def settings(self, translator: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +183,6 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         Raises:
             ValueError, OSError, ImportError: If the translator can't be loaded, or the table is incomplete.
         """
-        columns = map_columns_to_translate(stage.features, stage.source.display_name, self)
         translator = self.backend_type.load(self, stage)
         answers: dict[str, Answer] = {}  # sentence -> its translation, only for the rows that are processed next
 
@@ -187,10 +192,11 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
             answers.update(_translate_with_memory(self, translator, sentences, shows_bar=stage.rank == 0))
 
         def process(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            return [build_translation_and_quality_columns(self, row, columns, answers) for row in rows]
+            return [build_translation_and_quality_columns(self, row, answers) for row in rows]
 
-        new_columns = dict.fromkeys(columns.values(), CAPTIONS_FEATURE) | {f"quality-{self.language}": QUALITY_FEATURES}
-        return new_columns, self.settings(translator.fingerprint), process, prepare
+        columns = dict.fromkeys(map_columns_to_translate(self, stage.features).values(), CAPTIONS_FEATURE)
+        columns[f"quality-{self.language}"] = QUALITY_FEATURES
+        return columns, self.settings(translator.fingerprint), process, prepare
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
         """Write the file `quality.json`: how many translations look wrong, and a few examples of each problem.

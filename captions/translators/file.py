@@ -180,13 +180,13 @@ class FileFlags:
         sentences = self.check_source_rows(stage)
         translations = self.read_table().translations(sentences)
         answers = {sentence: Answer(translation) for sentence, translation in translations.items()}
-        columns = map_columns_to_translate(stage.features, stage.source.display_name, self)
+        columns = map_columns_to_translate(self, stage.features)
         names = [*columns, *columns.values(), f"quality-{self.language}"]
         rows, parts, written = [], [], 0
         for part in stage.parts:
             path = stage.path(part)
             old_rows = pq.read_table(path, columns=names).to_pylist() if path.is_file() else []
-            new_rows = [row | build_translation_and_quality_columns(self, row, columns, answers) for row in old_rows]
+            new_rows = [row | build_translation_and_quality_columns(self, row, answers) for row in old_rows]
             changed = [number for number, row in enumerate(new_rows) if row != old_rows[number]]
             rows += [written + number for number in changed]
             parts += [path] if changed else []
