@@ -200,10 +200,9 @@ def read_build_plan(
     # only copies the rows.
     translations = translations or [("0-read", {})]
     chains = {train: chain} | dict.fromkeys(evaluation, translations)
-    steps = {
-        split: _build_stage_arguments(content, stages, split, executor_flags or {}, config)
-        for split, stages in chains.items()
-    }
+    steps = {}
+    for split, stages in chains.items():
+        steps[split] = _build_stage_arguments(content, stages, split, executor_flags or {}, config)
     if evaluation and any(isinstance(step, EmbedArguments) and step.views > 1 for step in steps[train]):
         raise ValueError(
             f"{config}: embed.views must be 1 with evaluation_splits, because evaluation uses no augmented images."

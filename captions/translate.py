@@ -189,7 +189,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         def prepare(parts: list[range]) -> None:
             sentences = set(iter_distinct_captions(self, stage.source, parts))
             answers.clear()
-            answers.update(_translate_with_memory(self, translator, sentences, shows_bar=stage.rank == 0))
+            answers.update(self._translate_with_memory(translator, sentences, shows_bar=stage.rank == 0))
 
         def process(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             return [build_translation_and_quality_columns(self, row, answers) for row in rows]
@@ -197,6 +197,52 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         columns = dict.fromkeys(map_columns_to_translate(self, stage.features).values(), CAPTIONS_FEATURE)
         columns[f"quality-{self.language}"] = QUALITY_FEATURES
         return columns, self.settings(translator.fingerprint), process, prepare
+
+    def _open_memory(self, fingerprint: dict[str, Any]) -> TranslationMemory:
+        """Open the translation memory (stored translations) of a translator.
+
+        Args:
+            fingerprint: Everything that affects a translation, except the sentence itself, as a dict.
+        """
+        return TranslationMemory(self.memory or self.output.with_name(self.output.name + ".memory"), fingerprint)
+
+    def _translate_with_memory(self, translator: Translator, sentences: set[str], shows_bar: bool) -> dict[str, Answer]:
+        """Return the translations of sentences. A sentence without a stored translation is translated now.
+
+        New translations are stored in the translation memory after each batch, so that they are not lost if a later
+        batch fails.
+
+        Args:
+            translator: The translator.
+            sentences: Sentences to translate; none may be blank.
+            shows_bar: Show a progress bar.
+
+        Returns:
+            A dict `{sentence: answer}`. An answer holds the translation, and its fault if it is not usable.
+        """
+        # The longest sentences come first, because they need the most memory. If the memory is insufficient, the error
+        # then appears at the start instead of after hours.
+        missing = sorted(sentences, key=lambda text: (-len(text), text))
+        if translator.needs_table:
+            return dict(zip(missing, map(Answer, translator.translate(missing)), strict=True))
+        memory = self._open_memory(translator.fingerprint)
+        answers = memory.find(sentences)
+        missing = [sentence for sentence in missing if sentence not in answers]
+        max_sentences, max_characters = translator.batch_limits(self)
+        title = f"Translating with {translator.name}"
+        with tqdm(total=len(missing), desc=title, unit="sentence", leave=False, disable=not shows_bar) as bar:
+
+            def save(sentence: str, answer: Answer) -> None:
+                memory.append(sentence, answer)
+                bar.update()
+                bar.set_postfix_str(translator.describe_usage(), refresh=False)
+
+            translator.on_answer, done = save, 0
+            for batch in iter_length_limited_batches(missing, max_characters, max_sentences):
+                answers |= memory.add(dict(zip(batch, translator.translate(batch), strict=True)))
+                done += len(batch)
+                bar.update(done - bar.n)
+        return answers
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
         """Write the file `quality.json`: how many translations look wrong, and a few examples of each problem.
@@ -216,60 +262,8 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
                         flag_report["examples"].append(example)
         if self.backend_type.counts_tokens:
             fingerprint = read_stage_record(self.output)["settings"]["translator"]
-            report |= {"translator": fingerprint, "usage": _open_memory(self, fingerprint).count_usage()}
+            report |= {"translator": fingerprint, "usage": self._open_memory(fingerprint).count_usage()}
         write_json(self.output / QUALITY_FILE, report)
-
-
-def _open_memory(args: TranslateArguments, fingerprint: dict[str, Any]) -> TranslationMemory:
-    """Open the translation memory (stored translations) of a translator.
-
-    Args:
-        args: Command-line arguments.
-        fingerprint: Everything that affects a translation, except the sentence itself, as a dict.
-    """
-    return TranslationMemory(args.memory or args.output.with_name(args.output.name + ".memory"), fingerprint)
-
-
-def _translate_with_memory(
-    args: TranslateArguments, translator: Translator, sentences: set[str], shows_bar: bool
-) -> dict[str, Answer]:
-    """Return the translations of sentences. A sentence without a stored translation is translated now.
-
-    New translations are stored in the translation memory after each batch, so that they are not lost if a later batch
-    fails.
-
-    Args:
-        args: Command-line arguments.
-        translator: The translator.
-        sentences: Sentences to translate; none may be blank.
-        shows_bar: Show a progress bar.
-
-    Returns:
-        A dict `{sentence: answer}`. An answer holds the translation, and its fault if it is not usable.
-    """
-    # The longest sentences come first, because they need the most memory. If the memory is insufficient, the error then
-    # appears at the start instead of after hours.
-    missing = sorted(sentences, key=lambda text: (-len(text), text))
-    if translator.needs_table:
-        return dict(zip(missing, map(Answer, translator.translate(missing)), strict=True))
-    memory = _open_memory(args, translator.fingerprint)
-    answers = memory.find(sentences)
-    missing = [sentence for sentence in missing if sentence not in answers]
-    max_sentences, max_characters = translator.batch_limits(args)
-    title = f"Translating with {translator.name}"
-    with tqdm(total=len(missing), desc=title, unit="sentence", leave=False, disable=not shows_bar) as bar:
-
-        def save(sentence: str, answer: Answer) -> None:
-            memory.append(sentence, answer)
-            bar.update()
-            bar.set_postfix_str(translator.describe_usage(), refresh=False)
-
-        translator.on_answer, done = save, 0
-        for batch in iter_length_limited_batches(missing, max_characters, max_sentences):
-            answers |= memory.add(dict(zip(batch, translator.translate(batch), strict=True)))
-            done += len(batch)
-            bar.update(done - bar.n)
-    return answers
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -101,9 +101,7 @@ class ChatClient:
         self._args, self.model, self._runner = args, args.model, asyncio.Runner()
         self._clients = []
         for url in args.base_url:
-            http_client = openai.DefaultAsyncHttpxClient(
-                follow_redirects=False, trust_env=url.startswith("https://"), timeout=args.timeout
-            )
+            http_client = openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=url.startswith("https://"))
             options = {"api_key": self._key or NO_KEY, "timeout": args.timeout, "max_retries": 0}
             self._clients.append(openai.AsyncOpenAI(base_url=url, http_client=http_client, **options))
         # Requests are numbered, and go to the servers in turn. Each task starts counting at its own number (`rank`), so

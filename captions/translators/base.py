@@ -31,16 +31,12 @@ class Translator(Backend):
         name: Name of the translator for messages.
         fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
             Translators with equal fingerprints share their stored translations.
-        on_answer: Function that stores one answer at once and updates the progress bar. The command sets it, and its
-            parameters are (sentence, answer). A backend whose answers arrive one by one should call it for each
-            sentence, so that a killed run loses only unanswered requests. None: there is nothing to call.
     """
 
     needs_table: ClassVar[bool] = False
     counts_tokens: ClassVar[bool] = False
     name: str
     fingerprint: dict[str, Any]
-    on_answer: Callable[[str, Answer], None] | None = None
 
     def translate(self, sentences: list[str]) -> list[str]:
         """Translate sentences, and return one translation per sentence, in order.
@@ -55,6 +51,18 @@ class Translator(Backend):
         Returns "" if there is nothing to show.
         """
         return ""
+
+    def on_answer(self, sentence: str, answer: Answer) -> None:
+        """Store one answer at once, and update the progress bar.
+
+        A backend whose answers arrive one by one should call this method for each answer, so that a killed run loses
+        only unanswered requests. `captions.translate` replaces it by a function that stores the answer. The default
+        implementation does nothing.
+
+        Args:
+            sentence: Sentence that was translated.
+            answer: The translation, with its problem and its number of tokens.
+        """
 
     def batch_limits(self, args: Any) -> tuple[int, int]:
         """Return the size limits of a batch, that is, of the sentences that are translated before results are saved.

@@ -132,9 +132,8 @@ class ChatTranslator(ChatBackend, Translator):
             text, fault = self._judge_text(sentence, line, Choice(line))
             answers.append(Answer(text) if fault is None else await self._translate_sentence(sentence))
         answers[0] = answers[0].with_cost_of(cost)
-        for place, sentence in enumerate(sentences):
-            if self.on_answer is not None:
-                self.on_answer(sentence, answers[place])
+        for sentence, answer in zip(sentences, answers, strict=True):
+            self.on_answer(sentence, answer)
         return answers
 
     async def _request_lines(self, sentences: Sequence[str]) -> tuple[list[str], Answer]:
