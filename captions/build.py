@@ -597,15 +597,13 @@ def _list_unembedded_rows(plan: BuildPlan) -> list[SkippedRow]:
 
     Local paths in the records are shortened, because the dataset may be published.
     """
-    stages = [step for steps in plan.steps.values() for step in steps[-1:] if isinstance(step, EmbedArguments)]
-    paths = (path for stage in stages for path in sorted(stage.output.glob("*.skipped.jsonl")))
-    rows = [SkippedRow(**json.loads(line)) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
-    return [
-        replace(
-            row, source=get_publishable_model_or_dataset_name(row.source), detail=shorten_absolute_paths(row.detail)
-        )
-        for row in rows
-    ]
+    steps = [step for step in plan.all_steps() if isinstance(step, EmbedArguments)]
+    paths = (path for step in steps for path in sorted(step.output.glob("*.skipped.jsonl")))
+    records = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        record["source"] = get_publishable_model_or_dataset_name(record["source"])
+        record["detail"] = shorten_absolute_paths(record["detail"])
+    return [SkippedRow(**record) for record in records]
 
 
 def _group_parts_into_dataset_files(split: str, stage: Path) -> list[list[Path]]:

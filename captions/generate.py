@@ -89,11 +89,8 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
             ValueError, OSError, ImportError: If the captioner can't be used.
         """
         captioner = self.backend_type.load(self, stage)
-
-        def prepare(parts: list[range]) -> None:
-            captioner.start_part(parts[0])
-
-        return captioner.columns(self), captioner.settings, captioner.caption_rows, prepare, 1
+        columns, settings = captioner.columns(self), captioner.settings
+        return columns, settings, captioner.caption_rows, lambda parts: captioner.start_part(parts[0]), 1
 
     @property
     def phases(self) -> dict[str, Phase]:

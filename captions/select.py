@@ -93,6 +93,33 @@ class SelectArguments(CaptionChoice, StageArguments):
         reads_similarities = similarities in self.strategy_columns(self.language)
         return [similarities] if reads_similarities or self.min_pair_similarity is not None else captions
 
+    def get_similarities_and_choose(self, row: dict[str, Any]) -> tuple[dict[str, float | None], list[str]]:
+        """Look up the similarities of all captions of a row, and choose captions with the caption strategy.
+
+        Args:
+            row: A row of the dataset. A missing caption column is treated as empty.
+
+        Returns:
+            A tuple: the dict `{caption: similarity}` with each distinct caption of the row in order (None if its
+            similarity is unknown), and the list of chosen captions. The list is empty if the image must be skipped.
+
+        Raises:
+            BadRow: If the row has no caption, or the number of similarities differs from the number of captions.
+        """
+        captions, generated, similarities = self.columns()
+        row = {captions: [], generated: [], **row}
+        texts, scored = [*row[captions], *row[generated]], {}
+        if not any(map(str.strip, texts)):
+            raise BadRow("no caption", f"{captions!r} and {generated!r} are empty")
+        try:
+            chosen = [text for text in self.choose_captions(row, self.language) if text.strip()]
+        except ValueError as error:
+            raise BadRow("no caption", f"{error}") from error
+        values = itertools.chain(row.get(similarities) or [], itertools.repeat(None))
+        for text, value in zip(texts, values, strict=False):
+            scored.setdefault(text, None if value is None or math.isnan(value) else value)
+        return scored, chosen
+
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
         """Return what the method `RowStage.run` needs to select the captions of all rows.
 
@@ -127,36 +154,6 @@ class SelectArguments(CaptionChoice, StageArguments):
             _write_selection_report(self)
 
 
-def _get_similarities_and_chosen_captions(
-    args: SelectArguments, row: dict[str, Any]
-) -> tuple[dict[str, float | None], list[str]]:
-    """Choose the captions of a row, and look up the similarities of all captions of the row.
-
-    Args:
-        args: Command-line arguments.
-        row: A row of the dataset. A missing caption column is treated as empty.
-
-    Returns:
-        A tuple: the dict `{caption: similarity}` with each distinct caption of the row in order (None if its similarity
-        is unknown), and the list of chosen captions. The list is empty if the image must be skipped.
-
-    Raises:
-        BadRow: If the row has no caption, or the number of similarities differs from the number of captions.
-    """
-    captions, generated, similarities = args.columns()
-    row = {captions: [], generated: [], **row}
-    texts, scored = [*row[captions], *row[generated]], {}
-    if not any(map(str.strip, texts)):
-        raise BadRow("no caption", f"{captions!r} and {generated!r} are empty")
-    try:
-        chosen = [text for text in args.choose_captions(row, args.language) if text.strip()]
-    except ValueError as error:
-        raise BadRow("no caption", f"{error}") from error
-    for text, value in zip(texts, itertools.chain(row.get(similarities) or [], itertools.repeat(None)), strict=False):
-        scored.setdefault(text, None if value is None or math.isnan(value) else value)
-    return scored, chosen
-
-
 def select_row_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any] | BadRow:
     """Select the captions of one image with the caption strategy and the pair filter of the flags.
 
@@ -170,7 +167,7 @@ def select_row_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str,
         instead a `BadRow`, an exception object that holds the reason, and the image is skipped.
     """
     try:
-        scored, chosen = _get_similarities_and_chosen_captions(args, row)
+        scored, chosen = args.get_similarities_and_choose(row)
     except BadRow as bad:
         return bad
     if not chosen:
@@ -260,7 +257,7 @@ def _build_caption_similarity_frame(args: SelectArguments, source: Split) -> pd.
         for number, row in enumerate(source.rows(column_names=present)):
             if number not in unusable:
                 row = _rename_columns_and_normalize_captions(args, row)
-                similarities, chosen = _get_similarities_and_chosen_captions(args, row)
+                similarities, chosen = args.get_similarities_and_choose(row)
                 for place, (text, similarity) in enumerate(similarities.items()):
                     is_first = place == 0 and bool(row.get(args.columns()[0]))
                     is_scored = similarity is not None and text.strip()
@@ -301,7 +298,7 @@ def _select_examples_and_write_images(
         side = captions[captions["kept"] == kept].sort_values("similarity", ascending=kept, kind="stable")
         for example in side.head(EXAMPLES_PER_SIDE).itertuples():
             row = _rename_columns_and_normalize_captions(args, source.row(example.row))
-            similarities, _ = _get_similarities_and_chosen_captions(args, row)
+            similarities, _ = args.get_similarities_and_choose(row)
             text = list(similarities)[example.place]
             examples.append({"row": example.row, "caption": text, "similarity": example.similarity, "kept": kept})
             if source.is_embedded:
