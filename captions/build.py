@@ -202,7 +202,7 @@ def read_build_plan(
     chains = {train: chain} | dict.fromkeys(evaluation, translations)
     steps = {}
     for split, stages in chains.items():
-        steps[split] = _build_stage_arguments(content, stages, split, executor_flags or {}, config)
+        steps[split] = _build_steps(content, stages, split, executor_flags or {}, config)
     if evaluation and any(isinstance(step, EmbedArguments) and step.views > 1 for step in steps[train]):
         raise ValueError(
             f"{config}: embed.views must be 1 with evaluation_splits, because evaluation uses no augmented images."
@@ -221,10 +221,8 @@ def _refuse_keys_of_services(section: Any, config: Path) -> None:
             )
 
 
-def _build_stage_arguments(
-    content: dict, chain: list[tuple[str, dict]], split: str, executor_flags: dict, config: Path
-) -> list:
-    """Return the flags of the stages of a split. Each stage reads the output of the stage before it.
+def _build_steps(content: dict, chain: list[tuple[str, dict]], split: str, executor_flags: dict, config: Path) -> list:
+    """Build the steps of a split, that is, the flags of its stages. Each stage reads the output of the stage before it.
 
     Args:
         content: Content of the config.

@@ -2,7 +2,7 @@
 
 import hashlib
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,17 +41,14 @@ class TranslationMemory:
         self._answers: dict[str, Answer] = {}
         self._journal = self.folder / f"{uuid.uuid4().hex}.jsonl"
 
-    def find(self, sentences: Iterable[str]) -> dict[str, Answer]:
+    def find(self, sentences: set[str]) -> dict[str, Answer]:
         """Look up sentences, and return their stored answers as a dict `{sentence: answer}`, without token counts.
 
         The dict contains only sentences with a stored answer. Each call reads all files of the store, so a single call
         with many sentences is faster than many calls.
         """
-        wanted, known = set(sentences), {}
-        for record in self._records() if wanted else ():
-            if record["source"] in wanted:
-                known[record["source"]] = Answer(record["translation"], record.get("fault"))
-        return known
+        records = (record for record in self._records() if record["source"] in sentences) if sentences else ()
+        return {record["source"]: Answer(record["translation"], record.get("fault")) for record in records}
 
     def append(self, sentence: str, answer: Answer) -> None:
         """Store a single answer at once, so that it is not lost if the process is killed.
