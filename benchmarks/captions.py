@@ -124,7 +124,8 @@ def _measure_chat_translation_rates(runs: int) -> dict[str, Any]:
 
         def make_step(concurrency: int) -> Callable[[], list[str]]:
             flags = {"language": "pt", "backend": "chat", "base_url": [server.url], "model": MODEL}
-            translator = ChatTranslator(TranslateArguments("none", Path("none"), concurrency=concurrency, **flags))
+            args = TranslateArguments("none", Path("none"), concurrency=concurrency, **flags)
+            translator = ChatTranslator(args, None)
             return lambda: translator.translate([f"cat {number}" for number in range(ROUNDS * concurrency)])
 
         steps = {str(concurrency): make_step(concurrency) for concurrency in CONCURRENCY}

@@ -200,10 +200,9 @@ def read_build_plan(
     # only copies the rows.
     translations = translations or [("0-read", {})]
     chains = {train: chain} | dict.fromkeys(evaluation, translations)
-    steps = {
-        split: _build_stage_arguments(content, stages, split, executor_flags or {}, config)
-        for split, stages in chains.items()
-    }
+    steps = {}
+    for split, stages in chains.items():
+        steps[split] = _build_steps(content, stages, split, executor_flags or {}, config)
     if evaluation and any(isinstance(step, EmbedArguments) and step.views > 1 for step in steps[train]):
         raise ValueError(
             f"{config}: embed.views must be 1 with evaluation_splits, because evaluation uses no augmented images."
@@ -222,10 +221,8 @@ def _refuse_keys_of_services(section: Any, config: Path) -> None:
             )
 
 
-def _build_stage_arguments(
-    content: dict, chain: list[tuple[str, dict]], split: str, executor_flags: dict, config: Path
-) -> list:
-    """Return the flags of the stages of a split. Each stage reads the output of the stage before it.
+def _build_steps(content: dict, chain: list[tuple[str, dict]], split: str, executor_flags: dict, config: Path) -> list:
+    """Build the steps of a split, that is, the flags of its stages. Each stage reads the output of the stage before it.
 
     Args:
         content: Content of the config.
@@ -374,7 +371,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
             _check_columns_of_all_stages(steps)
     for step in plan.all_steps():
         if _get_stage_status(step) != "done":
-            step.check_backend()
+            step.backend_type.check(step)
     for line in _describe_progress(plan):
         logger.info("%s", line)
     if args.dry_run:
@@ -524,7 +521,7 @@ def _describe_server_requests(steps: list[StageArguments]) -> list[str]:
         args = step if is_ready else replace(step, **source)
         # Give no estimate if the source dataset lacks captions that an earlier stage will generate.
         with suppress(ValueError):
-            lines += [f"{step.title}: {line}" for line in args.describe_work(RowStage(args))]
+            lines += [f"{step.title}: {line}" for line in step.backend_type.describe_work(args, RowStage(args))]
     return lines
 
 
@@ -598,15 +595,13 @@ def _list_unembedded_rows(plan: BuildPlan) -> list[SkippedRow]:
 
     Local paths in the records are shortened, because the dataset may be published.
     """
-    stages = [step for steps in plan.steps.values() for step in steps[-1:] if isinstance(step, EmbedArguments)]
-    paths = (path for stage in stages for path in sorted(stage.output.glob("*.skipped.jsonl")))
-    rows = [SkippedRow(**json.loads(line)) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
-    return [
-        replace(
-            row, source=get_publishable_model_or_dataset_name(row.source), detail=shorten_absolute_paths(row.detail)
-        )
-        for row in rows
-    ]
+    steps = [step for step in plan.all_steps() if isinstance(step, EmbedArguments)]
+    paths = (path for step in steps for path in sorted(step.output.glob("*.skipped.jsonl")))
+    records = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        record["source"] = get_publishable_model_or_dataset_name(record["source"])
+        record["detail"] = shorten_absolute_paths(record["detail"])
+    return [SkippedRow(**record) for record in records]
 
 
 def _group_parts_into_dataset_files(split: str, stage: Path) -> list[list[Path]]:

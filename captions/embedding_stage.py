@@ -20,7 +20,7 @@ from capivara_common.embedding_store import embed_batch_except_bad_images
 from capivara_common.image_files import BadImage, BadRow
 from caption_data import embedded
 from caption_data.augmentation import describe_augmentation, make_augmented_view
-from captions.stages import DECODED_KEY, EncoderStageArguments, RowStage, run_stage_command
+from captions.stages import DECODED_KEY, EncoderStageArguments, Row, RowStage, run_stage_command
 from modeling_capivara.two_towers import load_embedder
 
 
@@ -91,9 +91,7 @@ class EmbedArguments(EncoderStageArguments):
         return columns, settings, lambda rows: embed_images_of_rows(embed, self, settings["encoder"], rows)
 
 
-def embed_images_of_rows(
-    embed: Callable[..., Any], args: EmbedArguments, encoder: str, rows: list[dict[str, Any]]
-) -> list[dict[str, Any] | BadRow]:
+def embed_images_of_rows(embed: Callable, args: EmbedArguments, encoder: str, rows: list[Row]) -> list[Row | BadRow]:
     """Embed the images of dataset rows, and return the columns that replace the images.
 
     Args:
@@ -115,7 +113,7 @@ def embed_images_of_rows(
         for view in range(args.views)
     ]
     vectors = embed_batch_except_bad_images(images, embed, skip_refused=True)
-    results: list[dict[str, Any] | BadRow] = []
+    results: list[Row | BadRow] = []
     for digest, start in zip(digests, range(0, len(vectors), args.views), strict=True):
         views = vectors[start : start + args.views]
         if bad := [vector for vector in views if isinstance(vector, BadImage)]:
@@ -123,9 +121,8 @@ def embed_images_of_rows(
             continue
         embeds = [vector.numpy().astype(np.float16) for vector in views]
         embeds = embeds[0] if args.views == 1 else embeds
-        results.append(
-            {embedded.EMBEDS_COLUMN: embeds, embedded.DIGEST_COLUMN: digest, embedded.ENCODER_COLUMN: encoder}
-        )
+        columns = {embedded.EMBEDS_COLUMN: embeds, embedded.DIGEST_COLUMN: digest, embedded.ENCODER_COLUMN: encoder}
+        results.append(columns)
     return results
 
 

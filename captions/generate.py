@@ -22,6 +22,7 @@ from typing import Any
 from capivara_common.cli import check_at_least, flag, run_main_and_report_user_errors
 from capivara_common.tasks import Phase
 from captions.captioners import CAPTIONERS
+from captions.captioners.base import Captioner
 from captions.captioners.blip2 import DEFAULT_MODEL
 from captions.quality import QUALITY_FILE, summarize_quality_file
 from captions.stages import RowStage, StageArguments, run_stage_command
@@ -48,11 +49,16 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
     )
     caption_language: str = flag("en", "Code of the language of the captions: en (blip2), or any language (chat).")
 
+    @property
+    def backend_type(self) -> type[Captioner]:
+        """Class of the captioner: the model or service that generates the captions, as the flag `captioner` says."""
+        return CAPTIONERS[self.captioner]
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "max_new_tokens", "micro_batch_size")
         self.prefixes = Path(self.prefixes)
-        CAPTIONERS[self.captioner].check_flags(self)
+        self.backend_type.check_flags(self)
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
         """Return the names of the columns that the stage adds to the dataset.
@@ -64,26 +70,7 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
             columns: Names of the columns of the dataset.
             where: Name of the dataset, for error messages; has no effect here.
         """
-        return [*super().check_columns(columns, where), *CAPTIONERS[self.captioner].columns(self)]
-
-    def check_backend(self) -> None:
-        """Check that the captioner can be used, for example that its server can be reached.
-
-        A build calls this method before its first stage runs. Raises ValueError or OSError if the captioner can't be
-        used.
-        """
-        CAPTIONERS[self.captioner].check(self)
-
-    def describe_work(self, stage: RowStage) -> list[str]:
-        """Estimate how many requests and tokens captioning will send to a server. A dry run prints this estimate.
-
-        Args:
-            stage: Access to the rows to caption.
-
-        Returns:
-            Lines of text to print. The list is empty if the captions are generated on this machine.
-        """
-        return CAPTIONERS[self.captioner].describe_work(self, stage)
+        return [*super().check_columns(columns, where), *self.backend_type.columns(self)]
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
         """Load the captioner, that is, the model or the connection to a server that generates the captions.
@@ -101,12 +88,9 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
         Raises:
             ValueError, OSError, ImportError: If the captioner can't be used.
         """
-        captioner = CAPTIONERS[self.captioner].load(self, stage)
-
-        def prepare(parts: list[range]) -> None:
-            captioner.start_part(parts[0])
-
-        return captioner.columns(self), captioner.settings, captioner.caption_rows, prepare, 1
+        captioner = self.backend_type.load(self, stage)
+        columns, settings = captioner.columns(self), captioner.settings
+        return columns, settings, captioner.caption_rows, lambda parts: captioner.start_part(parts[0]), 1
 
     @property
     def phases(self) -> dict[str, Phase]:
@@ -116,7 +100,7 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
         captions that look wrong.
         """
         phases = super().phases
-        return phases if CAPTIONERS[self.captioner].has_report else {"rows": phases["rows"]}
+        return phases if self.backend_type.has_report else {"rows": phases["rows"]}
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
         """Write the file `quality.json`, which counts the generated captions that look wrong.
@@ -125,7 +109,7 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
             rank: Number of the task; not used, because a single task writes the file.
             world_size: Number of tasks; not used.
         """
-        CAPTIONERS[self.captioner].report(self)
+        self.backend_type.report(self)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -135,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = run_stage_command(GenerateArguments, __doc__, argv)
-    if args is not None and CAPTIONERS[args.captioner].has_report:
+    if args is not None and args.backend_type.has_report:
         print(summarize_quality_file(args.output / QUALITY_FILE, "captions"))
 
 

@@ -64,9 +64,8 @@ def _is_same_language_and_script(wanted: Language, other: Language) -> bool:
     """
     # In the language codes of the model mBART, such as `ar_XX`, the region XX means that there is no region.
     regions = {wanted.territory, other.territory} - {None, "XX"}
-    return (
-        wanted.language == other.language and len(regions) < 2 and wanted.maximize().script == other.maximize().script
-    )
+    is_same_script = wanted.maximize().script == other.maximize().script
+    return wanted.language == other.language and is_same_script and len(regions) < 2
 
 
 def language_name(code: str) -> str:

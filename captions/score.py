@@ -24,7 +24,7 @@ from capivara_common.cli import flag, run_main_and_report_user_errors
 from capivara_common.embedding_store import embed_batch_except_bad_images
 from capivara_common.image_files import BadRow
 from caption_data.rows import SIMILARITIES_FEATURE
-from captions.stages import DECODED_KEY, EncoderStageArguments, RowStage, run_stage_command
+from captions.stages import DECODED_KEY, EncoderStageArguments, Row, RowStage, run_stage_command
 from modeling_capivara.two_towers import Embedder, load_embedder
 
 
@@ -84,9 +84,7 @@ class ScoreArguments(EncoderStageArguments):
         return columns, settings, lambda rows: _compute_caption_similarities(embedder, self, rows)
 
 
-def _compute_caption_similarities(
-    embedder: Embedder, args: ScoreArguments, rows: list[dict[str, Any]]
-) -> list[dict[str, Any] | BadRow]:
+def _compute_caption_similarities(embedder: Embedder, args: ScoreArguments, rows: list[Row]) -> list[Row | BadRow]:
     """Compute the similarities of the captions of rows to their images. Each distinct caption is embedded once.
 
     Args:

@@ -33,13 +33,7 @@ from capivara_common.image_files import BadRow, decode_image
 from capivara_common.privacy import get_publishable_model_or_dataset_name
 from caption_data.rows import CAPTIONS_FEATURE, NOT_CHOSEN, CaptionChoice, convert_to_caption_list
 from caption_data.sources import Split
-from captions.stages import (
-    RowStage,
-    StageArguments,
-    check_stage_and_count_rows,
-    read_skipped_row_numbers_and_reasons,
-    run_stage_command,
-)
+from captions.stages import RowStage, StageArguments, check_stage_and_count_rows, read_skipped_rows, run_stage_command
 from eval.records.tables import make_short_plain_line, write_html_from_template
 
 # Path of the HTML page in the output folder. The page is written after all other files of the report, so that a report
@@ -99,6 +93,33 @@ class SelectArguments(CaptionChoice, StageArguments):
         reads_similarities = similarities in self.strategy_columns(self.language)
         return [similarities] if reads_similarities or self.min_pair_similarity is not None else captions
 
+    def get_similarities_and_choose(self, row: dict[str, Any]) -> tuple[dict[str, float | None], list[str]]:
+        """Look up the similarities of all captions of a row, and choose captions with the caption strategy.
+
+        Args:
+            row: A row of the dataset. A missing caption column is treated as empty.
+
+        Returns:
+            A tuple: the dict `{caption: similarity}` with each distinct caption of the row in order (None if its
+            similarity is unknown), and the list of chosen captions. The list is empty if the image must be skipped.
+
+        Raises:
+            BadRow: If the row has no caption, or the number of similarities differs from the number of captions.
+        """
+        captions, generated, similarities = self.columns()
+        row = {captions: [], generated: [], **row}
+        texts, scored = [*row[captions], *row[generated]], {}
+        if not any(map(str.strip, texts)):
+            raise BadRow("no caption", f"{captions!r} and {generated!r} are empty")
+        try:
+            chosen = [text for text in self.choose_captions(row, self.language) if text.strip()]
+        except ValueError as error:
+            raise BadRow("no caption", f"{error}") from error
+        values = itertools.chain(row.get(similarities) or [], itertools.repeat(None))
+        for text, value in zip(texts, values, strict=False):
+            scored.setdefault(text, None if value is None or math.isnan(value) else value)
+        return scored, chosen
+
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
         """Return what the method `RowStage.run` needs to select the captions of all rows.
 
@@ -133,36 +154,6 @@ class SelectArguments(CaptionChoice, StageArguments):
             _write_selection_report(self)
 
 
-def _get_similarities_and_chosen_captions(
-    args: SelectArguments, row: dict[str, Any]
-) -> tuple[dict[str, float | None], list[str]]:
-    """Choose the captions of a row, and look up the similarities of all captions of the row.
-
-    Args:
-        args: Command-line arguments.
-        row: A row of the dataset. A missing caption column is treated as empty.
-
-    Returns:
-        A tuple: the dict `{caption: similarity}` with each distinct caption of the row in order (None if its similarity
-        is unknown), and the list of chosen captions. The list is empty if the image must be skipped.
-
-    Raises:
-        BadRow: If the row has no caption, or the number of similarities differs from the number of captions.
-    """
-    captions, generated, similarities = args.columns()
-    row = {captions: [], generated: [], **row}
-    texts, scored = [*row[captions], *row[generated]], {}
-    if not any(map(str.strip, texts)):
-        raise BadRow("no caption", f"{captions!r} and {generated!r} are empty")
-    try:
-        chosen = [text for text in args.choose_captions(row, args.language) if text.strip()]
-    except ValueError as error:
-        raise BadRow("no caption", f"{error}") from error
-    for text, value in zip(texts, itertools.chain(row.get(similarities) or [], itertools.repeat(None)), strict=False):
-        scored.setdefault(text, None if value is None or math.isnan(value) else value)
-    return scored, chosen
-
-
 def select_row_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any] | BadRow:
     """Select the captions of one image with the caption strategy and the pair filter of the flags.
 
@@ -176,7 +167,7 @@ def select_row_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str,
         instead a `BadRow`, an exception object that holds the reason, and the image is skipped.
     """
     try:
-        scored, chosen = _get_similarities_and_chosen_captions(args, row)
+        scored, chosen = args.get_similarities_and_choose(row)
     except BadRow as bad:
         return bad
     if not chosen:
@@ -228,7 +219,7 @@ def _write_selection_report(args: SelectArguments) -> None:
     }
     if len(shown):
         cutoff = args.min_pair_similarity if by_first else args.strategy_cutoff
-        plot_kept_and_dropped_similarities(sides, unit, cutoff, folder / "similarities.png")
+        draw_similarity_histogram(sides, unit, cutoff, folder / "similarities.png")
     write_json(folder / "selection.json", metadata)
     write_html_from_template(
         REPORT_TEMPLATE,
@@ -259,14 +250,14 @@ def _build_caption_similarity_frame(args: SelectArguments, source: Split) -> pd.
     """
     present = [old for old in source.columns if args.column_renames().get(old, old) in args.columns()]
     parts = args.output.glob(f"{args.split}-*.parquet")
-    skipped = itertools.chain.from_iterable(map(read_skipped_row_numbers_and_reasons, parts))
+    skipped = itertools.chain.from_iterable(map(read_skipped_rows, parts))
     unusable = {row for row, reason in skipped if reason != NOT_CHOSEN}
 
     def iter_captions() -> Iterator[tuple[Any, ...]]:
         for number, row in enumerate(source.rows(column_names=present)):
             if number not in unusable:
                 row = _rename_columns_and_normalize_captions(args, row)
-                similarities, chosen = _get_similarities_and_chosen_captions(args, row)
+                similarities, chosen = args.get_similarities_and_choose(row)
                 for place, (text, similarity) in enumerate(similarities.items()):
                     is_first = place == 0 and bool(row.get(args.columns()[0]))
                     is_scored = similarity is not None and text.strip()
@@ -307,7 +298,7 @@ def _select_examples_and_write_images(
         side = captions[captions["kept"] == kept].sort_values("similarity", ascending=kept, kind="stable")
         for example in side.head(EXAMPLES_PER_SIDE).itertuples():
             row = _rename_columns_and_normalize_captions(args, next(source.rows(example.row)))
-            similarities, _ = _get_similarities_and_chosen_captions(args, row)
+            similarities, _ = args.get_similarities_and_choose(row)
             text = list(similarities)[example.place]
             examples.append({"row": example.row, "caption": text, "similarity": example.similarity, "kept": kept})
             if source.is_embedded:
@@ -319,9 +310,7 @@ def _select_examples_and_write_images(
     return examples
 
 
-def plot_kept_and_dropped_similarities(
-    sides: dict[str, pd.Series], unit: str, cutoff: float | None, path: Path
-) -> None:
+def draw_similarity_histogram(sides: dict[str, pd.Series], unit: str, cutoff: float | None, path: Path) -> None:
     """Draw a histogram of the similarities of kept and dropped captions to their images, for the selection report.
 
     A vertical line marks the lowest similarity that the selection accepts.

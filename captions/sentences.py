@@ -13,6 +13,7 @@ from caption_data.rows import convert_to_caption_list
 from caption_data.sources import Split
 from captions.chat.answers import Answer
 from captions.quality import find_translation_quality_flags
+from captions.stages import Row
 
 CAPTION_KINDS = ("captions", "generated-captions")  # names of caption columns, without the language code at the end
 # Type of the column `quality-<language>`. `captions` is the number of translated captions of the row. `flagged` lists
@@ -23,30 +24,18 @@ _FLAGGED_FEATURES |= {"source": Value("string"), "translation": Value("string")}
 QUALITY_FEATURES = {"captions": Value("int32"), "flagged": List(_FLAGGED_FEATURES)}
 
 
-def map_caption_columns_to_translated_columns(present: Collection[str], where: str, args: Any) -> dict[str, str]:
+def map_columns_to_translate(args: Any, present: Collection[str]) -> dict[str, str]:
     """Determine which caption columns to translate, and in which new columns to write the translations.
 
     Args:
-        present: Names of the columns of the dataset. The renames of the flag `rename` are already applied.
-        where: Name of the dataset, with which the error message begins.
         args: Flags of `captions.translate`.
+        present: Names of the columns of the dataset. The renames of the flag `rename` are already applied.
 
     Returns:
         A dict `{caption column: new column}`, for example `{"captions-en": "captions-pt"}`.
-
-    Raises:
-        ValueError: If the dataset already has translations into the target language (for example the column
-            `captions-pt`), or their similarities to the images (`similarities-pt`).
     """
     columns = {f"{kind}-{args.source_language}": f"{kind}-{args.language}" for kind in CAPTION_KINDS}
-    columns = {column: target for column, target in columns.items() if column in present}
-    for name in (*columns.values(), f"similarities-{args.language}"):
-        if name in present:
-            raise ValueError(
-                f"{where} already has the column {name}, but the translation or a later stage creates this column. "
-                f"Rename the old column with --rename {name}=old-{name}."
-            )
-    return columns
+    return {column: target for column, target in columns.items() if column in present}
 
 
 def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range] | None = None) -> Iterator[str]:
@@ -59,12 +48,9 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range] | No
         args: Flags of `captions.translate`.
         source: The dataset split.
         parts: Ranges of the row numbers whose captions are read. Default: all rows.
-
-    Raises:
-        ValueError: If the dataset already has a column of translations.
     """
     names = {args.column_renames().get(name, name): name for name in source.columns}
-    columns = [names[column] for column in map_caption_columns_to_translated_columns(names, source.display_name, args)]
+    columns = [names[column] for column in map_columns_to_translate(args, names)]
     # Digests of the sentences that were already returned. The sentences themselves would need several times the memory.
     seen: set[bytes] = set()
     for part in [range(len(source))] if parts is None else parts:
@@ -81,9 +67,7 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range] | No
                     yield sentence
 
 
-def build_translation_and_quality_columns(
-    args: Any, row: dict[str, Any], columns: dict[str, str], answers: dict[str, Answer]
-) -> dict[str, Any]:
+def build_translation_and_quality_columns(args: Any, row: Row, answers: dict[str, Answer]) -> Row:
     """Build the new columns of a row: its translated captions, and a list of the translations that look wrong.
 
     With the flag `drop_flagged`, the columns of translations do not contain translations that look wrong.
@@ -91,7 +75,6 @@ def build_translation_and_quality_columns(
     Args:
         args: Flags of `captions.translate`.
         row: A row with captions.
-        columns: Dict `{caption column: column of its translations}`.
         answers: Dict `{sentence: answer}`. An answer holds the translation and, if it is not usable, its fault: the
             name of a problem, such as "refused".
 
@@ -101,7 +84,7 @@ def build_translation_and_quality_columns(
         captions) and "flagged" (list of dicts that describe the translations that look wrong).
     """
     new_columns, caption_count, flagged = {}, 0, []
-    for column, target in columns.items():
+    for column, target in map_columns_to_translate(args, row).items():
         new_columns[target] = []
         for position, source in enumerate(row.get(column) or []):
             answer = answers[source] if source.strip() else Answer("")

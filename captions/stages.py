@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -72,12 +72,82 @@ ROWS_PER_GROUP = 16  # number of rows in a parquet row group, the smallest unit 
 # Largest number of rows that a stage prepares at a time, for example by translating their captions. It limits the
 # memory.
 MAX_PREPARED_ROWS = 50_000
-# Function that processes a batch of rows. For each row, it returns a dict with the values of the new columns, or a
-# BadRow if the row must be skipped.
-ProcessRows = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
+Row = dict[str, Any]  # column name -> value
+# Function that processes a batch of rows. For each row, it returns the values of the new columns, or a BadRow if the
+# row must be skipped.
+ProcessRows = Callable[[list[Row]], list[Row | BadRow]]
 
 S = TypeVar("S", bound=Sized)
 logger = logging.getLogger("capivara")
+
+
+class Backend:
+    """Base class of the backends of a stage. A backend is the model or service that does the work of the stage.
+
+    For example, the stage `captions.translate` has a backend that calls Google's service. Stages without a choice of
+    backends use this base class itself, which has nothing to check or to estimate.
+
+    Attributes:
+        flags: Dataclass with the flags of the backend, which become flags of the stage.
+    """
+
+    flags: ClassVar[type]
+
+    @classmethod
+    def check_flags(cls, args: Any) -> None:
+        """Check the flags of the backend, without network access and without loading a model.
+
+        Args:
+            args: Flags of the stage.
+
+        Raises:
+            ValueError: If a flag is invalid.
+            ImportError: If a package is missing.
+        """
+
+    @classmethod
+    def check(cls, args: Any) -> None:
+        """Check that the backend can be used, for example that its server can be reached.
+
+        A build calls this method before its first stage runs, so that it does not fail hours later.
+
+        Args:
+            args: Flags of the stage.
+
+        Raises:
+            ValueError, OSError: If the backend can't be used.
+        """
+
+    @classmethod
+    def describe_work(cls, args: Any, stage: "RowStage") -> list[str]:
+        """Estimate how many requests and tokens the stage will send to a server. A dry run prints this estimate.
+
+        Args:
+            args: Flags of the stage.
+            stage: Access to the rows, which are read for the estimate.
+
+        Returns:
+            Lines of text to print. The list is empty if the backend uses no server.
+        """
+        return []
+
+    @classmethod
+    def load(cls, args: Any, stage: "RowStage") -> Self:
+        """Load the backend, for example its model, or connect to its server.
+
+        The default implementation calls the class with the flags.
+
+        Args:
+            args: Flags of the stage.
+            stage: Access to the rows that will be processed.
+
+        Returns:
+            The backend, ready to process the rows.
+
+        Raises:
+            ValueError, OSError, ImportError: If the backend can't be used.
+        """
+        return cls(args)
 
 
 @dataclass
@@ -89,6 +159,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     Raises ValueError if the value of a flag is invalid.
     """
 
+    backend_type = Backend  # class of the model or service that does the work; some stages let users choose it
     uses_model = False  # True if the stage runs a model; its tasks then get GPUs
     decodes_images = False  # True if the stage needs the decoded image of each row, under the key `DECODED_KEY`
     # True if the stage can also work on a dataset that contains embeddings instead of images. A stage with
@@ -177,24 +248,6 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         Raises ValueError if the split does not exist or is damaged.
         """
         return open_in_place(self.dataset, self.split, self.image_column, **self.image_options())
-
-    def check_backend(self) -> None:
-        """Check that the model or service of the stage can be used, for example that its server can be reached.
-
-        A build calls this method before its first stage runs, so that it does not fail hours later. The base class
-        checks nothing. Subclasses raise ValueError or OSError if the check fails.
-        """
-
-    def describe_work(self, stage: "RowStage") -> list[str]:
-        """Return lines that say how many requests and tokens the stage would send to a server. A dry run prints them.
-
-        Args:
-            stage: Access to the rows, which are read for the estimate.
-
-        Returns:
-            Lines of text to print. The list is empty if the stage uses no server.
-        """
-        return []
 
     def pending_manual_step(self) -> str:
         """Describe what a person must do before the stage can run, such as filling a translation table.
@@ -564,7 +617,7 @@ class RowStage:
             if not path.is_file():
                 raise
 
-    def _process_rows(self, process: ProcessRows, part: range, skipped: list[SkippedRow]) -> Iterator[dict[str, Any]]:
+    def _process_rows(self, process: ProcessRows, part: range, skipped: list[SkippedRow]) -> Iterator[Row]:
         """Iterate over the rows of a part with their new columns, without rows that can't be used.
 
         Args:
@@ -590,7 +643,7 @@ class RowStage:
                     yield row | result
             self.bar.update(len(batch))
 
-    def _prepare_row(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
+    def _prepare_row(self, row: Row) -> Row | BadRow:
         """Convert a row of the source to the form that the argument `process` of the method `run` takes.
 
         The columns are renamed, the image file is read (and decoded if the stage needs this), and captions become lists
@@ -736,7 +789,7 @@ def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
     is_invalidated = recorded["source"].get("fingerprint") is None
     if is_invalidated:
         recorded["source"]["fingerprint"] = record["source"]["fingerprint"]
-    if differences := describe_stage_record_differences(recorded, record):
+    if differences := describe_record_differences(recorded, record):
         raise ValueError(
             f"{output} was made from {recorded['source'].get('name')} with other settings, and all files of a folder "
             f"must have the same settings. {differences}. Use the old values, choose another --output, or remove this "
@@ -746,7 +799,7 @@ def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
         write_json(path, recorded)
 
 
-def describe_stage_record_differences(recorded: dict[str, Any], current: dict[str, Any]) -> str:
+def describe_record_differences(recorded: dict[str, Any], current: dict[str, Any]) -> str:
     """Describe how two versions of the file `stage.json` differ, for an error message.
 
     Only values that must be equal for all files of an output folder are compared, for example the settings.
@@ -871,7 +924,7 @@ def _count_written_and_skipped_rows(output: Path, record: dict[str, Any], parts:
         path = _part_path(output, record["source"]["split"], part)
         with open_parquet(path, f". Remove it, {retry}") as file:
             written = file.metadata.num_rows
-        reasons = Counter(reason for _, reason in read_skipped_row_numbers_and_reasons(path))
+        reasons = Counter(reason for _, reason in read_skipped_rows(path))
         if written + sum(reasons.values()) != len(part):
             raise ValueError(
                 f"{path} has {written} rows, and its list of skipped rows has {sum(reasons.values())}; together, they "
@@ -881,7 +934,7 @@ def _count_written_and_skipped_rows(output: Path, record: dict[str, Any], parts:
     return StageReport(rows, dict(skipped.most_common()))
 
 
-def read_skipped_row_numbers_and_reasons(part: Path) -> list[tuple[int, str]]:
+def read_skipped_rows(part: Path) -> list[tuple[int, str]]:
     """Read which rows a stage has skipped for one parquet file of its output, and why.
 
     Args:
@@ -926,10 +979,11 @@ def run_stage_command(
     if args.dry_run:
         stage = RowStage(args)
         missing = sum(map(len, stage.missing_parts()))
-        args.check_backend()
+        args.backend_type.check(args)
         if isinstance(args, EncoderStageArguments):
             args.check_model()
-        print("\n".join([f"{args.output}: {missing:,} rows are missing", *args.describe_work(stage)]))
+        work = args.backend_type.describe_work(args, stage)
+        print("\n".join([f"{args.output}: {missing:,} rows are missing", *work]))
         return None
     if args.pending_manual_step():
         logger.info(

@@ -38,7 +38,7 @@ from captions.sentences import (
     QUALITY_FEATURES,
     build_translation_and_quality_columns,
     iter_distinct_captions,
-    map_caption_columns_to_translated_columns,
+    map_columns_to_translate,
 )
 from captions.stages import RowStage, StageArguments, iter_length_limited_batches, read_stage_record, run_stage_command
 from captions.translation_memory import TranslationMemory
@@ -91,6 +91,11 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
     )
     rows_per_part: int = flag(1024, "Rows per output file.")
 
+    @property
+    def backend_type(self) -> type[Translator]:
+        """Class of the translator: the model, service or table that translates, as the flag `backend` says."""
+        return TRANSLATORS[self.backend]
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("language", "source_language"):
@@ -105,9 +110,9 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         if self.language == self.source_language:
             raise ValueError(f"language and source_language must differ, got {self.language!r} for both.")
         check_at_least(self, 1, "batch_size", "max_new_tokens")
-        if TRANSLATORS[self.backend].needs_table != (self.import_file is not None):
+        if self.backend_type.needs_table != (self.import_file is not None):
             raise ValueError("--backend file requires --import FILE.tsv. With another --backend, remove --import.")
-        TRANSLATORS[self.backend].check_flags(self)
+        self.backend_type.check_flags(self)
 
     def required_columns(self) -> list[str]:
         """Return the names of the columns with captions in the source language, for example "captions-en".
@@ -132,7 +137,13 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
                 similarities in the target language.
         """
         added = super().check_columns(columns, where)
-        translated = map_caption_columns_to_translated_columns(columns, where, self).values()
+        translated = map_columns_to_translate(self, columns).values()
+        for name in (*translated, f"similarities-{self.language}"):
+            if name in columns:
+                raise ValueError(
+                    f"{where} already has the column {name}, but the translation or a later stage creates this column. "
+                    f"Rename the old column with --rename {name}=old-{name}."
+                )
         return [*added, *translated, f"quality-{self.language}"]
 
     def settings(self, translator: dict[str, Any]) -> dict[str, Any]:
@@ -157,29 +168,6 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         """
         return {self.language: "machine" if self.import_file is None else self.translated_by}
 
-    def check_backend(self) -> None:
-        """Check that the translator can be used, for example that its server can be reached.
-
-        A build calls this method before its first stage runs. Raises ValueError or OSError if the translator can't be
-        used.
-        """
-        TRANSLATORS[self.backend].check(self)
-
-    def describe_work(self, stage: RowStage) -> list[str]:
-        """Estimate how many requests and tokens the translation will send to a server. A dry run prints this estimate.
-
-        Args:
-            stage: Access to the rows whose captions are translated.
-
-        Returns:
-            Lines of text to print. The list is empty if the translator (`--backend`) does not count tokens.
-        """
-        translator = TRANSLATORS[self.backend]
-        if not translator.counts_tokens:
-            return []
-        sentences = sorted(iter_distinct_captions(self, stage.source))
-        return [f"{len(sentences):,} distinct captions", *translator.describe_work(self, sentences)]
-
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
         """Load the translator, for example a model or a table of translations that people have filled.
 
@@ -195,20 +183,66 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         Raises:
             ValueError, OSError, ImportError: If the translator can't be loaded, or the table is incomplete.
         """
-        columns = map_caption_columns_to_translated_columns(stage.features, stage.source.display_name, self)
-        translator = TRANSLATORS[self.backend].load(self, stage)
+        translator = self.backend_type.load(self, stage)
         answers: dict[str, Answer] = {}  # sentence -> its translation, only for the rows that are processed next
 
         def prepare(parts: list[range]) -> None:
             sentences = set(iter_distinct_captions(self, stage.source, parts))
             answers.clear()
-            answers.update(_translate_with_memory(self, translator, sentences, shows_bar=stage.rank == 0))
+            answers.update(self._translate_with_memory(translator, sentences, shows_bar=stage.rank == 0))
 
         def process(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            return [build_translation_and_quality_columns(self, row, columns, answers) for row in rows]
+            return [build_translation_and_quality_columns(self, row, answers) for row in rows]
 
-        new_columns = dict.fromkeys(columns.values(), CAPTIONS_FEATURE) | {f"quality-{self.language}": QUALITY_FEATURES}
-        return new_columns, self.settings(translator.fingerprint), process, prepare
+        columns = dict.fromkeys(map_columns_to_translate(self, stage.features).values(), CAPTIONS_FEATURE)
+        columns[f"quality-{self.language}"] = QUALITY_FEATURES
+        return columns, self.settings(translator.fingerprint), process, prepare
+
+    def _open_memory(self, fingerprint: dict[str, Any]) -> TranslationMemory:
+        """Open the translation memory (stored translations) of a translator.
+
+        Args:
+            fingerprint: Everything that affects a translation, except the sentence itself, as a dict.
+        """
+        return TranslationMemory(self.memory or self.output.with_name(self.output.name + ".memory"), fingerprint)
+
+    def _translate_with_memory(self, translator: Translator, sentences: set[str], shows_bar: bool) -> dict[str, Answer]:
+        """Return the translations of sentences. A sentence without a stored translation is translated now.
+
+        New translations are stored in the translation memory after each batch, so that they are not lost if a later
+        batch fails.
+
+        Args:
+            translator: The translator.
+            sentences: Sentences to translate; none may be blank.
+            shows_bar: Show a progress bar.
+
+        Returns:
+            A dict `{sentence: answer}`. An answer holds the translation, and its fault if it is not usable.
+        """
+        # The longest sentences come first, because they need the most memory. If the memory is insufficient, the error
+        # then appears at the start instead of after hours.
+        missing = sorted(sentences, key=lambda text: (-len(text), text))
+        if translator.needs_table:
+            return dict(zip(missing, map(Answer, translator.translate(missing)), strict=True))
+        memory = self._open_memory(translator.fingerprint)
+        answers = memory.find(sentences)
+        missing = [sentence for sentence in missing if sentence not in answers]
+        max_sentences, max_characters = translator.batch_limits(self)
+        title = f"Translating with {translator.name}"
+        with tqdm(total=len(missing), desc=title, unit="sentence", leave=False, disable=not shows_bar) as bar:
+
+            def save(sentence: str, answer: Answer) -> None:
+                memory.append(sentence, answer)
+                bar.update()
+                bar.set_postfix_str(translator.describe_usage(), refresh=False)
+
+            translator.on_answer, done = save, 0
+            for batch in iter_length_limited_batches(missing, max_characters, max_sentences):
+                answers |= memory.add(dict(zip(batch, translator.translate(batch), strict=True)))
+                done += len(batch)
+                bar.update(done - bar.n)
+        return answers
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
         """Write the file `quality.json`: how many translations look wrong, and a few examples of each problem.
@@ -226,62 +260,10 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
                     flag_report["captions"] += 1
                     if len(flag_report["examples"]) < EXAMPLES_PER_FLAG:
                         flag_report["examples"].append(example)
-        if TRANSLATORS[self.backend].counts_tokens:
+        if self.backend_type.counts_tokens:
             fingerprint = read_stage_record(self.output)["settings"]["translator"]
-            report |= {"translator": fingerprint, "usage": _open_memory(self, fingerprint).count_usage()}
+            report |= {"translator": fingerprint, "usage": self._open_memory(fingerprint).count_usage()}
         write_json(self.output / QUALITY_FILE, report)
-
-
-def _open_memory(args: TranslateArguments, fingerprint: dict[str, Any]) -> TranslationMemory:
-    """Open the translation memory (stored translations) of a translator.
-
-    Args:
-        args: Command-line arguments.
-        fingerprint: Everything that affects a translation, except the sentence itself, as a dict.
-    """
-    return TranslationMemory(args.memory or args.output.with_name(args.output.name + ".memory"), fingerprint)
-
-
-def _translate_with_memory(
-    args: TranslateArguments, translator: Translator, sentences: set[str], shows_bar: bool
-) -> dict[str, Answer]:
-    """Return the translations of sentences. A sentence without a stored translation is translated now.
-
-    New translations are stored in the translation memory after each batch, so that they are not lost if a later batch
-    fails.
-
-    Args:
-        args: Command-line arguments.
-        translator: The translator.
-        sentences: Sentences to translate; none may be blank.
-        shows_bar: Show a progress bar.
-
-    Returns:
-        A dict `{sentence: answer}`. An answer holds the translation, and its fault if it is not usable.
-    """
-    # The longest sentences come first, because they need the most memory. If the memory is insufficient, the error then
-    # appears at the start instead of after hours.
-    missing = sorted(sentences, key=lambda text: (-len(text), text))
-    if translator.needs_table:
-        return dict(zip(missing, map(Answer, translator.translate(missing)), strict=True))
-    memory = _open_memory(args, translator.fingerprint)
-    answers = memory.find(sentences)
-    missing = [sentence for sentence in missing if sentence not in answers]
-    max_sentences, max_characters = translator.batch_limits(args)
-    title = f"Translating with {translator.name}"
-    with tqdm(total=len(missing), desc=title, unit="sentence", leave=False, disable=not shows_bar) as bar:
-
-        def save(sentence: str, answer: Answer) -> None:
-            memory.append(sentence, answer)
-            bar.update()
-            bar.set_postfix_str(translator.describe_usage(), refresh=False)
-
-        translator.on_answer, done = save, 0
-        for batch in iter_length_limited_batches(missing, max_characters, max_sentences):
-            answers |= memory.add(dict(zip(batch, translator.translate(batch), strict=True)))
-            done += len(batch)
-            bar.update(done - bar.n)
-    return answers
 
 
 def main(argv: list[str] | None = None) -> None:

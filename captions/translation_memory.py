@@ -2,7 +2,7 @@
 
 import hashlib
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pyarrow as pa
 from capivara_common.files import json_digest, write_json
 from caption_data.sources import open_parquet
 from captions.chat.answers import USAGE_FIELDS, Answer
-from captions.journal import Journal, read_journal
+from captions.journal import append_to_journal, read_journal
 from captions.stages import atomic_parquet
 
 # Columns of the parquet files of a translation memory: a sentence and its translation.
@@ -39,19 +39,16 @@ class TranslationMemory:
         self.folder, self.fingerprint = folder / json_digest(fingerprint, sort_keys=True), fingerprint
         # Sentence -> answer, for answers that are stored only in the journal, and not in a parquet file yet.
         self._answers: dict[str, Answer] = {}
-        self._journal = Journal(self.folder / f"{uuid.uuid4().hex}.jsonl")
+        self._journal = self.folder / f"{uuid.uuid4().hex}.jsonl"
 
-    def find(self, sentences: Iterable[str]) -> dict[str, Answer]:
+    def find(self, sentences: set[str]) -> dict[str, Answer]:
         """Look up sentences, and return their stored answers as a dict `{sentence: answer}`, without token counts.
 
         The dict contains only sentences with a stored answer. Each call reads all files of the store, so a single call
         with many sentences is faster than many calls.
         """
-        wanted, known = set(sentences), {}
-        for record in self._records() if wanted else ():
-            if record["source"] in wanted:
-                known[record["source"]] = Answer(record["translation"], record.get("fault"))
-        return known
+        records = (record for record in self._records() if record["source"] in sentences) if sentences else ()
+        return {record["source"]: Answer(record["translation"], record.get("fault")) for record in records}
 
     def append(self, sentence: str, answer: Answer) -> None:
         """Store a single answer at once, so that it is not lost if the process is killed.
@@ -65,7 +62,7 @@ class TranslationMemory:
         """
         self._write_fingerprint()
         self._answers[sentence] = answer
-        self._journal.append(_build_answer_row(sentence, answer))
+        append_to_journal(self._journal, _build_answer_row(sentence, answer))
 
     def add(self, translations: dict[str, str]) -> dict[str, Answer]:
         """Store a batch of translations in a new parquet file, which is written completely or not at all.
@@ -88,7 +85,7 @@ class TranslationMemory:
         with atomic_parquet(self.folder / f"{name}.parquet", schema) as parquet:
             parquet.write_table(pa.Table.from_pylist(rows, schema=schema))
         self._answers.clear()
-        self._journal.remove()
+        self._journal.unlink(missing_ok=True)
         return answers
 
     def count_usage(self) -> dict[str, int]:

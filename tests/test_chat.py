@@ -613,7 +613,7 @@ def test_servers_on_the_nodes_of_a_cluster_are_not_asked_by_the_login_node(servi
 
 def test_progress_shows_tokens_and_cost(service, dataset, tmp_path):
     options = {"backend": "chat", "base_url": [service.url], "model": "stand-in", "price_per_million": [1e6, 2e6]}
-    translator = ChatTranslator(TranslateArguments("data", tmp_path / "out", language="pt", **options))
+    translator = ChatTranslator(TranslateArguments("data", tmp_path / "out", language="pt", **options), None)
     translator.translate(["a red cat", "a dog"])
     assert re.fullmatch(r"[\d,]+ tokens/s, cost 30\.00", translator.describe_usage()), "20 tokens read, 5 written"
 

@@ -5,16 +5,17 @@ import json
 import pytest
 
 from captions.chat.answers import (
-    build_response_format_for_json_answer,
+    Choice,
+    build_json_response_format,
     clean_answer,
     detect_refusal_or_truncation,
     extract_numbered_lines,
     extract_value_from_json_answer,
 )
-from captions.chat.client import Choice, convert_completion_to_reply
+from captions.chat.client import convert_completion_to_reply
 from captions.chat.prompts import CaptionPrompts, TranslationPrompts, number_lines
 from captions.http_service import check_service_url, hide_key, parse_retry_after
-from captions.journal import Journal, read_journal
+from captions.journal import append_to_journal, read_journal
 from captions.languages import language_name
 from captions.quality import find_caption_quality_flags
 
@@ -91,23 +92,24 @@ def test_reasoning_without_an_end_is_no_answer():
     ],
 )
 def test_refusals_are_found(answer):
-    assert detect_refusal_or_truncation(answer, "stop", None, "a cat") == "refused"
+    assert detect_refusal_or_truncation(answer, Choice("", "stop"), "a cat") == "refused"
 
 
 def test_faults_that_the_server_states():
     assert (
-        detect_refusal_or_truncation("um gato", "length", None) == "truncated"
-        and detect_refusal_or_truncation("um gato", "content_filter", None) == "refused"
+        detect_refusal_or_truncation("um gato", Choice("", "length")) == "truncated"
+        and detect_refusal_or_truncation("um gato", Choice("", "content_filter")) == "refused"
     )
     assert (
-        detect_refusal_or_truncation("", "stop", "I can't") == "refused"
-        and detect_refusal_or_truncation("um gato", "stop", None) is None
+        detect_refusal_or_truncation("", Choice("", "stop", "I can't")) == "refused"
+        and detect_refusal_or_truncation("um gato", Choice("", "stop")) is None
     )
+    stopped = Choice("", "stop")
     quoted = "I'm sorry, I can't read this sign"
-    assert detect_refusal_or_truncation("Desculpe, não posso ler esta placa", "stop", None, quoted) is None, (
+    assert detect_refusal_or_truncation("Desculpe, não posso ler esta placa", stopped, quoted) is None, (
         "the source is an apology, too"
     )
-    assert detect_refusal_or_truncation("Lamento sobre o Cristo morto", "stop", None, "Lamentation of Christ") is None
+    assert detect_refusal_or_truncation("Lamento sobre o Cristo morto", stopped, "Lamentation of Christ") is None
 
 
 def test_numbered_lines():
@@ -123,7 +125,7 @@ def test_json_answers():
     assert extract_value_from_json_answer('<think>x</think>{"caption": [1]}', "caption") == [1]
     for plain in ("um gato", "[1]", '{"other": 1}', ""):
         assert extract_value_from_json_answer(plain, "caption") is None
-    schema = json.dumps(build_response_format_for_json_answer("captions", 3))
+    schema = json.dumps(build_json_response_format("captions", 3))
     assert '"minItems": 3' in schema and '"required": ["captions"]' in schema
 
 
@@ -197,11 +199,10 @@ def test_addresses_that_are_refused(url):
 
 
 def test_a_journal_survives_incomplete_lines(tmp_path):
-    journal, other = Journal(tmp_path / "a" / "j.jsonl"), Journal(tmp_path / "a" / "j.jsonl")
-    journal.append({"n": 1, "text": "ção \ud83e"})
-    with (tmp_path / "a" / "j.jsonl").open("ab") as file:
+    path = tmp_path / "a" / "j.jsonl"
+    assert list(read_journal(path)) == []
+    append_to_journal(path, {"n": 1, "text": "ção \ud83e"})
+    with path.open("ab") as file:
         file.write(b'{"n": 2, "te')
-    other.append({"n": 3})
-    assert [record["n"] for record in read_journal(journal.path)] == [1, 3]
-    journal.remove()
-    assert list(read_journal(journal.path)) == []
+    append_to_journal(path, {"n": 3})
+    assert [record["n"] for record in read_journal(path)] == [1, 3]

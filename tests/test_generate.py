@@ -20,7 +20,7 @@ from transformers import (
 
 from capivara_common.image_files import BadRow
 from captions.captioners.blip2 import (
-    NOT_FINITE_REASON,
+    NAN_REASON,
     OUTPUT_COLUMN,
     PREFIXES_FILE,
     Blip2Captioner,
@@ -162,7 +162,7 @@ def test_nan_scores_only_affect_their_own_row(blip2, monkeypatch):
     pixels[1] = torch.nan
     monkeypatch.setattr(captioner, "preprocess_images", lambda images: pixels)
     first, bad, last = captioner.generate_captions(images, TEN)
-    assert isinstance(bad, BadRow) and bad.reason == NOT_FINITE_REASON and "bf16" in bad.detail
+    assert isinstance(bad, BadRow) and bad.reason == NAN_REASON and "bf16" in bad.detail
     assert [first, last] == [expected[0], expected[2]]
 
 

@@ -63,9 +63,7 @@ def table_rows(output) -> list[list[str]]:
 
 @pytest.mark.parametrize("flags", one_in(3, FLAGS), ids=lambda flags: "-".join(map(str, flags.values())))
 def test_a_selection_keeps_what_training_would_use(scored, tmp_path, flags, monkeypatch):
-    monkeypatch.setattr(
-        "captions.select.plot_kept_and_dropped_similarities", lambda *_: None
-    )  # other tests check the plot
+    monkeypatch.setattr("captions.select.draw_similarity_histogram", lambda *_: None)  # other tests check the plot
     select(SelectArguments(scored, tmp_path / "out", **flags))
     skipped = []
     (split,) = training_of(RunArguments(model="m", dataset=[scored], **flags), skipped)

@@ -125,12 +125,12 @@ def test_the_memory_separates_translators_and_names_damaged_files(tmp_path):
     memory.add(nasty)
     memory.add({"a dog": "um cão"})
     again = TranslationMemory(tmp_path, dict(reversed(fingerprint.items())))
-    stored = {text: answer.text for text, answer in again.find([*nasty, "a dog", "a fish"]).items()}
+    stored = {text: answer.text for text, answer in again.find({*nasty, "a dog", "a fish"}).items()}
     assert stored == nasty | {"a dog": "um cão"}
-    assert TranslationMemory(tmp_path, fingerprint | {"beams": 4}).find(nasty) == {}
+    assert TranslationMemory(tmp_path, fingerprint | {"beams": 4}).find(set(nasty)) == {}
     (memory.folder / "broken.parquet").write_bytes(b"PAR1 half")
     with pytest.raises(ValueError, match=r"broken\.parquet"):
-        again.find(["a dog"])
+        again.find({"a dog"})
 
 
 @pytest.mark.slow

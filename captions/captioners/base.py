@@ -1,12 +1,12 @@
 """Define the interface of the backends that generate captions, such as BLIP-2 or a model on a server."""
 
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar
 
 from capivara_common.image_files import BadRow
-from captions.stages import RowStage
+from captions.stages import Backend, Row
 
 
-class Captioner(Protocol):
+class Captioner(Backend):
     """Interface of the backends of `captions.generate`, which generate captions of images.
 
     Each backend is a subclass in its own module. The methods are called in this order: `check_flags`, `check` and
@@ -14,44 +14,13 @@ class Captioner(Protocol):
     implement `columns` and `caption_rows`. All other methods have a default implementation.
 
     Attributes:
-        flags: Dataclass with the flags of the backend, which become flags of `captions.generate`.
         has_report: Whether the backend implements `report`, which writes a summary of the problems of its captions.
         settings: Everything that affects a caption, except the image, as a dict of JSON values. The command records
             this dict in the file `stage.json` of the output folder.
     """
 
-    flags: ClassVar[type]
     has_report: ClassVar[bool] = False
     settings: dict[str, Any]
-
-    @classmethod
-    def check_flags(cls, args: Any) -> None:
-        """Check the flags of the backend, without network access and without loading a model.
-
-        Raises ValueError if a flag is invalid, and ImportError if a package is missing.
-        """
-
-    @classmethod
-    def check(cls, args: Any) -> None:
-        """Check that the captioner can be used, for example that its server can be reached.
-
-        `captions.build`, which runs several stages one after the other, calls this method before the first stage, so
-        that it stops at once instead of failing hours later. Raises ValueError or OSError if the captioner can't be
-        used.
-        """
-
-    @classmethod
-    def describe_work(cls, args: Any, stage: RowStage) -> list[str]:
-        """Estimate how many requests and tokens captioning will send to a server. A dry run prints this estimate.
-
-        Args:
-            args: Flags of `captions.generate`.
-            stage: Access to the rows to caption.
-
-        Returns:
-            Lines of text to print. The list is empty if the backend uses no server.
-        """
-        return []
 
     @classmethod
     def columns(cls, args: Any) -> dict[str, Any]:
@@ -62,24 +31,6 @@ class Captioner(Protocol):
         Args:
             args: Flags of `captions.generate`.
         """
-
-    @classmethod
-    def load(cls, args: Any, stage: RowStage) -> Self:
-        """Load the captioner, for example its model, or connect to its server.
-
-        The default implementation calls the class with the flags.
-
-        Args:
-            args: Flags of `captions.generate` (`GenerateArguments`).
-            stage: Access to the rows to caption.
-
-        Returns:
-            The captioner, ready to caption rows.
-
-        Raises:
-            ValueError, OSError, ImportError: If the captioner can't be used.
-        """
-        return cls(args)
 
     @classmethod
     def report(cls, args: Any) -> None:
@@ -100,7 +51,7 @@ class Captioner(Protocol):
             part: Range of the row numbers in the part, counted from 0 over the whole split.
         """
 
-    def caption_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+    def caption_rows(self, rows: list[Row]) -> list[Row | BadRow]:
         """Generate captions of the images in dataset rows.
 
         Args:

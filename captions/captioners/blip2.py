@@ -33,14 +33,14 @@ from capivara_common.hub_cache import check_hub_model_reachable
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS_FEATURE
 from captions.captioners.base import Captioner
-from captions.stages import DECODED_KEY
+from captions.stages import DECODED_KEY, Row
 from captions.translators.seq2seq import DTYPES
 from modeling_capivara.loading import load_transformers_config, weights_digest
 
 DEFAULT_MODEL = "Salesforce/blip2-opt-2.7b-coco"  # the model of the CAPIVARA paper, arXiv 2310.13683
 OUTPUT_COLUMN = "generated-captions-en"
 # Reason that is recorded if an image is skipped because the scores of the language model were NaN.
-NOT_FINITE_REASON = "no finite scores"
+NAN_REASON = "no finite scores"
 PREFIXES_FILE = Path(__file__).parent.parent / "prefixes.json"
 
 
@@ -168,21 +168,19 @@ class PrefixCaptioner:
         self.language_model.base_model(inputs_embeds=blocks, use_cache=True, **{self._cache_name: cache})
         return cache
 
-    def continue_prompts(
-        self, encoded: DynamicCache, images: Tensor, prompts: list[list[int]], **options: Any
-    ) -> Tensor:
+    def continue_prompts(self, cache: DynamicCache, images: Tensor, prompts: list[list[int]], **options: Any) -> Tensor:
         """Generate the text that follows each prompt, given an image that has been encoded before.
 
         Args:
-            encoded: Cache with the keys and values of all images, from `encode_images`.
-            images: For each prompt, the index of its image in `encoded` (prompts,).
+            cache: Keys and values of all images, from `encode_images`. The cache does not change.
+            images: For each prompt, the index of its image in `cache` (prompts,).
             prompts: Token ids of each prompt.
             **options: Keyword arguments of the method `generate` of transformers.
 
         Returns:
             Token ids of the continuations (prompts, new tokens), without the prompts.
         """
-        cache = copy.deepcopy(encoded)
+        cache = copy.deepcopy(cache)
         cache.batch_select_indices(images)
         ids, mask = self.pad_prompts(prompts)
         embeds = self.model.get_input_embeddings()(ids).to(self.language_model.dtype)
@@ -221,9 +219,7 @@ class PrefixCaptioner:
             One caption per prefix, or a BadRow if any element of `tokens` is None.
         """
         if any(row is None for row in tokens):
-            return BadRow(
-                NOT_FINITE_REASON, "the scores of the model were NaN; --precision bf16 or float32 can avoid this"
-            )
+            return BadRow(NAN_REASON, "the scores of the model were NaN; --precision bf16 or float32 can avoid this")
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [f"{prefix} {text.strip()}".strip() for prefix, text in zip(prefixes, texts, strict=True)]
 
@@ -314,7 +310,7 @@ class Blip2Captioner(Captioner):
         """
         return {OUTPUT_COLUMN: CAPTIONS_FEATURE}
 
-    def caption_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+    def caption_rows(self, rows: list[Row]) -> list[Row | BadRow]:
         """Generate captions of the images in dataset rows.
 
         Args:

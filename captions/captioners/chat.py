@@ -13,7 +13,8 @@ import hashlib
 import io
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from pathlib import Path
+from typing import Any
 
 import PIL.Image
 from datasets import List, Value
@@ -24,13 +25,13 @@ from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE
 from captions.captioners.base import Captioner
 from captions.captioners.blip2 import DEFAULT_MODEL
-from captions.chat.answers import USAGE_FIELDS, Answer, clean_answer, detect_refusal_or_truncation
-from captions.chat.client import ChatClient, Choice
-from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, check_server, get_settings_that_change_answers
+from captions.chat.answers import USAGE_FIELDS, Answer, Choice, clean_answer, detect_refusal_or_truncation
+from captions.chat.client import ChatClient
+from captions.chat.flags import CHAT, ChatBackend, ChatFlags, check_chat_flags, get_settings_that_change_answers
 from captions.chat.prompts import CaptionPrompts
-from captions.journal import Journal, read_journal
+from captions.journal import append_to_journal, read_journal
 from captions.quality import QUALITY_FILE, count_and_iter_row_qualities, find_caption_quality_flags
-from captions.stages import DECODED_KEY, RowStage, read_stage_record
+from captions.stages import DECODED_KEY, Row, RowStage, read_stage_record
 
 JPEG_QUALITY = 90
 PROBE_SIDE = 32  # side in pixels of the gray test image that is sent to a server before the work begins
@@ -58,7 +59,7 @@ class ChatCaptionerFlags(ChatFlags):
     n: int = flag(1, "Captions per prompt and image. More than 1 requires --temperature above 0.", group=CHAT)
 
 
-class ChatCaptioner(Captioner):
+class ChatCaptioner(ChatBackend, Captioner):
     """Captioner that sends images to a vision-language model on a server, and receives captions.
 
     Args:
@@ -89,7 +90,7 @@ class ChatCaptioner(Captioner):
                 f"{args.model} does not see images: with and without an image, the server {args.base_url[-1]} reads "
                 f"{read} tokens. Serve a vision-language model."
             )
-        self._journal: Journal | None = None
+        self._journal: Path | None = None  # journal of the current output file
         self._stored: dict[str, list[Answer]] = {}  # key of a request -> its answers; the journal has them too
         self.settings = {
             "captioner": "chat",
@@ -114,15 +115,6 @@ class ChatCaptioner(Captioner):
         if args.n > 1 and args.temperature == 0:
             raise ValueError(f"n must be 1 with --temperature 0, because all captions would be equal, got {args.n}.")
         CaptionPrompts(args.prompts, args.caption_language)
-
-    @classmethod
-    def check(cls, args: Any) -> None:
-        """Check that the server can be used: send it a test image, and request an answer of a single token.
-
-        The check is skipped if each cluster node has its own server, which this machine can't reach. Raises ValueError
-        or OSError if the server can't be used.
-        """
-        check_server(args, lambda: cls(args, None))
 
     @classmethod
     def describe_work(cls, args: Any, stage: RowStage) -> list[str]:
@@ -152,19 +144,6 @@ class ChatCaptioner(Captioner):
         language = args.caption_language
         return {f"generated-captions-{language}": CAPTIONS_FEATURE, f"generated-quality-{language}": QUALITY_FEATURES}
 
-    @classmethod
-    def load(cls, args: Any, stage: RowStage) -> Self:
-        """Connect to the server, and check that its model sees images.
-
-        Args:
-            args: Flags of `captions.generate`.
-            stage: Access to the rows to caption.
-
-        Returns:
-            The captioner, ready to caption rows.
-        """
-        return cls(args, stage)
-
     def start_part(self, part: range) -> None:
         """Prepare for the rows of the next output file: load the answers that an interrupted run has already received.
 
@@ -175,14 +154,12 @@ class ChatCaptioner(Captioner):
             part: Range of the row numbers in the output file, counted from 0 over the whole split.
         """
         if self._journal is not None:
-            self._journal.remove()
-        path = self._stage.path(part).with_suffix(JOURNAL_SUFFIX)
-        self._stored = {
-            record["request"]: [Answer(**answer) for answer in record["answers"]] for record in read_journal(path)
-        }
-        self._journal = Journal(path)
+            self._journal.unlink(missing_ok=True)
+        self._journal = self._stage.path(part).with_suffix(JOURNAL_SUFFIX)
+        records = read_journal(self._journal)
+        self._stored = {record["request"]: [Answer(**answer) for answer in record["answers"]] for record in records}
 
-    def caption_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+    def caption_rows(self, rows: list[Row]) -> list[Row | BadRow]:
         """Request captions of the images in dataset rows from the server.
 
         Args:
@@ -208,7 +185,8 @@ class ChatCaptioner(Captioner):
         key = f"{hashlib.blake2b(url.encode(), digest_size=16).hexdigest()}-{number}"
         if key not in self._stored:
             answers = await self._client.ask(self._prompts.messages(number, url), self._judge, SCHEMA_KEY, self._args.n)
-            self._journal.append({"request": key, "answers": [asdict(answer) for answer in answers]})
+            record = {"request": key, "answers": [asdict(answer) for answer in answers]}
+            append_to_journal(self._journal, record)
             self._stored[key] = answers
         return self._stored[key]
 
@@ -220,11 +198,11 @@ class ChatCaptioner(Captioner):
             value: Caption in a JSON answer. If it is no text, the whole answer is the caption.
         """
         text = clean_answer(value if isinstance(value, str) else choice.text)
-        faults = [detect_refusal_or_truncation(text, choice.finish_reason, choice.refusal)]
+        faults = [detect_refusal_or_truncation(text, choice)]
         faults += find_caption_quality_flags(text, self._args.caption_language)
         return text or choice.refusal or "", next(filter(None, faults), None)
 
-    def _new_columns(self, row: dict[str, Any], answers: list[list[Answer]]) -> dict[str, Any] | BadRow:
+    def _new_columns(self, row: Row, answers: list[list[Answer]]) -> Row | BadRow:
         """Return the new columns of a row as `{"column name": value}`, or a BadRow if the row has no caption at all.
 
         Args:

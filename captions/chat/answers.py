@@ -58,6 +58,21 @@ LINE_RE = re.compile(r"^\s*(\d+)\s*[.):\]-]\s*(.*\S)\s*$")
 USAGE_FIELDS = ("retried", "prompt_tokens", "completion_tokens")
 
 
+@dataclass(frozen=True)
+class Choice:
+    """One of the answers that a server returns for a request; OpenAI's protocol calls it a choice.
+
+    Attributes:
+        text: Content of the answer.
+        finish_reason: Why the model stopped, for example "stop" or "length".
+        refusal: Explanation of a refusal, if the server states one.
+    """
+
+    text: str
+    finish_reason: str | None = None
+    refusal: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """One caption or translation that a language model has written, with its problem and its cost.
@@ -132,15 +147,12 @@ def _remove_surrounding_quotes(text: str) -> str:
     return text
 
 
-def detect_refusal_or_truncation(
-    text: str, finish_reason: str | None, refusal: str | None, source: str = ""
-) -> str | None:
+def detect_refusal_or_truncation(text: str, choice: Choice, source: str = "") -> str | None:
     """Detect that an answer of a language model is no caption or translation, but a refusal or an unfinished text.
 
     Args:
         text: The answer after cleaning.
-        finish_reason: Why the model stopped, as the server states it, for example "stop" or "length".
-        refusal: Explanation of a refusal, if the server states one; otherwise None.
+        choice: The complete answer, as the server has sent it.
         source: Sentence that was translated. If it looks like a refusal itself ("I can't …"), a translation that looks
             like a refusal is accepted.
 
@@ -148,9 +160,9 @@ def detect_refusal_or_truncation(
         "refused" if the model or a content filter refused the request. "truncated" if the answer ended at the token
         limit. Otherwise None.
     """
-    if refusal or finish_reason == "content_filter":
+    if choice.refusal or choice.finish_reason == "content_filter":
         return REFUSED
-    if finish_reason == "length":
+    if choice.finish_reason == "length":
         return TRUNCATED
     return REFUSED if REFUSAL_RE.match(text) and not REFUSAL_RE.match(source) else None
 
@@ -193,7 +205,7 @@ def extract_value_from_json_answer(text: str, name: str) -> object:
     return content.get(name) if isinstance(content, dict) else None
 
 
-def build_response_format_for_json_answer(name: str, count: int | None = None) -> dict[str, object]:
+def build_json_response_format(name: str, count: int | None = None) -> dict[str, object]:
     """Build the request parameter `response_format`, with which a server must answer with a JSON object of one key.
 
     Args:

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from captions.chat.answers import Answer, build_response_format_for_json_answer, extract_value_from_json_answer
+from captions.chat.answers import Answer, Choice, build_json_response_format, extract_value_from_json_answer
 from captions.chat.flags import parse_extra_body
 from captions.chat.prompts import Message
 from captions.http_service import RETRYABLE_STATUS_CODES, Failure, Retries, check_key, hide_key, parse_retry_after
@@ -48,21 +48,6 @@ REDIRECT_ADVICE = "The server redirects to another address, to which nothing was
 logger = logging.getLogger("capivara")
 
 T, R = TypeVar("T"), TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of the answers that a server returns for a request; OpenAI's protocol calls it a choice.
-
-    Attributes:
-        text: Content of the answer.
-        finish_reason: Why the model stopped, for example "stop" or "length".
-        refusal: Explanation of a refusal, if the server states one.
-    """
-
-    text: str
-    finish_reason: str | None = None
-    refusal: str | None = None
 
 
 # Type of a function that checks an answer. Its arguments are the answer, and the value in it if the answer is JSON
@@ -116,9 +101,7 @@ class ChatClient:
         self._args, self.model, self._runner = args, args.model, asyncio.Runner()
         self._clients = []
         for url in args.base_url:
-            http_client = openai.DefaultAsyncHttpxClient(
-                follow_redirects=False, trust_env=url.startswith("https://"), timeout=args.timeout
-            )
+            http_client = openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=url.startswith("https://"))
             options = {"api_key": self._key or NO_KEY, "timeout": args.timeout, "max_retries": 0}
             self._clients.append(openai.AsyncOpenAI(base_url=url, http_client=http_client, **options))
         # Requests are numbered, and go to the servers in turn. Each task starts counting at its own number (`rank`), so
@@ -229,7 +212,7 @@ class ChatClient:
             ConnectionError: If the server has failed too often.
         """
         is_json, answers = self._args.response_schema, []
-        options = {"response_format": build_response_format_for_json_answer(json_key, text_count)} if is_json else {}
+        options = {"response_format": build_json_response_format(json_key, text_count)} if is_json else {}
 
         def check(choice: Choice) -> tuple[str, str | None]:
             return judge(choice, extract_value_from_json_answer(choice.text, json_key) if is_json else None)

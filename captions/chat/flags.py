@@ -3,14 +3,14 @@
 import json
 import logging
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from capivara_common.cli import check_at_least, check_between, flag
 from capivara_common.environment import require_packages
 from captions.http_service import check_service_url, is_loopback
+from captions.stages import Backend, RowStage
 
 CHAT = "chat: a model on a server that speaks OpenAI's protocol"  # title of this group of flags in `--help`
 RESERVED_KEYS = ("model", "messages", "n", "stream")  # keys of a request that `--extra_body` must not replace
@@ -126,24 +126,57 @@ def parse_extra_body(text: str | None) -> dict[str, Any]:
     return content
 
 
-def check_server(args: Any, connect: Callable[[], object]) -> None:
-    """Check before the work begins that the servers of the language model can be used.
-
-    The check is skipped if each cluster node runs its own server, which this machine can't reach. This is assumed if
-    the tasks run on a cluster and all addresses in `base_url` are loopback addresses, such as localhost.
+class ChatBackend(Backend):
+    """Base class of the backends that use a language model on a server, to generate or to translate captions.
 
     Args:
-        args: Command-line arguments: `executor` and `base_url`.
-        connect: Function that does the check: it connects to the servers, and raises ValueError or OSError if a server
-            can't be used.
+        args: Flags of the stage.
+        stage: Access to the rows of this task. The number of the task (`stage.rank`) selects the server for the first
+            request, so that the tasks do not all begin with the same server. None: only test the server before the work
+            begins. In a test, a failed request is sent again only once, and a warning is logged if the server does not
+            list the model.
+
+    Raises:
+        ValueError: If a flag or the file of prompts is invalid, or the server refuses requests.
+        ConnectionError: If the server can't be reached.
     """
-    if args.executor != "local" and all(map(is_loopback, args.base_url)):
-        logger.info(
-            f"Not checked now: {', '.join(args.base_url)}. Each cluster node runs its own server, which can't be "
-            "reached from this machine."
-        )
-    else:
-        connect()
+
+    @classmethod
+    def check(cls, args: Any) -> None:
+        """Check that the servers can be used, by requesting an answer of a single token from each.
+
+        The check is skipped if each cluster node runs its own server, which this machine can't reach. This is assumed
+        if the tasks run on a cluster and all addresses in `base_url` are loopback addresses, such as localhost.
+
+        Args:
+            args: Flags of the stage.
+
+        Raises:
+            ValueError, OSError: If a server can't be used.
+        """
+        if args.executor != "local" and all(map(is_loopback, args.base_url)):
+            logger.info(
+                f"Not checked now: {', '.join(args.base_url)}. Each cluster node runs its own server, which can't be "
+                "reached from this machine."
+            )
+        else:
+            cls(args, None)
+
+    @classmethod
+    def load(cls, args: Any, stage: RowStage) -> Self:
+        """Connect to the servers.
+
+        Args:
+            args: Flags of the stage.
+            stage: Access to the rows that will be processed.
+
+        Returns:
+            The backend, ready to process the rows.
+
+        Raises:
+            ValueError, OSError: If a server can't be used.
+        """
+        return cls(args, stage)
 
 
 def get_settings_that_change_answers(args: Any) -> dict[str, Any]:

@@ -4,10 +4,10 @@ import itertools
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar
 
 from captions.chat.answers import Answer
-from captions.stages import RowStage, iter_length_limited_batches
+from captions.stages import Backend, iter_length_limited_batches
 
 # Regular expressions for the positions at which a long text is split, in order of preference: between sentences (in
 # Chinese and Japanese, no blank follows a sentence), between clauses, between words.
@@ -17,7 +17,7 @@ BOUNDARIES = (r"(?<=[.!?…।॥؟])\s+|(?<=[。！？])|\n+", r"(?<=[,;:،؛�
 SENTENCES_PER_ROW = 8
 
 
-class Translator(Protocol):
+class Translator(Backend):
     """Interface of the backends of `captions.translate`, which translate captions.
 
     Each backend is a subclass in its own module. The methods are called in this order: `check_flags`, `check`, `load`,
@@ -25,58 +25,18 @@ class Translator(Protocol):
     implementation.
 
     Attributes:
-        flags: Dataclass with the flags of the backend, which become flags of `captions.translate`.
         needs_table: True: translations come from a table that people fill (`--import`). False: the backend makes them,
             and they are stored in the translation memory, a folder of finished translations.
         counts_tokens: Whether the backend counts the tokens of its requests. If True, a dry run estimates their number.
         name: Name of the translator for messages.
         fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
             Translators with equal fingerprints share their stored translations.
-        on_answer: Function that stores one answer at once and updates the progress bar. The command sets it, and its
-            parameters are (sentence, answer). A backend whose answers arrive one by one should call it for each
-            sentence, so that a killed run loses only unanswered requests. None: there is nothing to call.
     """
 
-    flags: ClassVar[type]
     needs_table: ClassVar[bool] = False
     counts_tokens: ClassVar[bool] = False
     name: str
     fingerprint: dict[str, Any]
-    on_answer: Callable[[str, Answer], None] | None = None
-
-    @classmethod
-    def check_flags(cls, args: Any) -> None:
-        """Check the flags of the backend, without network access and without loading a model.
-
-        Raises ValueError if a flag is invalid, and ImportError if a package is missing.
-        """
-
-    @classmethod
-    def check(cls, args: Any) -> None:
-        """Check that the translator can be used, for example that its server can be reached.
-
-        `captions.build`, which runs several stages one after the other, calls this method before the first stage, so
-        that it stops at once instead of failing hours later. Raises ValueError or OSError if the translator can't be
-        used.
-        """
-
-    @classmethod
-    def load(cls, args: Any, stage: RowStage) -> Self:
-        """Load the translator, for example its model, or connect to its server.
-
-        The default implementation calls the class with the flags.
-
-        Args:
-            args: Flags of `captions.translate` (`TranslateArguments`).
-            stage: Access to the rows whose captions are translated.
-
-        Returns:
-            The translator, ready to translate.
-
-        Raises:
-            ValueError, OSError, ImportError: If the translator can't be used.
-        """
-        return cls(args)
 
     def translate(self, sentences: list[str]) -> list[str]:
         """Translate sentences, and return one translation per sentence, in order.
@@ -85,25 +45,24 @@ class Translator(Protocol):
             sentences: Sentences to translate. None of them may be blank.
         """
 
-    @classmethod
-    def describe_work(cls, args: Any, sentences: list[str]) -> list[str]:
-        """Estimate how many requests and tokens a translation will send to a server. A dry run prints this estimate.
-
-        Args:
-            args: Flags of `captions.translate`.
-            sentences: Sentences to translate.
-
-        Returns:
-            Lines of text to print. The list is empty if the backend uses no server.
-        """
-        return []
-
     def describe_usage(self) -> str:
         """Return a note for the progress bar, for example tokens per second and cost.
 
         Returns "" if there is nothing to show.
         """
         return ""
+
+    def on_answer(self, sentence: str, answer: Answer) -> None:
+        """Store one answer at once, and update the progress bar.
+
+        A backend whose answers arrive one by one should call this method for each answer, so that a killed run loses
+        only unanswered requests. `captions.translate` replaces it by a function that stores the answer. The default
+        implementation does nothing.
+
+        Args:
+            sentence: Sentence that was translated.
+            answer: The translation, with its problem and its number of tokens.
+        """
 
     def batch_limits(self, args: Any) -> tuple[int, int]:
         """Return the size limits of a batch, that is, of the sentences that are translated before results are saved.

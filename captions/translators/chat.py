@@ -7,14 +7,15 @@ is requested once more (see `captions.chat.client`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 from capivara_common.cli import check_at_least, flag
-from captions.chat.answers import Answer, clean_answer, detect_refusal_or_truncation, extract_numbered_lines
-from captions.chat.client import ChatClient, Choice
-from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, check_server, get_settings_that_change_answers
+from captions.chat.answers import Answer, Choice, clean_answer, detect_refusal_or_truncation, extract_numbered_lines
+from captions.chat.client import ChatClient
+from captions.chat.flags import CHAT, ChatBackend, ChatFlags, check_chat_flags, get_settings_that_change_answers
 from captions.chat.prompts import TranslationPrompts
 from captions.quality import REFUSED, TRUNCATED, find_translation_quality_flags
+from captions.sentences import iter_distinct_captions
 from captions.stages import RowStage
 from captions.translators.base import Translator, split_text
 
@@ -34,15 +35,15 @@ class ChatTranslatorFlags(ChatFlags):
     )
 
 
-class ChatTranslator(Translator):
+class ChatTranslator(ChatBackend, Translator):
     """Translator that sends sentences to a language model on a server, and receives translations.
 
     Args:
         args: Flags of `captions.translate`.
-        rank: Number of the task. A task is a process that translates a share of the rows. The number selects the server
-            for the first request, so that the tasks do not all begin with the same server.
-        is_check: True: only test the server before the work begins. In a test, a failed request is sent again only
-            once, and a warning is logged if the server does not list the model. False: connect in order to translate.
+        stage: Access to the rows of this task. The number of the task (`stage.rank`) selects the server for the first
+            request, so that the tasks do not all begin with the same server. None: only test the server before the work
+            begins. In a test, a failed request is sent again only once, and a warning is logged if the server does not
+            list the model.
 
     Raises:
         ValueError: If a flag or the file of prompts is invalid, or the server refuses requests.
@@ -52,9 +53,10 @@ class ChatTranslator(Translator):
     flags = ChatTranslatorFlags
     counts_tokens = True
 
-    def __init__(self, args: Any, rank: int = 0, is_check: bool = False):
-        self._args, self._prompts, self._client = args, _read_translation_prompts(args), ChatClient(args, rank)
-        self._client.connect(self._prompts.messages("a cat"), is_check)
+    def __init__(self, args: Any, stage: RowStage | None):
+        self._args, self._prompts = args, _read_translation_prompts(args)
+        self._client = ChatClient(args, stage.rank if stage else 0)
+        self._client.connect(self._prompts.messages("a cat"), is_check=stage is None)
         self.name = self._client.model
         self.fingerprint = {
             "backend": "chat",
@@ -79,44 +81,23 @@ class ChatTranslator(Translator):
         _read_translation_prompts(args)
 
     @classmethod
-    def check(cls, args: Any) -> None:
-        """Check that the server can be used, by requesting an answer of a single token.
-
-        The check is skipped if each cluster node has its own server, which this machine can't reach. Raises ValueError
-        or OSError if the server can't be used.
-        """
-        check_server(args, lambda: cls(args, is_check=True))
-
-    @classmethod
-    def load(cls, args: Any, stage: RowStage) -> Self:
-        """Connect to the server.
-
-        Args:
-            args: Flags of `captions.translate`.
-            stage: Access to the rows of this task. The number of the task (`stage.rank`) selects the server for the
-                first request.
-
-        Returns:
-            The translator, ready to translate.
-        """
-        return cls(args, stage.rank)
-
-    @classmethod
-    def describe_work(cls, args: Any, sentences: list[str]) -> list[str]:
+    def describe_work(cls, args: Any, stage: RowStage) -> list[str]:
         """Estimate the work that the translation will send to the server. A dry run prints this estimate.
 
         Args:
             args: Flags of `captions.translate`.
-            sentences: Sentences to translate.
+            stage: Access to the rows whose captions are translated.
 
         Returns:
-            A list with one line of text: the estimated numbers of requests and tokens.
+            Two lines of text: the number of distinct captions, and the estimated numbers of requests and tokens.
         """
         prompts, size = _read_translation_prompts(args), args.captions_per_request
+        sentences = list(iter_distinct_captions(args, stage.source))
         characters, requests = sum(map(len, sentences)), -(-len(sentences) // size)
         overhead = len(str(prompts.messages("a") if size == 1 else prompts.line_messages(["a"])))
         read, written = ((requests * overhead + characters) // LETTERS_PER_TOKEN, characters // LETTERS_PER_TOKEN)
-        return [f"about {requests:,} requests, {read:,} tokens read and {written:,} written"]
+        estimate = f"about {requests:,} requests, {read:,} tokens read and {written:,} written"
+        return [f"{len(sentences):,} distinct captions", estimate]
 
     def describe_usage(self) -> str:
         """Return a note for the progress bar: tokens per second, and the cost so far.
@@ -148,12 +129,11 @@ class ChatTranslator(Translator):
             lines, cost = await self._request_lines(sentences)
         answers = []
         for sentence, line in zip(sentences, lines, strict=True):
-            text, fault = self._judge_text(sentence, line)
+            text, fault = self._judge_text(sentence, line, Choice(line))
             answers.append(Answer(text) if fault is None else await self._translate_sentence(sentence))
         answers[0] = answers[0].with_cost_of(cost)
-        for place, sentence in enumerate(sentences):
-            if self.on_answer is not None:
-                self.on_answer(sentence, answers[place])
+        for sentence, answer in zip(sentences, answers, strict=True):
+            self.on_answer(sentence, answer)
         return answers
 
     async def _request_lines(self, sentences: Sequence[str]) -> tuple[list[str], Answer]:
@@ -190,16 +170,16 @@ class ChatTranslator(Translator):
             answer = replace(part.with_cost_of(answer), text=text, fault=answer.fault or fault)
         return answer if answer.fault is None else replace(answer, text="")
 
-    def _judge_text(self, sentence: str, text: str, choice: Choice | None = None) -> tuple[str, str | None]:
+    def _judge_text(self, sentence: str, text: str, choice: Choice) -> tuple[str, str | None]:
         """Return the tuple (cleaned translation, first fault) for an answer; the fault is None if none was found.
 
         Args:
             sentence: Sentence that was translated.
             text: Text of the answer.
-            choice: The complete answer of the model; None if `text` is one line of an answer.
+            choice: The complete answer of the model, which also says why the model stopped.
         """
         text = clean_answer(text, sentence)
-        fault = detect_refusal_or_truncation(text, choice and choice.finish_reason, choice and choice.refusal, sentence)
+        fault = detect_refusal_or_truncation(text, choice, sentence)
         return text, fault or next(iter(find_translation_quality_flags(sentence, text, self._args.language)), None)
 
 

@@ -15,18 +15,8 @@ import pyarrow.parquet as pq
 from capivara_common.cli import flag
 from caption_data.sources import STAGE_FILE
 from captions.chat.answers import Answer
-from captions.sentences import (
-    build_translation_and_quality_columns,
-    iter_distinct_captions,
-    map_caption_columns_to_translated_columns,
-)
-from captions.stages import (
-    Corrections,
-    RowStage,
-    describe_stage_record_differences,
-    read_skipped_row_numbers_and_reasons,
-    read_stage_record,
-)
+from captions.sentences import build_translation_and_quality_columns, iter_distinct_captions, map_columns_to_translate
+from captions.stages import Corrections, RowStage, describe_record_differences, read_skipped_rows, read_stage_record
 from captions.translation_tables import TABLE_COLUMNS, TranslationTable, write_blank_translation_table
 from captions.translators.base import Translator
 
@@ -181,7 +171,7 @@ class FileFlags:
         settings = self.settings(table["translator"]) | self.image_settings()
         current = {"settings": settings, "columns": recorded["columns"]}
         record = recorded | {"settings": recorded["settings"] | table}
-        if describe_stage_record_differences(record, stage.record | current):
+        if describe_record_differences(record, stage.record | current):
             # Other settings have changed, too. When the stage runs, `write_or_check_stage_record` raises an error that
             # lists the differences.
             return None
@@ -190,17 +180,17 @@ class FileFlags:
         sentences = self.check_source_rows(stage)
         translations = self.read_table().translations(sentences)
         answers = {sentence: Answer(translation) for sentence, translation in translations.items()}
-        columns = map_caption_columns_to_translated_columns(stage.features, stage.source.display_name, self)
+        columns = map_columns_to_translate(self, stage.features)
         names = [*columns, *columns.values(), f"quality-{self.language}"]
         rows, parts, written = [], [], 0
         for part in stage.parts:
             path = stage.path(part)
             old_rows = pq.read_table(path, columns=names).to_pylist() if path.is_file() else []
-            new_rows = [row | build_translation_and_quality_columns(self, row, columns, answers) for row in old_rows]
+            new_rows = [row | build_translation_and_quality_columns(self, row, answers) for row in old_rows]
             changed = [number for number, row in enumerate(new_rows) if row != old_rows[number]]
             rows += [written + number for number in changed]
             parts += [path] if changed else []
-            written += len(part) - len(read_skipped_row_numbers_and_reasons(path))
+            written += len(part) - len(read_skipped_rows(path))
         return Corrections(self.output, record, parts, rows)
 
 
