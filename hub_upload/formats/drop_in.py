@@ -77,7 +77,8 @@ def write_drop_in_text_encoder(
     dense_folders = _write_text_encoder(model, folder)
     if is_capivara:
         _write_sentence_transformers_config(model, folder, dense_folders)
-    has_open_clip = _try_write_open_clip_weights(model, source, base_folder, folder)
+    values = {"repo_id": repo_id, "length": length}
+    values["open_clip"] = _try_write_open_clip_weights(model, source, base_folder, folder)
     _write_tokenizer(processor.tokenizer, folder, length, is_capivara)
     del model  # frees memory before the ONNX export loads the model
     onnx.write_onnx(folder, source, ["text_model"])
@@ -90,7 +91,7 @@ def write_drop_in_text_encoder(
         "unit_length": True,
     }
     write_json(folder / METADATA_FILE, metadata)
-    write_text(folder / "README.md", _render_card(source, config, metadata, repo_id, length, has_open_clip))
+    write_text(folder / "README.md", _render_card(source, config, metadata, **values))
     if (source / "LICENSE").is_file():
         shutil.copyfile(source / "LICENSE", folder / "LICENSE")
 
@@ -229,14 +230,7 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: i
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def _render_card(
-    source: Path,
-    config: PreTrainedConfig,
-    metadata: dict[str, Any],
-    repo_id: str | None,
-    length: int,
-    has_open_clip: bool,
-) -> str:
+def _render_card(source: Path, config: PreTrainedConfig, metadata: dict[str, Any], **values: Any) -> str:
     """Render the card (README.md) of an exported text encoder.
 
     The card says with which image embeddings the text encoder is compatible, and how each library loads it.
@@ -245,9 +239,9 @@ def _render_card(
         source: Folder of the model. The license is read from its card, and the language from its run.json.
         config: Configuration of the model.
         metadata: Content of drop_in.json.
-        repo_id: Hub id that the code examples load. None: the examples load the current folder.
-        length: Maximum number of tokens in a text.
-        has_open_clip: Whether the file for open_clip was written.
+        values: Further variables of the Jinja template of the card. `repo_id` is the Hub id that the code examples
+            load; with None, they load the current folder. `length` is the maximum number of tokens in a text.
+            `open_clip` says whether the file for open_clip was written.
 
     Returns:
         The text of the card.
@@ -261,15 +255,13 @@ def _render_card(
     tags = ["clip", library] if is_capivara else [config.model_type]
     license = model_card["license"] if model_card.get("license") in card_values.HUB_LICENSES else None
     card_data = {"library_name": library, "license": license}
-    card_data["tags"] = ["capivara", *tags, "onnx", *["open_clip"] * has_open_clip]
+    card_data["tags"] = ["capivara", *tags, "onnx", *["open_clip"] * values["open_clip"]]
     texts = [f"{number} text in {card_values.escape_value_for_markdown(language)}" for number in ("a", "another")]
     names = ("model", "base", "image_digest")
     return card_values.MARKDOWN_TEMPLATES.get_template("drop_in.md.j2").render(
         metadata | {name: card_values.format_as_markdown_code_or_escaped_text(metadata[name]) for name in names},
         metadata=ModelCardData(pipeline_tag="feature-extraction", **card_data),
-        repo_id=repo_id,
         is_capivara=is_capivara,
-        length=length,
-        open_clip=has_open_clip,
         examples=card_values.select_code_example_inputs(language, texts)["texts"],
+        **values,
     )
