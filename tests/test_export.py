@@ -23,7 +23,7 @@ from hub_upload.export import DEFAULT_FORMATS, export_model
 from hub_upload.formats import open_clip as open_clip_format
 from hub_upload.formats.onnx import PRECISION_SUFFIXES, open_session
 from hub_upload.formats.open_clip import choose_and_check_text_config_id
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, loading
 from modeling_capivara.convert_open_clip import to_capivara_state_dict, to_open_clip_state_dict
 from modeling_capivara.loading import load_processor
 from modeling_capivara.two_towers import random_images, random_texts
@@ -236,17 +236,17 @@ def test_every_tensor_is_equal_in_both_weight_files(tmp_path, tiny_processor, dt
     caplog.set_level("INFO")
     references = []
 
-    def load_model(folder, config, original=export.load_memory_mapped_model):
+    def load_model(folder, config, original=loading.load_memory_mapped_model):
         mapped_model = original(folder, config)
         references.append(weakref.ref(mapped_model))
         return mapped_model
 
-    def load_tensors(files, original=export.load_memory_mapped_tensors):
-        assert references[0]() is None, "memory holds two copies of the weights"
+    def load_tensors(files, original=loading.load_memory_mapped_tensors):
+        assert not any(reference() for reference in references), "memory holds two copies of the weights"
         return original(files)
 
-    monkeypatch.setattr(export, "load_memory_mapped_model", load_model)
-    monkeypatch.setattr(export, "load_memory_mapped_tensors", load_tensors)
+    monkeypatch.setattr(loading, "load_memory_mapped_model", load_model)
+    monkeypatch.setattr(loading, "load_memory_mapped_tensors", load_tensors)
     export_without_onnx(tmp_path / "model", tmp_path / "repository")
     ours = load_file(tmp_path / "repository" / "model.safetensors")
     theirs = load_file(tmp_path / "repository" / "open_clip_model.safetensors")
