@@ -21,7 +21,7 @@ from capivara_common.privacy import find_secret, get_publishable_model_or_datase
 from capivara_search.index import PictureIndex
 from capivara_search.models import resolve_search_model
 from capivara_search.page.server import DEFAULT_PORT, Credit
-from capivara_search.table import FOLDER_KEY_PREFIX, PictureTable
+from capivara_search.table import PictureTable
 from hub_upload import upload_checks
 from modeling_capivara.loading import read_card_metadata
 
@@ -78,11 +78,11 @@ def read_picture_credit_from_card(folder: Path) -> Credit:
     return Credit(name or folder.resolve().name, license, attribution)
 
 
-def copy_index_for_publication(index: PictureIndex, output: Path, model: str, title: str = "") -> int:
+def copy_index_for_publication(index: PictureIndex, output: Path, model: str, title: str) -> None:
     """Copy an index of pictures without private data, so that the copy can be published.
 
-    In the copy, the paths of this machine's folders are replaced by public names. The GPS coordinates at which pictures
-    were taken are removed.
+    Only pictures that were embedded with the model of the index are copied. In the copy, the paths of this machine's
+    folders are replaced by public names. The GPS coordinates at which pictures were taken are removed.
 
     Args:
         index: Index to copy.
@@ -90,9 +90,6 @@ def copy_index_for_publication(index: PictureIndex, output: Path, model: str, ti
         model: Place of the model, which the copy stores: a folder relative to the folder of the Space, or a Hub id.
         title: Public name of the indexed folder, if the index has a single folder. "", or several folders: the last
             part of each folder's path is its public name.
-
-    Returns:
-        Number of copied pictures. Only pictures that were embedded with the model of the index are copied.
 
     Raises:
         ValueError: If the index has no pictures that were embedded with its model.
@@ -109,21 +106,19 @@ def copy_index_for_publication(index: PictureIndex, output: Path, model: str, ti
         names[folder] = name
     source, target, width = PictureTable(index.where), PictureTable(output), index.model.width
     target.create(width)
-    schema, digest, copied = target.pictures.schema, index.model.image_digest, 0
+    schema, digest = target.pictures.schema, index.model.image_digest
     for batch in source.batches(schema.names, f"model = '{digest}'"):
         rows, nulls = pa.Table.from_batches([batch]), pa.nulls(len(batch), pa.float64())
         paths = pa.array([_anonymize_path(path, names) for path in rows["path"].to_pylist()], pa.string())
         changed: dict[str, Any] = {"path": paths, "latitude": nulls, "longitude": nulls}
         target.upsert(pa.Table.from_arrays([changed.get(name, rows[name]) for name in schema.names], schema=schema))
-        copied += len(rows)
-    if not copied:
+    if not target.count():
         raise ValueError(
             f"The index {index.where} has no pictures embedded with {index.model.name}. Index them with this model."
         )
     model_metadata = {"source": model, "name": index.model.name, "width": width, "image_digest": digest}
-    folder_keys = {FOLDER_KEY_PREFIX + name: "" for name in names.values()}
-    target.set_metadata({"model": json.dumps(model_metadata), **folder_keys})
-    return copied
+    target.set_metadata({"model": json.dumps(model_metadata)})
+    target.set_folders(dict.fromkeys(names.values(), ""))
 
 
 def _anonymize_path(path: str, new_names: dict[str, str]) -> str:
