@@ -40,28 +40,6 @@ SPACE_CARD_STYLE = {"emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", 
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
 
-def open_index_and_read_credit(pictures: str, model: str) -> tuple[PictureIndex, Credit]:
-    """Open an index of pictures for publication, and read who must be credited for the pictures.
-
-    Args:
-        pictures: Path or URI of the index.
-        model: Folder or Hub id of the model.
-
-    Returns:
-        A tuple (index, credit). The credit has the name, license and attribution of the pictures, from
-        `read_picture_credit_from_card`.
-
-    Raises:
-        ValueError: If the index or the model does not exist.
-    """
-    if not Path(pictures, "pictures.lance").is_dir() and not pictures.startswith(STORAGE_PREFIXES):
-        raise ValueError(
-            f"--pictures {pictures} is not an index. Create one: capivara index FOLDER --index pictures.lance"
-        )
-    index = PictureIndex.open(pictures, model)
-    return index, read_picture_credit_from_card(Path(next(iter(index.folders()), pictures)))
-
-
 def read_picture_credit_from_card(folder: Path) -> Credit:
     """Read who must be credited for the pictures in a folder, from the front matter (YAML header) of its README.md.
 
@@ -143,22 +121,28 @@ def _anonymize_path(path: str, new_names: dict[str, str]) -> str:
 # --- Folder of the Space ---------------------------------------------------------------------------------------------
 
 
-def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -> None:
+def write_space(pictures: str, model: str, folder: Path) -> None:
     """Write the folder of a Space (web demo on the Hub) that serves the picture search page.
 
     The folder holds the program, a copy of the index, the Python requirements, a card and, if `model` is a folder, the
     model.
 
     Args:
-        index: Index of pictures, of which the Space gets a copy without private data.
-        credit: Name, license and attribution of the pictures.
+        pictures: Path or URI of the index of pictures, of which the Space gets a copy without private data.
         model: Folder or Hub id of the model. A folder is copied to the Space. From a Hub id, the Space itself downloads
             the model.
         folder: Folder to write. It must be empty or not exist yet.
 
     Raises:
-        ValueError: If `folder` is not empty, or a file to publish contains an absolute path or an access token.
+        ValueError: If the index or the model does not exist. Also if `folder` is not empty, or a file to publish
+            contains an absolute path or an access token.
     """
+    if not Path(pictures, "pictures.lance").is_dir() and not pictures.startswith(STORAGE_PREFIXES):
+        raise ValueError(
+            f"--pictures {pictures} is not an index. Create one: capivara index FOLDER --index pictures.lance"
+        )
+    index = PictureIndex.open(pictures, model)
+    credit = read_picture_credit_from_card(Path(next(iter(index.folders()), pictures)))
     with atomic_folder(folder) as output:
         program = (path for package in PROGRAM_PACKAGES for path in (CODE_ROOT / package).rglob("*"))
         for path in (CODE_ROOT / "LICENSE", *(path for path in program if path.suffix in PROGRAM_SUFFIXES)):
