@@ -27,7 +27,6 @@ from capivara_common.files import read_json, write_json, write_text
 from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_common.model_kinds import KINDS
 from capivara_common.privacy import get_publishable_model_or_dataset_name
-from capivara_common.weight_file import find_weight_files
 from hub_upload import card_values, formats
 from hub_upload.formats import onnx, open_clip, sentence_transformers
 from modeling_capivara import convert_open_clip, loading
@@ -67,12 +66,14 @@ def write_drop_in_text_encoder(
             of the two models is damaged.
     """
     base_folder = formats.resolve_compatible_base_folder(source, base)
-    if _compute_text_encoder_digests(source) == _compute_text_encoder_digests(base_folder):
+    model, processor = loading.load_memory_mapped_model(source, config), loading.load_processor(source)
+    base_model = loading.load_memory_mapped_model(base_folder, loading.load_two_towers_config(base_folder))
+    digest, base_digest = (loading.weights_digest(whole, TEXT_ENCODER_PREFIXES) for whole in (model, base_model))
+    if digest == base_digest:
         raise ValueError(
             f"The text encoders of {source} and {base} are bit-identical, so there is nothing to replace. Give a model "
             "whose text encoder was trained."
         )
-    model, processor = loading.load_memory_mapped_model(source, config), loading.load_processor(source)
     is_capivara, length = KINDS[config.model_type].is_native, formats.max_text_tokens(processor)
     dense_folders = _write_text_encoder(model, folder)
     if is_capivara:
@@ -94,20 +95,6 @@ def write_drop_in_text_encoder(
     write_text(folder / "README.md", _render_card(source, config, metadata, **values))
     if (source / "LICENSE").is_file():
         shutil.copyfile(source / "LICENSE", folder / "LICENSE")
-
-
-def _compute_text_encoder_digests(folder: Path) -> dict[str, tuple]:
-    """Compute a digest (hash) of each tensor of a model's text encoder (text tower and text projection).
-
-    Args:
-        folder: Folder of the whole model.
-
-    Returns:
-        The digests, a dict {tensor name: digest} from `compute_tensor_digests`.
-    """
-    tensors = loading.load_memory_mapped_tensors(find_weight_files(folder))
-    text_tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER_PREFIXES)}
-    return formats.compute_tensor_digests(text_tensors)
 
 
 def _write_text_encoder(model: PreTrainedModel, folder: Path) -> list[str]:
