@@ -322,9 +322,8 @@ def _write_processor_with_code_if_needed(model: Path, folder: Path, processor: P
         shared_formats.save_tokenizer_for_publication(processor.tokenizer, folder)
         return
     shared_formats.write_tokenizer_json_with_normalizer(folder, read_json(folder / "tokenizer.json"), is_capivara=True)
-    package = Path(modeling_capivara.__file__).parent
     for name in upload_checks.MODEL_CODE:
-        shutil.copyfile(package / name, folder / name)
+        shutil.copyfile(Path(modeling_capivara.__file__).with_name(name), folder / name)
 
 
 def _copy_existing_card_and_run_files(model: Path, folder: Path) -> None:

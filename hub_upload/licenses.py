@@ -62,8 +62,7 @@ def check_stated_license(origins: dict[str, Any], stated: str | list[str] | None
     """
     permissive = [license for license in as_texts(stated) if not _is_non_commercial(license)]
     datasets = origins.get("datasets")
-    works = [origins.get("model"), *(datasets if isinstance(datasets, list) else []), origins.get("teacher")]
-    for work in works:
+    for work in [origins.get("model"), *(datasets if isinstance(datasets, list) else []), origins.get("teacher")]:
         licenses = as_texts(work.get("licenses")) if isinstance(work, dict) else []
         required = [license for license in licenses if _is_non_commercial(license)]
         if permissive and required:
