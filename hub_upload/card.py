@@ -286,9 +286,8 @@ def _iter_line_differences(expected: str, text: str, allow_additions: bool = Fal
             continue
         if allow_additions and not missing:
             added = [line for line in added if REFRAMING_MARKUP_RE.search(line) or any(map(str.isnumeric, line))]
-        yield from (
-            f"{CARD_FILE}: the files give {line[:MAX_SHOWN_CHARACTERS]!r}, which the card lacks." for line in missing
-        )
+        for line in missing:
+            yield f"{CARD_FILE}: the files give {line[:MAX_SHOWN_CHARACTERS]!r}, which the card lacks."
         yield from (f"{CARD_FILE}: the card has {line[:MAX_SHOWN_CHARACTERS]!r}." for line in added)
 
 
