@@ -105,6 +105,8 @@ def render_card(
         ValueError: If an argument is invalid, or `license` contradicts the licenses of base model and training data.
             Also if the files lack a number that the card needs, or if the card would contain an absolute path or an
             access token.
+        KeyError, TypeError, jinja2.UndefinedError: If a file of the run lacks a value, or a value has the wrong type.
+            `write_card` turns these errors into ValueError.
     """
     if language not in values.LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(values.LANGUAGES)}, got {language!r}.")
@@ -125,18 +127,16 @@ def render_card(
                 f"Base model and training data require the license {run_metadata['license']}, got --license {license}. "
                 "Leave out --license."
             )
-        with values.wrap_format_errors(folder):
-            check_stated_license(run_metadata["origins"], license)
+        check_stated_license(run_metadata["origins"], license)
         run_metadata, options = run_metadata | {"license": license}, options | {"license": license}
-    with values.wrap_format_errors(folder):
-        title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({run_metadata['config']['language']})"
-        card = ModelCard.from_template(
-            _build_card_front_matter(run_metadata, values.to_publishable_line(title)),
-            template_path=str(values.TEMPLATE_FOLDER / f"model_card_{language}.md.j2"),
-            **values.build_template_values(run_metadata, language, repo_id),
-            title=values.escape_value_for_markdown(title),
-            options=json.dumps(options),
-        )
+    title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({run_metadata['config']['language']})"
+    card = ModelCard.from_template(
+        _build_card_front_matter(run_metadata, values.to_publishable_line(title)),
+        template_path=str(values.TEMPLATE_FOLDER / f"model_card_{language}.md.j2"),
+        **values.build_template_values(run_metadata, language, repo_id),
+        title=values.escape_value_for_markdown(title),
+        options=json.dumps(options),
+    )
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", str(card), flags=re.MULTILINE)).strip()
     check_text_is_publishable(text, "The card, and therefore a file of the run,")
     return ModelCard(text)
@@ -168,7 +168,9 @@ def write_card(
             other. Also if the card or a file of the run contains an access token, or the card an absolute path.
     """
     path = output or folder / CARD_FILE
-    write_text(path, str(render_card(values.collect_run_metadata(folder), language, repo_id, license)))
+    with values.wrap_format_errors(folder):
+        card = render_card(values.collect_run_metadata(folder), language, repo_id, license)
+    write_text(path, str(card))
     return path
 
 
@@ -284,9 +286,8 @@ def _iter_line_differences(expected: str, text: str, allow_additions: bool = Fal
             continue
         if allow_additions and not missing:
             added = [line for line in added if REFRAMING_MARKUP_RE.search(line) or any(map(str.isnumeric, line))]
-        yield from (
-            f"{CARD_FILE}: the files give {line[:MAX_SHOWN_CHARACTERS]!r}, which the card lacks." for line in missing
-        )
+        for line in missing:
+            yield f"{CARD_FILE}: the files give {line[:MAX_SHOWN_CHARACTERS]!r}, which the card lacks."
         yield from (f"{CARD_FILE}: the card has {line[:MAX_SHOWN_CHARACTERS]!r}." for line in added)
 
 

@@ -127,32 +127,18 @@ def collect_run_metadata(folder: Path) -> dict[str, Any]:
         - "values": evaluation results with full-width embeddings, averaged over seeds.
         - "digests": SHA-256 of each file that was read.
 
-        The comments at the end of `_collect_run_metadata_without_error_wrapping` describe all keys.
+        The comments in the `return` statement describe all keys.
 
     Raises:
-        ValueError: If a file is missing or malformed, or contains an access token. Also if two result files have
+        ValueError: If a file is missing, is not valid JSON, or contains an access token. Also if two result files have
             different values for the same measurement.
+        KeyError, TypeError: If a file lacks a value, or a value has the wrong type. `wrap_format_errors` turns these
+            errors into ValueError.
     """
     if not folder.is_dir():
         raise ValueError(
             f"The folder {folder} does not exist. Give the folder of a finished training run or an export of it."
         )
-    with wrap_format_errors(folder):
-        return _collect_run_metadata_without_error_wrapping(folder)
-
-
-def _collect_run_metadata_without_error_wrapping(folder: Path) -> dict[str, Any]:
-    """Read the values that `collect_run_metadata` returns, from the files of a training run.
-
-    A malformed file may cause errors of many types, such as KeyError. `collect_run_metadata`, which calls this
-    function, turns them into ValueError.
-
-    Args:
-        folder: Folder of a run with one or several seeds, or an export of the run.
-
-    Returns:
-        A dict {name: value}. The comments in the `return` statement at the end describe each value.
-    """
     digests: dict[str, str] = {}
     model, run, runs = _find_model_and_runs(folder, digests)
     run_folders = (folder, *list_seed_run_folders(folder))
@@ -660,7 +646,7 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
     gains = [value for value in run_metadata["values"] if value.metric == GAIN_METRIC]
     curve = [point["validation"] for point in run.get("curve") or () if point.get("validation")]
     architecture, origins = run_metadata["architecture"], run_metadata["origins"]
-    works_by_kind = {"model": [origins["model"]], "dataset": origins["datasets"]}
+    works_by_kind = {"model": [origins["model"]], "dataset": origins["datasets"], "teacher": [origins.get("teacher")]}
     return {
         **run_metadata | {"name": name, "groups": groups},
         "is_repository": repo_id is not None,

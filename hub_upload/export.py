@@ -32,15 +32,8 @@ from capivara_common.privacy import shorten_absolute_paths
 from hub_upload import formats as shared_formats
 from hub_upload import upload_checks
 from hub_upload.formats import drop_in, immich, onnx, open_clip, sentence_transformers, transformers_js
-from modeling_capivara import CapivaraProcessor
+from modeling_capivara import CapivaraProcessor, loading
 from modeling_capivara.convert_open_clip import to_capivara_state_dict, to_open_clip_state_dict
-from modeling_capivara.loading import (
-    WEIGHTS_FILE,
-    load_memory_mapped_model,
-    load_memory_mapped_tensors,
-    load_processor,
-    load_two_towers_config,
-)
 
 DEFAULT_FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")
 # The formats drop_in (only the text encoder) and immich (for the Immich photo server) can't be combined with others in
@@ -210,7 +203,7 @@ def _read_and_check_model_config(folder: Path, formats: Sequence[str] = ()) -> P
         seeds = ", ".join(path.name for path in list_seed_run_folders(folder))
         hint = f" It is a run with several seeds; choose one of its folders {seeds}." if seeds else ""
         raise ValueError(f"The folder {folder} contains no model (config.json is missing).{hint}")
-    config = load_two_towers_config(folder)
+    config = loading.load_two_towers_config(folder)
     if {"drop_in", "immich"} & {*formats} and KINDS[config.model_type].immich_name is None:
         raise ValueError(
             f"The format {formats[0]} supports CAPIVARA and SigLIP only, but {folder} is a {config.model_type} model. "
@@ -240,7 +233,7 @@ def _write_formats_with_both_towers(
         text_config: Hub id from which open_clip loads the configuration of the text tower. None: XLM-RoBERTa base.
         repo_id: Hub id under which the folder will be published. None: unknown.
     """
-    processor, kind = load_processor(model), KINDS[config.model_type]
+    processor, kind = loading.load_processor(model), KINDS[config.model_type]
     has_text_config = kind.open_clip_layout == "hf_text"
     if text_config and not has_text_config:
         raise ValueError(
@@ -290,16 +283,17 @@ def _write_and_verify_model_weights(model: Path, folder: Path, config: PreTraine
     Raises:
         ValueError: If a written tensor differs from the tensor of the model.
     """
-    mapped = load_memory_mapped_model(model, config)
+    weight_file, open_clip_file = folder / loading.WEIGHTS_FILE, folder / open_clip.OPEN_CLIP_WEIGHTS_FILE
+    mapped = loading.load_memory_mapped_model(model, config)
     expected = shared_formats.compute_tensor_digests(mapped.state_dict())
     mapped.save_pretrained(folder)
     if with_open_clip:
-        shared_formats.save_state_dict(to_open_clip_state_dict(mapped), folder / open_clip.OPEN_CLIP_WEIGHTS_FILE)
+        shared_formats.save_state_dict(to_open_clip_state_dict(mapped), open_clip_file)
     del mapped
-    shared_formats.check_tensors(folder / WEIGHTS_FILE, load_memory_mapped_model(folder, config).state_dict(), expected)
+    shared_formats.check_tensors(weight_file, loading.load_memory_mapped_model(folder, config).state_dict(), expected)
     if with_open_clip:
-        written = to_capivara_state_dict(load_memory_mapped_tensors([folder / open_clip.OPEN_CLIP_WEIGHTS_FILE]))
-        shared_formats.check_tensors(folder / open_clip.OPEN_CLIP_WEIGHTS_FILE, written, expected)
+        written = to_capivara_state_dict(loading.load_memory_mapped_tensors([open_clip_file]))
+        shared_formats.check_tensors(open_clip_file, written, expected)
         logger.info("transformers and open_clip: %d tensors compared, all equal.", len(written))
 
 
@@ -328,9 +322,8 @@ def _write_processor_with_code_if_needed(model: Path, folder: Path, processor: P
         shared_formats.save_tokenizer_for_publication(processor.tokenizer, folder)
         return
     shared_formats.write_tokenizer_json_with_normalizer(folder, read_json(folder / "tokenizer.json"), is_capivara=True)
-    package = Path(modeling_capivara.__file__).parent
     for name in upload_checks.MODEL_CODE:
-        shutil.copyfile(package / name, folder / name)
+        shutil.copyfile(Path(modeling_capivara.__file__).with_name(name), folder / name)
 
 
 def _copy_existing_card_and_run_files(model: Path, folder: Path) -> None:

@@ -49,11 +49,12 @@ def _is_non_commercial(license: str) -> bool:
 def check_stated_license(origins: dict[str, Any], stated: str | list[str] | None) -> None:
     """Check that the license of a model permits commercial use only if the licenses of its sources permit it.
 
-    The sources are the base model and the training datasets.
+    The sources are the base model, the training datasets and, if run.json names one, a teacher model.
 
     Args:
         origins: Metadata of the sources, the value of "origins" in run.json: `{"model": base model, "datasets": list of
-            training datasets}`. Each source is a dict with the keys "title" and "licenses". All keys are optional.
+            training datasets, "teacher": teacher model}`. Each source is a dict with the keys "title" and "licenses".
+            All keys are optional.
         stated: License that the model's card states: a Hub identifier, a list of Hub identifiers, or None.
 
     Raises:
@@ -61,7 +62,7 @@ def check_stated_license(origins: dict[str, Any], stated: str | list[str] | None
     """
     permissive = [license for license in as_texts(stated) if not _is_non_commercial(license)]
     datasets = origins.get("datasets")
-    for work in [origins.get("model"), *(datasets if isinstance(datasets, list) else [])]:
+    for work in [origins.get("model"), *(datasets if isinstance(datasets, list) else []), origins.get("teacher")]:
         licenses = as_texts(work.get("licenses")) if isinstance(work, dict) else []
         required = [license for license in licenses if _is_non_commercial(license)]
         if permissive and required:

@@ -586,7 +586,7 @@ def ensure_writable_repository(repo_id: str, private: bool = False) -> None:
             _retry_once(lambda: api.auth_check(repo_id, write=True))
 
 
-def try_export_and_push_run(run: Path, repo_id: str, private: bool = False, card_language: str = "en") -> bool:
+def try_export_and_push_run(run: Path, repo_id: str, private: bool = False, card_language: str = "en") -> None:
     """Export the model of a finished training run with a model card, and push the export to the Hub.
 
     If the export or the push fails, no error is raised, because the training run itself is complete. Instead, a warning
@@ -598,9 +598,6 @@ def try_export_and_push_run(run: Path, repo_id: str, private: bool = False, card
         private: True: the repository must be private; a new repository is created as private. False: a new repository
             gets the default of the Hub account.
         card_language: Language of the model card, "en" or "pt".
-
-    Returns:
-        True if the model is now on the Hub, False if the export or the push failed.
     """
     # Imported here and not at the top of the file, because hub_upload.export imports torch. This is slow, and the other
     # functions of this file don't need it.
@@ -619,10 +616,9 @@ def try_export_and_push_run(run: Path, repo_id: str, private: bool = False, card
             hint = f"Push it later: {shlex.join(words + ['--private'] * private)}"
         reason = _describe_error_with_secrets_masked(error)
         logger.warning("NOT PUSHED to %s: %s\nThe run is complete in %s. %s", repo_id, reason, run, hint)
-        return False
+        return
     shutil.rmtree(repository, ignore_errors=True)
     logger.info("Pushed to %s.", _printable_name(url)) if url else logger.info("%s already has all files.", repo_id)
-    return True
 
 
 def _describe_error_with_secrets_masked(error: BaseException) -> str:

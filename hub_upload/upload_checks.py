@@ -89,6 +89,7 @@ def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
     if not paths:
         raise ValueError(f"{folder} contains no files of a {repo_type}. Check the folder and --repo_type.")
     for path in paths:
+        check_regular_file(folder / path)
         check_text_is_publishable(path.as_posix(), "A file name")
         if repo_type == "space":
             check_file_for_secrets(folder / path, path)
@@ -112,18 +113,10 @@ def list_uploadable_model_files(folder: Path) -> list[Path]:
 
     Returns:
         Sorted paths relative to `folder`.
-
-    Raises:
-        ValueError: If a path matches a pattern of the list but is not a regular file, for example a folder or a pipe.
     """
-    names = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        depth = len(name.parts) - 1
-        if not path.is_symlink() and any(rule.count("/") == depth and name.match(rule) for rule in ALLOWED_FILES):
-            check_regular_file(path)
-            names.append(name)
-    return names
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if not path.is_symlink())
+    rules = [(rule, len(Path(rule).parts)) for rule in ALLOWED_FILES]
+    return [name for name in names if any(len(name.parts) == depth and name.match(rule) for rule, depth in rules)]
 
 
 def check_regular_file(path: Path) -> None:
@@ -158,10 +151,11 @@ def check_model_files(folder: Path) -> None:
 
     Raises:
         ValueError: If a file contains a secret or a path, or a safetensors file or image is damaged. The message names
-            the file and, if possible, the line.
+            the file and, if possible, the line. Also if a folder or a pipe has the name of a model file.
     """
     for name in list_uploadable_model_files(folder):
         path = folder / name
+        check_regular_file(path)
         if name.suffix == ".safetensors":
             check_text_is_publishable(_decode_json_escapes(_read_safetensors_header(path)), f"{name}, in its header,")
             continue
@@ -324,17 +318,15 @@ def list_uploadable_dataset_or_space_files(folder: Path, is_space: bool = False)
         Sorted paths relative to `folder`.
 
     Raises:
-        ValueError: If a link leads out of the folder, or a file to upload is not a regular file.
+        ValueError: If a link leads out of the folder, or the folder contains a pipe, a socket or a device.
     """
     check_folder_for_outside_links_and_pipes(folder)
-    names = []
-    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
-        name, suffix = path.relative_to(folder), path.suffix
-        is_sent = suffix != ".pyc" if is_space else suffix in DATASET_SUFFIXES or name.name in DATASET_FILE_NAMES
-        if is_sent and not any(part.startswith("." if is_space else (".", "__")) for part in name.parts):
-            check_regular_file(path)
-            names.append(name)
-    return names
+    skipped_prefixes = "." if is_space else (".", "__")
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    names = [name for name in names if not any(part.startswith(skipped_prefixes) for part in name.parts)]
+    if is_space:
+        return [name for name in names if name.suffix != ".pyc"]
+    return [name for name in names if name.suffix in DATASET_SUFFIXES or name.name in DATASET_FILE_NAMES]
 
 
 def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:

@@ -56,11 +56,7 @@ def _compute_class_token(layer: nn.Module, hidden_states: Tensor, *_: object, **
     attention, normalized = layer.self_attn, layer.layer_norm1(hidden_states)
     query, key, value = (
         states.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (images, heads, tokens, width of a head)
-        for states in (
-            attention.q_proj(normalized[:, :1]),
-            attention.k_proj(normalized),
-            attention.v_proj(normalized),
-        )
+        for states in (attention.q_proj(normalized[:, :1]), attention.k_proj(normalized), attention.v_proj(normalized))
     )
     attended = scaled_dot_product_attention(query, key, value, scale=attention.scale).transpose(1, 2).flatten(2)
     class_token = hidden_states[:, :1] + attention.out_proj(attended)

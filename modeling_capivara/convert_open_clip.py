@@ -662,16 +662,12 @@ def _load_and_check_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTo
     return tokenizer
 
 
-def _convert_write_and_verify_model(
-    source: OpenClipSource, folder: Path, config: CapivaraConfig | None = None
-) -> tuple[CapivaraModel, list[str]]:
+def _convert_write_and_verify_model(source: OpenClipSource, folder: Path) -> tuple[CapivaraModel, list[str]]:
     """Convert an open_clip model to a folder that transformers can load, in float32, and verify the converted model.
 
     Args:
         source: Files and settings of the model, from `_find_or_download_open_clip_files`.
         folder: Empty folder to write to.
-        config: Architecture of a checkpoint file that has no configuration. Default: the architecture of the published
-            CAPIVARA model. Ignored if the model has its own configuration.
 
     Returns:
         The converted model, read back from the folder, and a list of sentences that tell the user which files were used
@@ -681,7 +677,7 @@ def _convert_write_and_verify_model(
         ValueError: If the configuration can't be converted, which is checked before the weights are read. Also if the
             conversion changed a tensor, or the embeddings of random inputs are not finite or are equal to each other.
     """
-    config = to_capivara_config(source.model_cfg) if source.model_cfg else config or CapivaraConfig()
+    config = to_capivara_config(source.model_cfg) if source.model_cfg else CapivaraConfig()
     image_processor = _to_image_processor(source.preprocess_cfg, config.vision_config.image_size)
     state, notes = read_open_clip_tensors_and_notes(source.weights)
     CapivaraProcessor(image_processor, _load_and_check_tokenizer(source.tokenizer, config)).save_pretrained(folder)
@@ -758,24 +754,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def convert(
-    source: str,
-    output: str | Path,
-    tokenizer: str | None = None,
-    overwrite_output_dir: bool = False,
-    config: CapivaraConfig | None = None,
+    source: str, output: str | Path, tokenizer: str | None = None, overwrite_output_dir: bool = False
 ) -> list[str]:
     """Convert an open_clip model to a new folder that transformers can load.
 
     The converted model is verified. If the conversion fails, the folder is not created.
 
     Args:
-        source: "hf-hub:OWNER/NAME", folder of a model, or path of a checkpoint file.
+        source: "hf-hub:OWNER/NAME", folder of a model, or path of a checkpoint file. A checkpoint file has no
+            configuration, so it must have the architecture of the published CAPIVARA model.
         output: Folder to create. If it exists, it must be empty, unless `overwrite_output_dir` is set.
         tokenizer: Folder or Hub id of a tokenizer. It is used only if `source` neither contains a tokenizer nor names
             one in its configuration. Default: the tokenizer of XLM-RoBERTa base.
         overwrite_output_dir: Replace `output` if it exists.
-        config: Architecture of a checkpoint file that has no configuration. Default: the architecture of the published
-            CAPIVARA model.
 
     Returns:
         Sentences that tell the user which files were used and which entries of the checkpoint were ignored.
@@ -784,7 +775,7 @@ def convert(
         ValueError: If there is no such model, it can't be converted, or `output` has files.
     """
     with atomic_folder(Path(output), overwrite_output_dir) as folder:
-        return _convert_write_and_verify_model(_find_or_download_open_clip_files(source, tokenizer), folder, config)[1]
+        return _convert_write_and_verify_model(_find_or_download_open_clip_files(source, tokenizer), folder)[1]
 
 
 if __name__ == "__main__":

@@ -313,8 +313,7 @@ def pads_to_max_length(processor: ProcessorMixin) -> bool:
     Args:
         processor: Processor of the model.
     """
-    name = type(processor).__name__
-    return any(name in kind.processors for kind in KINDS.values() if kind.pads_to_max_length)
+    return any(type(processor).__name__ in kind.processors for kind in KINDS.values() if kind.pads_to_max_length)
 
 
 def _check_and_adapt_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:

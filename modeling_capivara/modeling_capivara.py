@@ -311,12 +311,7 @@ class CapivaraModel(CapivaraPreTrainedModel):
         return outputs
 
     def _run_text_tower(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        inputs_embeds: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs,
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         """Run the text tower and average its token states, without the projection.
 
@@ -325,8 +320,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
             attention_mask: (texts, tokens), 1 for a token and 0 for padding. None masks the padding tokens of
                 `input_ids`, or nothing with `inputs_embeds`.
             inputs_embeds: (texts, tokens, text width), token embeddings instead of `input_ids`.
-            position_ids: (texts, tokens), positions of the tokens. None lets the text tower count them.
-            **kwargs: Options of the text tower, such as `output_hidden_states`.
+            **kwargs: `position_ids`, (texts, tokens), the positions of the tokens, and options of the text tower, such
+                as `output_hidden_states`. If `position_ids` is None, the text tower counts the positions.
 
         Returns:
             The output of the text tower. Its `pooler_output`, (texts, text width), is the mean of the token states
@@ -347,8 +342,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
         attention_mask = default_mask if attention_mask is None else attention_mask
         _check_attention_mask(attention_mask, tokens)
         # Positions are passed on only if they are given, because some text towers don't accept them.
-        if position_ids is not None:
-            kwargs["position_ids"] = position_ids
+        if kwargs.get("position_ids") is None:
+            kwargs.pop("position_ids", None)
         kwargs |= {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         outputs = self.text_model(attention_mask=attention_mask, return_dict=True, **kwargs)
         pooled = mean_pooling(outputs.last_hidden_state, attention_mask)  # (texts, text width), float32

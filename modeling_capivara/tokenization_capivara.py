@@ -31,10 +31,10 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "CapivaraTokenizer":
-        """Convert a fast tokenizer to a `CapivaraTokenizer` with the same vocabulary and tokenization rules.
+        """Convert a fast tokenizer to a `CapivaraTokenizer` with the same vocabulary, tokenization rules and settings.
 
         Args:
-            tokenizer: Fast tokenizer of any class.
+            tokenizer: Fast tokenizer of any class. The converted tokenizer shares its vocabulary, without a copy.
 
         Returns:
             The converted tokenizer, or `tokenizer` itself if it is already a `CapivaraTokenizer`.
@@ -49,17 +49,12 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         if not tokenizer.is_fast:
             hint = f"got {type(tokenizer).__name__}. Use one that is saved as tokenizer.json"
             raise ValueError(f"A CAPIVARA tokenizer must be a fast tokenizer (of the tokenizers library), {hint}.")
-        converted = cls(**_get_tokenizer_copy_kwargs(tokenizer))
+        names = ("model_max_length", "model_input_names", "padding_side", "truncation_side", "extra_special_tokens")
+        settings = {name: getattr(tokenizer, name) for name in names}
+        converted = cls(tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map, **settings)
         # This value is left over from the last call of `tokenizer`, and transformers would read it as a setting.
         converted.init_kwargs.pop("max_length", None)
         return converted
-
-    def without_cleaning(self) -> PreTrainedTokenizerFast:
-        """Return a copy of the tokenizer that does not clean texts, for programs such as open_clip that clean texts.
-
-        The copy has the same vocabulary and is a plain `PreTrainedTokenizerFast`.
-        """
-        return PreTrainedTokenizerFast(**_get_tokenizer_copy_kwargs(self))
 
     @classmethod
     def _from_pretrained(cls, *args, **kwargs):
@@ -98,21 +93,6 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         if "attention_mask" in batch and pad not in (None, self.eos_token_id, self.sep_token_id):
             batch["attention_mask"] = _mask_padding(batch["input_ids"], batch["attention_mask"], pad)
         return batch
-
-
-def _get_tokenizer_copy_kwargs(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Return the arguments that build a fast tokenizer with the same vocabulary, tokenization rules and settings.
-
-    Args:
-        tokenizer: Fast tokenizer to copy.
-
-    Returns:
-        A dictionary of keyword arguments for `PreTrainedTokenizerFast`. The vocabulary is shared with `tokenizer`, not
-        copied.
-    """
-    names = ("model_max_length", "model_input_names", "padding_side", "truncation_side", "extra_special_tokens")
-    settings = {name: getattr(tokenizer, name) for name in names}
-    return {"tokenizer_object": tokenizer.backend_tokenizer, **tokenizer.special_tokens_map, **settings}
 
 
 def _clean_tokenizer_input(text: str | Iterable) -> str | list | tuple:

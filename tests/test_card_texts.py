@@ -81,7 +81,7 @@ def hostile(tmp_path_factory, tiny_dataset_folder, tiny_processor):
         for origin_of in (content["origins"]["model"], content["origins"]["datasets"][0]):
             origin_of |= {"title": texts[0], "licenses": [texts[2], texts[1]], "attribution": texts[6]}
             origin_of |= {"hub_id": texts[1], "base_model": [texts[2]]}
-        content["origins"]["license"] = texts[2]
+        content["origins"] |= {"license": texts[2], "teacher": dict(content["origins"]["model"])}
         content["config"] |= {"optimizer": texts[1], "mixed_precision": texts[2], "lora_targets": texts[0]}
 
     change(run / "run.json", edit)

@@ -16,6 +16,7 @@ from hub_server import HubServer
 from safetensors.torch import load_file
 from tiny import TINY_TEXT, TINY_VISION, randomize, save_model, tiny_config, tiny_tokenizer
 from tokenizers import Tokenizer
+from towers import without_cleaning
 from transformers import TimmWrapperConfig
 
 from hub_upload import export
@@ -23,7 +24,7 @@ from hub_upload.export import DEFAULT_FORMATS, export_model
 from hub_upload.formats import open_clip as open_clip_format
 from hub_upload.formats.onnx import PRECISION_SUFFIXES, open_session
 from hub_upload.formats.open_clip import choose_and_check_text_config_id
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, loading
 from modeling_capivara.convert_open_clip import to_capivara_state_dict, to_open_clip_state_dict
 from modeling_capivara.loading import load_processor
 from modeling_capivara.two_towers import random_images, random_texts
@@ -218,7 +219,7 @@ def test_tokenizer_json_reads_curly_quotes_like_the_code_of_the_model(source, tm
     ours = load_processor(source).tokenizer
     from_file = Tokenizer.from_file(str(tmp_path / "repository" / "tokenizer.json"))
     for text in ("“um gato”", "‘uma’ casa d’água", "„casa‟"):
-        assert from_file.encode(text).ids == ours(text)["input_ids"] != ours.without_cleaning()(text)["input_ids"]
+        assert from_file.encode(text).ids == ours(text)["input_ids"] != without_cleaning(ours)(text)["input_ids"]
     export_model(tmp_path / "repository", tmp_path / "again", ["transformers"])
     files = [(tmp_path / name / "tokenizer.json").read_text(encoding="utf-8") for name in ("repository", "again")]
     assert files[0] == files[1]
@@ -236,17 +237,17 @@ def test_every_tensor_is_equal_in_both_weight_files(tmp_path, tiny_processor, dt
     caplog.set_level("INFO")
     references = []
 
-    def load_model(folder, config, original=export.load_memory_mapped_model):
+    def load_model(folder, config, original=loading.load_memory_mapped_model):
         mapped_model = original(folder, config)
         references.append(weakref.ref(mapped_model))
         return mapped_model
 
-    def load_tensors(files, original=export.load_memory_mapped_tensors):
-        assert references[0]() is None, "memory holds two copies of the weights"
+    def load_tensors(files, original=loading.load_memory_mapped_tensors):
+        assert not any(reference() for reference in references), "memory holds two copies of the weights"
         return original(files)
 
-    monkeypatch.setattr(export, "load_memory_mapped_model", load_model)
-    monkeypatch.setattr(export, "load_memory_mapped_tensors", load_tensors)
+    monkeypatch.setattr(loading, "load_memory_mapped_model", load_model)
+    monkeypatch.setattr(loading, "load_memory_mapped_tensors", load_tensors)
     export_without_onnx(tmp_path / "model", tmp_path / "repository")
     ours = load_file(tmp_path / "repository" / "model.safetensors")
     theirs = load_file(tmp_path / "repository" / "open_clip_model.safetensors")
@@ -333,7 +334,7 @@ def test_a_text_config_that_does_not_fit_the_model_is_refused(source, tmp_path, 
 def test_open_clip_reads_the_same_token_ids_as_the_model(source, tmp_path):
     export_without_onnx(source, tmp_path / "repository")
     settings = json.loads((tmp_path / "repository" / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
-    plain = CapivaraProcessor.from_pretrained(source).tokenizer.without_cleaning()
+    plain = without_cleaning(CapivaraProcessor.from_pretrained(source).tokenizer)
     for options, is_same in ((settings["tokenizer_kwargs"], True), ({"tokenizer_type": "xlm-roberta"}, False)):
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "repository", **options)
         assert all((plain(text).input_ids == theirs(text).input_ids) for text in ("um gato", "ﬁm")) == is_same

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import randomize, tiny_config, tiny_tokenizer
+from towers import without_cleaning
 from transformers import AutoProcessor, AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
@@ -56,7 +57,7 @@ def test_ids_equal_open_clip(vocabulary, request):
     assert not different, different[:5]
     assert torch.equal(actual["attention_mask"], (expected != 1).long())
     assert max(actual["attention_mask"].sum(1)) == 77, "some strings must reach the limit"
-    plain = processor.tokenizer.without_cleaning()(
+    plain = without_cleaning(processor.tokenizer)(
         [text.encode(errors="replace").decode() for text in strings],
         padding="max_length", max_length=77, truncation=True, return_tensors="pt",
     )  # fmt: skip

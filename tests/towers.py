@@ -25,6 +25,7 @@ from transformers import (
     CLIPTokenizer,
     MetaClip2Config,
     MetaClip2Model,
+    PreTrainedTokenizerFast,
     Siglip2Tokenizer,
     SiglipConfig,
     SiglipImageProcessor,
@@ -39,6 +40,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from hub_upload.formats import save_state_dict
+from modeling_capivara import CapivaraTokenizer
 from modeling_capivara.convert_open_clip import to_open_clip_model_cfg, to_open_clip_state_dict, to_preprocess_cfg
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES
@@ -188,10 +190,18 @@ def as_published(folder: Path) -> None:
         path.write_text(json.dumps(state | {"normalizer": state["normalizer"]["normalizers"][1]}))
 
 
+def without_cleaning(tokenizer: CapivaraTokenizer) -> PreTrainedTokenizerFast:
+    """Copy a tokenizer, with the same vocabulary, but without its cleaning of texts."""
+    settings = {name: getattr(tokenizer, name) for name in ("model_max_length", "padding_side", "truncation_side")}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map, **settings
+    )
+
+
 def as_open_clip(source: Path, folder: Path) -> Path:
     """Write a CAPIVARA model in open_clip's format, with the configuration of its text tower in a subfolder."""
     model, processor = load_model(source), load_processor(source)
-    processor.tokenizer.without_cleaning().save_pretrained(folder)  # open_clip cleans texts itself
+    without_cleaning(processor.tokenizer).save_pretrained(folder)  # open_clip cleans texts itself
     model.config.text_config.save_pretrained(folder / "text")
     pixels = to_preprocess_cfg(processor.image_processor)
     model_cfg = to_open_clip_model_cfg(

@@ -27,7 +27,6 @@ from capivara_common.files import read_json, write_json, write_text
 from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_common.model_kinds import KINDS
 from capivara_common.privacy import get_publishable_model_or_dataset_name
-from capivara_common.weight_file import find_weight_files
 from hub_upload import card_values, formats
 from hub_upload.formats import onnx, open_clip, sentence_transformers
 from modeling_capivara import convert_open_clip, loading
@@ -67,17 +66,20 @@ def write_drop_in_text_encoder(
             of the two models is damaged.
     """
     base_folder = formats.resolve_compatible_base_folder(source, base)
-    if _compute_text_encoder_digests(source) == _compute_text_encoder_digests(base_folder):
+    model, processor = loading.load_memory_mapped_model(source, config), loading.load_processor(source)
+    base_model = loading.load_memory_mapped_model(base_folder, loading.load_two_towers_config(base_folder))
+    digest, base_digest = (loading.weights_digest(whole, TEXT_ENCODER_PREFIXES) for whole in (model, base_model))
+    if digest == base_digest:
         raise ValueError(
             f"The text encoders of {source} and {base} are bit-identical, so there is nothing to replace. Give a model "
             "whose text encoder was trained."
         )
-    model, processor = loading.load_memory_mapped_model(source, config), loading.load_processor(source)
     is_capivara, length = KINDS[config.model_type].is_native, formats.max_text_tokens(processor)
     dense_folders = _write_text_encoder(model, folder)
     if is_capivara:
         _write_sentence_transformers_config(model, folder, dense_folders)
-    has_open_clip = _try_write_open_clip_weights(model, source, base_folder, folder)
+    values = {"repo_id": repo_id, "length": length}
+    values["open_clip"] = _try_write_open_clip_weights(model, source, base_folder, folder)
     _write_tokenizer(processor.tokenizer, folder, length, is_capivara)
     del model  # frees memory before the ONNX export loads the model
     onnx.write_onnx(folder, source, ["text_model"])
@@ -90,23 +92,9 @@ def write_drop_in_text_encoder(
         "unit_length": True,
     }
     write_json(folder / METADATA_FILE, metadata)
-    write_text(folder / "README.md", _render_card(source, config, metadata, repo_id, length, has_open_clip))
+    write_text(folder / "README.md", _render_card(source, config, metadata, **values))
     if (source / "LICENSE").is_file():
         shutil.copyfile(source / "LICENSE", folder / "LICENSE")
-
-
-def _compute_text_encoder_digests(folder: Path) -> dict[str, tuple]:
-    """Compute a digest (hash) of each tensor of a model's text encoder (text tower and text projection).
-
-    Args:
-        folder: Folder of the whole model.
-
-    Returns:
-        The digests, a dict {tensor name: digest} from `compute_tensor_digests`.
-    """
-    tensors = loading.load_memory_mapped_tensors(find_weight_files(folder))
-    text_tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER_PREFIXES)}
-    return formats.compute_tensor_digests(text_tensors)
 
 
 def _write_text_encoder(model: PreTrainedModel, folder: Path) -> list[str]:
@@ -229,14 +217,7 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: i
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def _render_card(
-    source: Path,
-    config: PreTrainedConfig,
-    metadata: dict[str, Any],
-    repo_id: str | None,
-    length: int,
-    has_open_clip: bool,
-) -> str:
+def _render_card(source: Path, config: PreTrainedConfig, metadata: dict[str, Any], **values: Any) -> str:
     """Render the card (README.md) of an exported text encoder.
 
     The card says with which image embeddings the text encoder is compatible, and how each library loads it.
@@ -245,9 +226,9 @@ def _render_card(
         source: Folder of the model. The license is read from its card, and the language from its run.json.
         config: Configuration of the model.
         metadata: Content of drop_in.json.
-        repo_id: Hub id that the code examples load. None: the examples load the current folder.
-        length: Maximum number of tokens in a text.
-        has_open_clip: Whether the file for open_clip was written.
+        values: Further variables of the Jinja template of the card. `repo_id` is the Hub id that the code examples
+            load; with None, they load the current folder. `length` is the maximum number of tokens in a text.
+            `open_clip` says whether the file for open_clip was written.
 
     Returns:
         The text of the card.
@@ -261,15 +242,13 @@ def _render_card(
     tags = ["clip", library] if is_capivara else [config.model_type]
     license = model_card["license"] if model_card.get("license") in card_values.HUB_LICENSES else None
     card_data = {"library_name": library, "license": license}
-    card_data["tags"] = ["capivara", *tags, "onnx", *["open_clip"] * has_open_clip]
+    card_data["tags"] = ["capivara", *tags, "onnx", *["open_clip"] * values["open_clip"]]
     texts = [f"{number} text in {card_values.escape_value_for_markdown(language)}" for number in ("a", "another")]
     names = ("model", "base", "image_digest")
     return card_values.MARKDOWN_TEMPLATES.get_template("drop_in.md.j2").render(
         metadata | {name: card_values.format_as_markdown_code_or_escaped_text(metadata[name]) for name in names},
         metadata=ModelCardData(pipeline_tag="feature-extraction", **card_data),
-        repo_id=repo_id,
         is_capivara=is_capivara,
-        length=length,
-        open_clip=has_open_clip,
         examples=card_values.select_code_example_inputs(language, texts)["texts"],
+        **values,
     )

@@ -111,8 +111,7 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
     # Immich needs only these settings from config.json. The config.json files that Immich publishes for SigLIP also
     # contain `"clean": "canonicalize"`, which makes Immich remove punctuation from texts. This setting is left out,
     # because the model was trained with punctuation.
-    settings = {"embed_dim": width, "text_cfg": {"context_length": max_text_tokens(processor)}}
-    write_json(folder / "config.json", settings)
+    write_json(folder / "config.json", {"embed_dim": width, "text_cfg": {"context_length": max_text_tokens(processor)}})
     ids = _write_and_check_tokenizer(processor, folder / "textual", is_capivara)
     model = load_model(source).eval()
     tower = ImmichTower(model, None if two_towers.pads_to_max_length(processor) else processor.tokenizer.pad_token_id)

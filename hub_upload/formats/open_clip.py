@@ -28,8 +28,8 @@ OPEN_CLIP_WEIGHTS_FILE = OPEN_CLIP_WEIGHT_FILES[0]
 # Fields of the text tower's configuration that change its output. Other fields concern training and text generation.
 TEXT_CONFIG_FIELDS = (
     "model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
+    "layer_norm_eps max_position_embeddings type_vocab_size pad_token_id"
 )
-TEXT_CONFIG_FIELDS += "layer_norm_eps max_position_embeddings type_vocab_size pad_token_id"
 # The tokenizer type "xlm-roberta-xl" makes open_clip use tokenizer.json as it is. With "xlm-roberta", open_clip would
 # build the tokenizer again without its normalizer, which cleans texts. Without a type, open_clip would read
 # config.json, and ask the user on the terminal whether to run the Python code that config.json names.

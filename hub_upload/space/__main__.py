@@ -19,6 +19,7 @@ from pathlib import Path
 
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import require_packages
+from capivara_common.files import check_output_folder_and_clean_leftovers
 
 NPM_COMMAND = "npm install --ignore-scripts @huggingface/transformers"
 
@@ -54,17 +55,15 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: write the search page with a server (--space) or as static files (--static)."""
     args = parse_arguments(SpaceArguments, __doc__, argv)
     require_packages("A Space", "search", "lancedb", "starlette", "uvicorn")
-    from hub_upload.space.docker_space import open_index_and_read_credit, write_space
+    from hub_upload.space.docker_space import write_space
     from hub_upload.space.static_page import write_static_page
 
     folder = args.static or args.space
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        # The folder is checked before reading the index and exporting the model, which may take an hour.
-        raise ValueError(f"{folder} is a file or a folder that is not empty. Choose another folder, or remove it.")
+    check_output_folder_and_clean_leftovers(folder)  # before the export of the model, which may take an hour
     if args.static:
         write_static_page(args.model, folder, args.library)
     else:
-        write_space(*open_index_and_read_credit(args.pictures, args.model), args.model, folder)
+        write_space(args.pictures, args.model, folder)
     product, command = ("page", "python -m http.server") if args.static else ("Space", "python app.py")
     print(f"Wrote the {product} to {folder}. To try it, run `{command}` there. To publish it, use hub_upload.push.")
 

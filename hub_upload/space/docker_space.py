@@ -21,7 +21,7 @@ from capivara_common.privacy import find_secret, get_publishable_model_or_datase
 from capivara_search.index import PictureIndex
 from capivara_search.models import resolve_search_model
 from capivara_search.page.server import DEFAULT_PORT, Credit
-from capivara_search.table import FOLDER_KEY_PREFIX, PictureTable
+from capivara_search.table import PictureTable
 from hub_upload import upload_checks
 from modeling_capivara.loading import read_card_metadata
 
@@ -40,28 +40,6 @@ SPACE_CARD_STYLE = {"emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", 
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
 
-def open_index_and_read_credit(pictures: str, model: str) -> tuple[PictureIndex, Credit]:
-    """Open an index of pictures for publication, and read who must be credited for the pictures.
-
-    Args:
-        pictures: Path or URI of the index.
-        model: Folder or Hub id of the model.
-
-    Returns:
-        A tuple (index, credit). The credit has the name, license and attribution of the pictures, from
-        `read_picture_credit_from_card`.
-
-    Raises:
-        ValueError: If the index or the model does not exist.
-    """
-    if not Path(pictures, "pictures.lance").is_dir() and not pictures.startswith(STORAGE_PREFIXES):
-        raise ValueError(
-            f"--pictures {pictures} is not an index. Create one: capivara index FOLDER --index pictures.lance"
-        )
-    index = PictureIndex.open(pictures, model)
-    return index, read_picture_credit_from_card(Path(next(iter(index.folders()), pictures)))
-
-
 def read_picture_credit_from_card(folder: Path) -> Credit:
     """Read who must be credited for the pictures in a folder, from the front matter (YAML header) of its README.md.
 
@@ -78,11 +56,11 @@ def read_picture_credit_from_card(folder: Path) -> Credit:
     return Credit(name or folder.resolve().name, license, attribution)
 
 
-def copy_index_for_publication(index: PictureIndex, output: Path, model: str, title: str = "") -> int:
+def copy_index_for_publication(index: PictureIndex, output: Path, model: str, title: str) -> None:
     """Copy an index of pictures without private data, so that the copy can be published.
 
-    In the copy, the paths of this machine's folders are replaced by public names. The GPS coordinates at which pictures
-    were taken are removed.
+    Only pictures that were embedded with the model of the index are copied. In the copy, the paths of this machine's
+    folders are replaced by public names. The GPS coordinates at which pictures were taken are removed.
 
     Args:
         index: Index to copy.
@@ -90,9 +68,6 @@ def copy_index_for_publication(index: PictureIndex, output: Path, model: str, ti
         model: Place of the model, which the copy stores: a folder relative to the folder of the Space, or a Hub id.
         title: Public name of the indexed folder, if the index has a single folder. "", or several folders: the last
             part of each folder's path is its public name.
-
-    Returns:
-        Number of copied pictures. Only pictures that were embedded with the model of the index are copied.
 
     Raises:
         ValueError: If the index has no pictures that were embedded with its model.
@@ -109,21 +84,19 @@ def copy_index_for_publication(index: PictureIndex, output: Path, model: str, ti
         names[folder] = name
     source, target, width = PictureTable(index.where), PictureTable(output), index.model.width
     target.create(width)
-    schema, digest, copied = target.pictures.schema, index.model.image_digest, 0
+    schema, digest = target.pictures.schema, index.model.image_digest
     for batch in source.batches(schema.names, f"model = '{digest}'"):
         rows, nulls = pa.Table.from_batches([batch]), pa.nulls(len(batch), pa.float64())
         paths = pa.array([_anonymize_path(path, names) for path in rows["path"].to_pylist()], pa.string())
         changed: dict[str, Any] = {"path": paths, "latitude": nulls, "longitude": nulls}
         target.upsert(pa.Table.from_arrays([changed.get(name, rows[name]) for name in schema.names], schema=schema))
-        copied += len(rows)
-    if not copied:
+    if not target.count():
         raise ValueError(
             f"The index {index.where} has no pictures embedded with {index.model.name}. Index them with this model."
         )
     model_metadata = {"source": model, "name": index.model.name, "width": width, "image_digest": digest}
-    folder_keys = {FOLDER_KEY_PREFIX + name: "" for name in names.values()}
-    target.set_metadata({"model": json.dumps(model_metadata), **folder_keys})
-    return copied
+    target.set_metadata({"model": json.dumps(model_metadata)})
+    target.set_folders(dict.fromkeys(names.values(), ""))
 
 
 def _anonymize_path(path: str, new_names: dict[str, str]) -> str:
@@ -148,22 +121,28 @@ def _anonymize_path(path: str, new_names: dict[str, str]) -> str:
 # --- Folder of the Space ---------------------------------------------------------------------------------------------
 
 
-def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -> None:
+def write_space(pictures: str, model: str, folder: Path) -> None:
     """Write the folder of a Space (web demo on the Hub) that serves the picture search page.
 
     The folder holds the program, a copy of the index, the Python requirements, a card and, if `model` is a folder, the
     model.
 
     Args:
-        index: Index of pictures, of which the Space gets a copy without private data.
-        credit: Name, license and attribution of the pictures.
+        pictures: Path or URI of the index of pictures, of which the Space gets a copy without private data.
         model: Folder or Hub id of the model. A folder is copied to the Space. From a Hub id, the Space itself downloads
             the model.
         folder: Folder to write. It must be empty or not exist yet.
 
     Raises:
-        ValueError: If `folder` is not empty, or a file to publish contains an absolute path or an access token.
+        ValueError: If the index or the model does not exist. Also if `folder` is not empty, or a file to publish
+            contains an absolute path or an access token.
     """
+    if not Path(pictures, "pictures.lance").is_dir() and not pictures.startswith(STORAGE_PREFIXES):
+        raise ValueError(
+            f"--pictures {pictures} is not an index. Create one: capivara index FOLDER --index pictures.lance"
+        )
+    index = PictureIndex.open(pictures, model)
+    credit = read_picture_credit_from_card(Path(next(iter(index.folders()), pictures)))
     with atomic_folder(folder) as output:
         program = (path for package in PROGRAM_PACKAGES for path in (CODE_ROOT / package).rglob("*"))
         for path in (CODE_ROOT / "LICENSE", *(path for path in program if path.suffix in PROGRAM_SUFFIXES)):
