@@ -127,9 +127,7 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
     photo_features = prepare.compute_pooled_image_features(model, processor, photos)
     train_texts = embed([captions[0] for captions in data["train"]["captions-en"]])
     validation_texts = embed([captions[0] for captions in data["validation"]["captions-en"]])
-    photo_texts = [
-        embed([captions[i] for captions in photos[f"captions-{code}"]]) for code in ("en", "pt") for i in (0, 1)
-    ]
+    photo_texts = [embed([texts[i] for texts in photos[f"captions-{code}"]]) for code in ("en", "pt") for i in (0, 1)]
     weights, class_names = load_efficientnet_tensors()[-2], embed(load_prompts("imagenet-1k").english_names)
 
     def fit(reach: float | None) -> Candidate:  # reach None: without ImageNet's classes
