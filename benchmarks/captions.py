@@ -58,9 +58,7 @@ class CaptionsArguments:
     runs: int = flag(5, "Number of timed runs of each program. The programs take turns.")
     widths: int = flag(4, "Number by which BLIP-2's widths, heads and vocabulary are divided.")
     layers: int = flag(6, "Number by which BLIP-2's numbers of layers are divided.")
-    parts: Literal["generate", "chat"] = flag(
-        "generate", "generate: measure captioning by BLIP-2. chat: measure translation by a chat server."
-    )
+    parts: Literal["generate", "chat"] = flag("generate", "generate: measure captioning. chat: measure translation.")
     output: Path | None = flag(None, "JSON file for the results.")
 
 

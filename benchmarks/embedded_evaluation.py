@@ -29,21 +29,19 @@ class EmbeddedEvaluationArguments:
     output: Path | None = flag(None, "JSON file for the results.")
 
 
-def _measure_retrieval(
-    args: EmbeddedEvaluationArguments, dataset: str, language: str, output: Path
-) -> dict[str, float]:
+def _measure_retrieval(args: EmbeddedEvaluationArguments, dataset: str, language: str, file: Path) -> dict[str, float]:
     """Measure retrieval with the model on one dataset, without the cache of embeddings.
 
     Args:
         args: Command-line arguments.
         dataset: Dataset with images or with embeddings.
         language: Language code of the captions.
-        output: JSON file for the full result of `eval.retrieval`.
+        file: JSON file for the full result of `eval.retrieval`.
 
     Returns:
         `{direction and metric: value}`, such as `{"text_to_image recall@1": 0.25}`.
     """
-    arguments = RetrievalArguments(args.model, dataset, output, language=language, split=args.split, cache_dir="off")
+    arguments = RetrievalArguments(args.model, dataset, file, language=language, split=args.split, cache_dir="off")
     records = evaluate_retrieval_and_write_result(arguments, draw_sheet=False)
     return {f"{record.direction} {record.metric}": record.value for record in records}
 

@@ -130,13 +130,12 @@ def _build_encoding_programs_to_compare(args: EncodeArguments) -> dict[str, dict
     }
 
 
-def _compare_encoders(
-    encoders: dict[str, Callable[[], Tensor]], item_count: int, precision: str, runs: int
-) -> dict[str, Any]:
+def _compare_encoders(encoders: dict[str, Callable], item_count: int, precision: str, runs: int) -> dict[str, Any]:
     """Time two encoders and compare their embeddings.
 
     Args:
-        encoders: Functions "ours" and "open_clip", in this order; each returns embeddings of shape (items, width).
+        encoders: Functions "ours" and "open_clip" without arguments, in this order; each returns embeddings of shape
+            (items, width).
         item_count: Number of images or captions that one call encodes.
         precision: "float32" or "bfloat16".
         runs: Number of runs. Each run times every program once.

@@ -83,11 +83,9 @@ def _compute_auc_with_interval(present: np.ndarray, absent: np.ndarray) -> dict[
         sentences with even index, AUC of the sentences with odd index]}`.
     """
     rng = np.random.default_rng(0)
-    resampled = [
-        auc(rng.choice(present, len(present)), rng.choice(absent, len(absent))) for _ in range(BOOTSTRAP_RESAMPLES)
-    ]
+    aucs = [auc(rng.choice(present, len(present)), rng.choice(absent, len(absent))) for _ in range(BOOTSTRAP_RESAMPLES)]
     halves = [auc(present[start::2], absent[start::2]) for start in (0, 1)]
-    interval = np.quantile(resampled, [0.025, 0.975]).tolist()
+    interval = np.quantile(aucs, [0.025, 0.975]).tolist()
     return {"auc": auc(present, absent), "interval_95": interval, "halves": halves}
 
 

@@ -233,9 +233,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{benchmark.key}: {reason}.", flush=True)
         else:
             readable.append(benchmark)
-    sources, folders, models = {"baseline": args.baseline, "capivara": args.model}, {}, {}
-    for role, source in sources.items():
-        folders[role] = find_download_or_convert_model_folder(source, convert_to_folder)
+    sources, models = {"baseline": args.baseline, "capivara": args.model}, {}
+    folders = {role: find_download_or_convert_model_folder(name, convert_to_folder) for role, name in sources.items()}
     for role, source in sources.items():
         models[role] = read_json(folders[role] / CONVERSION_FILE, revision=str) | {"source": source}
         models[role] |= compare_converted_model_with_open_clip(source, folders[role])

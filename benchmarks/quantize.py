@@ -38,9 +38,7 @@ class QuantizeArguments:
     """Command-line arguments of `benchmarks.quantize`, which measures the loss of quality by quantization."""
 
     model: str | None = flag(None, "Folder or Hub id of a trained model. Default: the miniature of `capivara`.")
-    dataset: Path = flag(
-        Path("data/openmoji/dataset"), "Dataset of `examples.openmoji.prepare`; its test split is used."
-    )
+    dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset, of which the test split is used.")
     language: str = flag("pt", "Language of the captions.")
     rows: int = flag(350, "Number of rows to use, from the start of the test split.")
     output: Path | None = flag(None, "JSON file for the results.")

@@ -63,9 +63,7 @@ class SearchArguments:
         None, "JSON file for the results. Default: search.json or search_follow.json in benchmarks/results."
     )
     worker: Literal["fill", "index"] | None = flag(None, "Fill or measure one index in this process (internal).")
-    rows: int = flag(
-        1000, "Internal, set by the benchmark: number of pictures in the index that a worker process uses."
-    )
+    rows: int = flag(1000, "Number of pictures in the index of a worker process (internal).")
     added: int = flag(1, "Number of pictures that one call adds to the index (internal).")
 
 

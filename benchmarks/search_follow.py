@@ -90,7 +90,7 @@ def measure_indexing_watching_and_searches(work: Path, number: int, runs: int) -
     index = PictureIndex.open(where)
     with _serve_search_page_and_follow_folder(flags) as search:
         bar = tqdm(spare, desc="Changes")
-        changes = [_time_folder_changes_reaching_index(index, folder, photo, burst[0]) for photo in bar]
+        changes = [_time_changes_reaching_index(index, folder, photo, burst[0]) for photo in bar]
         idle = _time_page_searches(search, lambda done: done < QUESTION_COUNT)
         _copy_photos(burst, folder)
         busy = _time_page_searches(search, lambda done: len(index) < number + BURST_SIZE)
@@ -203,9 +203,8 @@ def _index_and_measure_remaining_time_error(words: list[str], where: Path) -> di
     end = max((now for now, _, _ in readings), default=start)
     # Time of the last reading without a finished picture. Until then, the run loads the model, which must not count.
     first_picture = max((now for now, done, _ in readings if not done), default=start)
-    estimates = [
-        (end - now, left) for now, _, left in readings if now - first_picture >= ESTIMATE_START_S and left is not None
-    ]
+    first_estimate = first_picture + ESTIMATE_START_S
+    estimates = [(end - now, left) for now, _, left in readings if now >= first_estimate and left is not None]
     # Estimates are whole seconds and may be 0. Both times count as at least 1 s, so that no ratio divides by 0.
     ratios = [max(actual, 1) / max(left, 1) for actual, left in estimates]
     factors = [max(ratio, 1 / ratio) for ratio in ratios]
@@ -235,9 +234,7 @@ def wait_until(condition: Callable[[], object], seconds: float = WAIT_TIMEOUT_S)
     return time.perf_counter() - start
 
 
-def _time_folder_changes_reaching_index(
-    index: PictureIndex, folder: Path, photo: Path, other: Path
-) -> dict[str, float]:
+def _time_changes_reaching_index(index: PictureIndex, folder: Path, photo: Path, other: Path) -> dict[str, float]:
     """Measure how long changes of a followed folder take to reach the index.
 
     Args:

@@ -71,6 +71,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, SiglipConfig, SiglipModel
 
 from benchmarks import tools
@@ -153,9 +154,7 @@ class TrainStepArguments:
     )
     runs: int = flag(5, "Number of runs of each program. The programs take turns.")
     steps: int = flag(1, "Timed training steps per run.")
-    warmup: int = flag(
-        1, "Untimed steps of this project's trainer before the timed steps. open_clip always has one untimed step."
-    )
+    warmup: int = flag(1, "Untimed steps of our trainer before the timed steps. open_clip always has one untimed step.")
     parts: list[str] = flag(
         ["recipe", "programs"],
         "What to measure, one or more of: programs (a small batch), recipe (the paper's batch of 2816 pairs), demo "
@@ -545,14 +544,6 @@ def _summarize_steps(pairs: int, seconds: list[float]) -> dict[str, Any]:
 # ---- one measurement of open_clip's trainer ----
 
 
-class PeerBatches(list):
-    """List of micro-batches that takes the place of a DataLoader in open_clip's function `train_one_epoch`.
-
-    This function also reads the attributes `num_batches` and `num_samples` of a DataLoader. The caller sets both. A
-    plain list can't have attributes, so a subclass is needed.
-    """
-
-
 def measure_open_clip_trainer(args: TrainStepArguments) -> dict[str, Any]:
     """Time training steps of open_clip's trainer in this process, and read the peak memory of the process.
 
@@ -585,7 +576,8 @@ def measure_open_clip_trainer(args: TrainStepArguments) -> dict[str, Any]:
     optimizer.register_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     pixels, texts = _make_random_pixels(config, args.pairs), make_random_token_ids(config, args.pairs)
     micro_batches = zip(pixels.split(args.peer_micro), texts.split(args.peer_micro), strict=True)
-    batches = PeerBatches([*micro_batches] * steps)
+    batches = DataLoader([*micro_batches] * steps, batch_size=None)
+    # `train_one_epoch` of open_clip reads these two attributes, which open_clip adds to each DataLoader.
     batches.num_batches, batches.num_samples = len(batches), steps * args.pairs
     scheduler = cosine_lr(optimizer, open_clip_args.lr, open_clip_args.warmup, steps)
     data = {"train": DataInfo(batches)}

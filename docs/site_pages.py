@@ -41,7 +41,8 @@ COMMAND_FOLDERS = {
     "examples": "Examples",
     "benchmarks": "Benchmarks",
 }
-LINK_RE = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
+# Target of a Markdown link to a file, without the anchor. A target with a colon is a URL, which is not matched.
+LINK_TARGET_RE = re.compile(r"(?<=\]\()[^)\s#:]+(?=(?:#[^)\s]*)?\))")
 IS_COMMAND_RE = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
 
 
@@ -207,12 +208,8 @@ def insert_generated_parts_and_rewrite_links(page: str, text: str) -> str:
     here = os.path.dirname(f"docs/{page}.md")
 
     def follow(match: re.Match) -> str:
-        start, target, end = match.groups()
-        if re.match(r"\w+:", target):
-            return match[0]
-        file = os.path.normpath(os.path.join(source.parent, target))
-        file = site_pages.get(file, file)
-        return f"{start}{os.path.relpath(file, here)}{end}"
+        file = os.path.normpath(os.path.join(source.parent, match[0]))
+        return os.path.relpath(site_pages.get(file, file), here)
 
     parts = re.split(r"(^ *```.*?^ *```)", text, flags=re.DOTALL | re.MULTILINE)
-    return "".join(part if part.lstrip().startswith("```") else LINK_RE.sub(follow, part) for part in parts)
+    return "".join(part if part.lstrip().startswith("```") else LINK_TARGET_RE.sub(follow, part) for part in parts)

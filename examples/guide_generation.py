@@ -129,8 +129,7 @@ def convert_tensor_to_pil_image(pixels: Tensor) -> PIL.Image.Image:
     Returns:
         The RGB image.
     """
-    array = (255 * pixels[0].detach()).round().clamp(0, 255).to(torch.uint8)
-    return PIL.Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
+    return functional.to_pil_image((255 * pixels[0].detach()).round().clamp(0, 255).to(torch.uint8))
 
 
 def main(argv: list[str] | None = None) -> None:

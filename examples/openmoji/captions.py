@@ -12,7 +12,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import DatasetDict
+from datasets import DatasetDict, concatenate_datasets
 
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.files import write_text
@@ -68,17 +68,15 @@ def _write_portuguese_names_into_table_files(tables: list[Path], source: Dataset
             translation. Files that do not exist are skipped.
         source: OpenMoji dataset with English and Portuguese names.
     """
-    portuguese = {}
-    for split in source.values():
-        for english, translations in zip(split["captions-en"], split["captions-pt"], strict=True):
-            portuguese[english[0]] = translations[0]
+    columns = concatenate_datasets([*source.values()]).select_columns(["captions-en", "captions-pt"])
+    portuguese = {row["captions-en"][0]: row["captions-pt"][0] for row in columns}
     for table in tables:
         if table.is_file():
-            header, *lines = table.read_text(encoding="utf-8").splitlines()
-            filled_lines = [header]
-            for key, english in (line.split("\t")[:2] for line in lines):
-                filled_lines.append(f"{key}\t{english}\t{escape_cell(portuguese[unescape_cell(english)])}")
-            write_text(table, "\n".join(filled_lines) + "\n")
+            lines = table.read_text(encoding="utf-8").splitlines()
+            for number, line in enumerate(lines[1:], 1):
+                key, english = line.split("\t")[:2]
+                lines[number] = f"{key}\t{english}\t{escape_cell(portuguese[unescape_cell(english)])}"
+            write_text(table, "\n".join(lines) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:

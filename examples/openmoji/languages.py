@@ -77,7 +77,7 @@ def _add_caption_columns(splits: dict[str, list[EmojiPicture]], data: DatasetDic
 
     Args:
         splits: Emoji of each split by its name, from `split_concepts`.
-        data: Dataset of the same splits, from `render_emoji_splits_as_dataset`.
+        data: Dataset of the same splits with English and Portuguese captions, from `render_emoji_splits_as_dataset`.
 
     Returns:
         The dataset with a column "captions-CODE" for each code of `LANGUAGES`.
@@ -86,11 +86,10 @@ def _add_caption_columns(splits: dict[str, list[EmojiPicture]], data: DatasetDic
     for split, pictures in splits.items():
         rows = data[split]
         for code in LANGUAGES:
-            names = load_emoji_names(code, pictures)
-            column, feature = f"captions-{code}", List(Value("string"))
-            if column not in rows.column_names:
-                # The dataset always has the column captions-pt, so this adds all languages except Portuguese.
-                rows = rows.add_column(column, [[names[picture.emoji]] for picture in pictures], feature=feature)
+            if code != "pt":  # the dataset already has Portuguese captions
+                names = load_emoji_names(code, pictures)
+                texts = [[names[picture.emoji]] for picture in pictures]
+                rows = rows.add_column(f"captions-{code}", texts, feature=List(Value("string")))
         results[split] = rows
     return results
 

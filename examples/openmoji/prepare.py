@@ -155,9 +155,7 @@ def train_and_save_base_model(dataset: DatasetDict, folder: Path, loss: str, lan
     model, processor = load_and_join_encoders(**LOSS_CONFIGS[loss])
     model, processor = _trim_vocabulary_to_frequent_words_and_captions(dataset, model, processor, languages)
     captions = dataset["train"]["captions-en"][:]
-    features = {
-        name: compute_pooled_image_features(model, processor, dataset[name]) for name in ("train", "validation")
-    }
+    features = {key: compute_pooled_image_features(model, processor, dataset[key]) for key in ("train", "validation")}
     initialize_projections(model, processor, features["train"], [texts[0] for texts in captions])
     curve = train_text_tower_until_recall_stops_rising(model, processor, dataset, features)
     model.save_pretrained(folder)

