@@ -53,7 +53,7 @@ TRAINING_FLAGS = "--effective_batch_size 16 --micro_batch_size 8 --warmup_steps 
 
 @dataclass
 class EmbeddedTrainingArguments:
-    """Command-line arguments of `benchmarks.embedded_training`, which measures training on image embeddings."""
+    """Command-line arguments of `benchmarks.embedded_training`: speed and memory of training on image embeddings."""
 
     rows: int = flag(3_300_000, "Rows of the large dataset.")
     small_rows: int = flag(10_000, "Rows of the small dataset, to compare the memory with that of the large dataset.")

@@ -44,11 +44,14 @@ CHOSEN_STATISTIC = "best, in deviations"
 
 @dataclass
 class NothingFitsArguments:
-    """Command-line arguments of `benchmarks.nothing_fits`, which measures how well the search notices no match."""
+    """Command-line arguments of `benchmarks.nothing_fits`: does the search detect that no picture fits a sentence?"""
 
-    model: str | None = flag(None, "Folder or Hub id of the model. Default: the model of a new index.")
+    model: str | None = flag(None, "Folder or Hub id of the model. Default: the model that a new index gets.")
     pictures: Path = flag(Path("data/coco128/images"), "Folder of photographs.")
-    sentences: Path = flag(Path(__file__).with_suffix(".yaml"), "YAML file with sentences under `there` and `absent`.")
+    sentences: Path = flag(
+        Path(__file__).with_suffix(".yaml"),
+        "YAML file with two lists of sentences: `there` (with a matching picture) and `absent` (without one).",
+    )
     output: Path = flag(tools.RESULTS_FOLDER / "nothing_fits.json", "JSON file for the results.")
     keep: bool = flag(
         False,

@@ -35,7 +35,7 @@ GROUP_SIZE = 32  # number of weights that share one scale in 4-bit quantization,
 
 @dataclass
 class QuantizeArguments:
-    """Command-line arguments of `benchmarks.quantize`, which measures the loss of quality by quantization."""
+    """Command-line arguments of `benchmarks.quantize`, which measures how much quality quantized weights cost."""
 
     model: str | None = flag(None, "Folder or Hub id of a trained model. Default: the miniature of `capivara`.")
     dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset, of which the test split is used.")

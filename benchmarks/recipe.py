@@ -3,8 +3,8 @@
     python -m benchmarks.recipe
     python -m benchmarks.recipe --base data/openmoji/base-sigmoid --output benchmarks/results/recipe_sigmoid.json
 
-The base model of the demo is trained once per seed. Each trained model is measured with its own weights, and with
-weighted means of its weights and the base model's weights (WiSE-FT weight interpolation, arXiv 2109.01903). The
+For each seed, the base model of the demo is fine-tuned once. Each fine-tuned model is measured with its weights, and
+with weighted means of its weights and the base model's weights (WiSE-FT weight interpolation, arXiv 2109.01903). The
 training uses the loss that the base model was built with: contrastive in the first command, sigmoid in the second.
 
 Run `examples.openmoji.prepare` and `examples.openmoji.proxies` first, because this benchmark needs their output.

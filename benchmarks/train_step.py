@@ -16,14 +16,15 @@ A program is one way to train: open_clip's trainer, or this project's trainer ("
 - `cache_recomputed`: the same as `cache`, but the autograd graphs of all micro-batches are recomputed in the backward
   pass. This is necessary for a batch of 2816 pairs, because its graphs do not fit into memory.
 
-`--parts` chooses what is measured. By default, `recipe` and `programs` are measured.
+The benchmark has three parts, which `--parts` chooses. By default, `recipe` and `programs` are measured.
 
 - `programs`: all four programs with a small batch, in float32 and in bfloat16.
 - `recipe`: the program `cache_recomputed` with the batch of 2816 pairs that the CAPIVARA paper uses.
 - `demo`: the commands of `make demo`, without the installation. They run twice, because the second run finds the caches
   of the first run.
 
-For the part `recipe`, `--pairs` chooses the measured steps, unless the part `programs` is measured, too:
+`--pairs` is the batch size of `programs`. If only `recipe` is measured, `--pairs` instead chooses which steps of
+`recipe` are measured:
 
 - Without `--pairs`: the first step of 2816 pairs.
 - `--pairs 2816`: the second step of 2816 pairs. It needs more memory than the first step, because Adam's moments exist
@@ -33,7 +34,7 @@ For the part `recipe`, `--pairs` chooses the measured steps, unless the part `pr
 
 Speed is measured in image-text pairs per second. A timed step includes the update of the weights by the optimizer. The
 part `programs` has an untimed step before the timed steps. Each measurement runs in a separate process, because its
-peak memory must not include other programs. The programs run in turns.
+peak memory must not include other programs. The programs alternate: each runs once, then each runs again.
 
 The models have random weights and a frozen image tower. `--model` chooses the architecture:
 

@@ -11,9 +11,10 @@ trimming does not change it. The parameters and the download size of the publish
 Each base model is built and measured in separate processes, one after another. The original and the trimmed model are
 measured alternately. The largest base model, MetaCLIP 2, needs 12 GB of memory and 7 GB of disk.
 
-The XLM-R vocabulary of CAPIVARA and XLM-R large is the real one. The vocabularies of SigLIP 2 (Gemma's) and MetaCLIP 2
-(XLM-V's) are not on PyPI. For these two models, vocabularies of the same kind and size are built from the most frequent
-words of all languages of wordfreq. The number of tokens that remain for two languages is therefore only an estimate.
+CAPIVARA and the base model with XLM-R large have the vocabulary of XLM-R, which is used here. The vocabularies of
+SigLIP 2 (Gemma's) and MetaCLIP 2 (XLM-V's) are not on PyPI. For these two models, the benchmark builds vocabularies of
+the same kind and size from the most frequent words of all languages in the package `wordfreq`. The number of remaining
+tokens for two languages is therefore only an estimate.
 """
 
 import json
@@ -58,7 +59,7 @@ ADDED_TOKEN_SCORE = -11.0
 
 @dataclass
 class TrimBenchmarkArguments:
-    """Command-line arguments of `benchmarks.trim_vocabulary`, which measures what a smaller vocabulary saves.
+    """Command-line arguments of `benchmarks.trim_vocabulary`: the memory and time that a smaller vocabulary saves.
 
     Raises:
         ValueError: If a base model is unknown, or `captions` or `runs` is below 1.

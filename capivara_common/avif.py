@@ -181,7 +181,7 @@ def _read_size_from_sequence_header(payload: bytearray | memoryview) -> tuple[in
     # The names in the comments are fields of the sequence header in the AV1 specification (section 5.5).
     read(4)  # skip seq_profile (3 bits) and still_picture (1 bit)
     if read(1):  # reduced_still_picture_header: the header has no timing information and no operating points
-        read(5)  # skip seq_level_idx
+        read(5)  # skip seq_level_idx (5 bits), the level of the AV1 specification
     else:
         _skip_timing_and_operating_points(read)
     width_bits, height_bits = read(4) + 1, read(4) + 1
@@ -198,7 +198,7 @@ def _skip_timing_and_operating_points(read: Callable[[int], int]) -> None:
     if read(1):  # timing_info_present_flag: timing information follows
         read(64)
         # The next bit is equal_picture_interval. If it is 1, a number in Exp-Golomb code follows: n zero bits, a one
-        # bit, and n more bits. The number is skipped.
+        # bit, and n more bits. `next` reads up to the one bit and returns n. Then the n more bits are skipped.
         if read(1) and (zeros := next(number for number in count() if read(1))):
             read(zeros)
         if read(1):  # decoder_model_info_present_flag: information about a decoder model follows
@@ -209,7 +209,7 @@ def _skip_timing_and_operating_points(read: Callable[[int], int]) -> None:
         read(12)
         if read(5) > 7:  # seq_level_idx: levels above 7 are followed by one bit for the tier
             read(1)
-        if delay_bits and read(1):  # decoder_model_present_for_this_op
+        if delay_bits and read(1):  # decoder_model_present_for_this_op: decoder settings of this operating point
             read(2 * delay_bits + 1)
-        if has_display_delay and read(1):  # initial_display_delay_present_for_this_op
+        if has_display_delay and read(1):  # initial_display_delay_present_for_this_op: display delay of this point
             read(4)

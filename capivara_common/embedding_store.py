@@ -70,10 +70,10 @@ class EmbeddingStore:
     """A cache of embeddings on disk, which computes each missing embedding once and then reads it from a file.
 
     All embeddings of a store were computed with the same settings. They are stored in shards, that is, Arrow files with
-    the embeddings of consecutive rows. A shard has the columns `vectors`, `reason` and `detail`. A bad row, for example
-    a row with an unreadable image, has an empty list in `vectors`. Its `reason` and `detail` say what is wrong. The
-    file name contains a digest of the images or texts of the shard. If rows are appended to a dataset, the shards that
-    were full before stay valid.
+    the embeddings of consecutive rows. A shard has the columns `vectors`, `reason` and `detail`. `vectors` is the list
+    of a row's embeddings, which is empty for a bad row, for example a row with an unreadable image. Its `reason` and
+    `detail` say what is wrong. The file name of a shard contains a digest of its images or texts. If rows are appended
+    to a dataset, the shards that were full before stay valid.
 
     A shard is written atomically and ends with a digest, so that an incomplete or damaged file is detected. If an
     interrupted run is repeated, only missing and damaged shards are computed. The processes of a distributed launch
@@ -85,8 +85,8 @@ class EmbeddingStore:
         settings: Everything besides the images or texts that changes an embedding, as JSON values: the encoder with
             its preprocessing, and the precision. For augmented images also the augmentation, with its seed and library
             version.
-        batch_size: Number of items that are embedded together. It changes the last bits of embeddings, so a store with
-            another batch size is another folder.
+        batch_size: Number of items that are embedded together. It changes the last bits of embeddings, so each batch
+            size has its own store.
         dtype: NumPy type of the stored numbers.
     """
 

@@ -4,13 +4,13 @@ Example:
     run_phases(PhaseStep.from_phases(args, PHASES, "score"), args)
 
 A command consists of phases (`Phase` in `tasks.py`), for example first scoring rows and then merging the scores. The
-rows of a phase are split into tasks. The rank of a task is its number, from 0. Each phase becomes a datatrove pipeline
-with a single step, `PhaseStep`, and starts when the previous phase is complete.
+rows of a phase are split into tasks. Each phase becomes a datatrove pipeline with a single step, `PhaseStep`. It starts
+when the previous phase is complete.
 
-The output files on disk define the progress: a task whose rows are finished returns at once, so a run can be resumed
-with any number of tasks. datatrove writes a completion file for each task that ends successfully. If the completion
-file of a task is missing, the task has failed or is still running. The reason is then in the file `failures/RANK.txt`
-in the log folder of the phase.
+The progress is read from the output files, not from the task numbers. So a run can be resumed with another number of
+tasks. datatrove writes a completion file for each task that ends successfully. If this file is missing, the task is
+still running or has failed. The reason of a failure is in the file `failures/RANK.txt` in the log folder of the phase,
+where RANK is the number of the task, from 0.
 """
 
 import logging
@@ -74,7 +74,9 @@ class PhaseStep(PipelineStep):
 
     @classmethod
     def from_phases(cls, args: ExecutorArguments, phases: dict[str, Phase], title: str) -> "list[PhaseStep]":
-        """Create the list of steps that `run_phases` runs: one step for each phase of a command.
+        """Wrap each phase of a command as a datatrove step, so that `run_phases` can run the phases in order.
+
+        A phase is a part of the work of a command that several tasks can share.
 
         Args:
             args: Command-line arguments of the command.
@@ -131,8 +133,7 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
     Args:
         steps: One step per phase, in order. A step starts only if the previous step is complete.
         args: Command-line arguments with the executor flags. `args.executor` says where all steps run. The other
-            executor flags, such as `workers`, are read from `step.args` if these are `ExecutorArguments`, otherwise
-            from `args`.
+            executor flags, such as `workers`, also apply to each step, unless the step has its own (`step.args`).
 
     Returns:
         True if all phases are complete. False if the phases were submitted to Slurm as jobs that run later.

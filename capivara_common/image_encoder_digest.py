@@ -18,7 +18,7 @@ from capivara_common.model_kinds import KINDS, NATIVE_MODEL_TYPE
 from capivara_common.weight_file import WeightFile, find_weight_files
 
 DIGEST_VERSION = 1  # version of the cached digests; increase it if the digest covers other weights than before
-IMAGE_ENCODER_PREFIXES = ("vision_model.", "visual_projection.")  # names of the image encoder's parameters
+IMAGE_ENCODER_PREFIXES = ("vision_model.", "visual_projection.")  # the names of its parameters start with these
 DIGEST_CHUNK_BYTES = 1 << 24  # 16 MiB; weights are hashed in pieces of this size, to limit memory
 # Default values of transformers' image processors. The file of an image processor may omit these settings.
 IMAGE_PROCESSOR_DEFAULTS = {
@@ -141,7 +141,8 @@ def _get_or_compute_weights_digest(folder: Path) -> str:
     and cached.
     """
     paths = find_weight_files(folder)
-    # ctime is included because archives and `cp -p` can give the file of another model the same size and mtime.
+    # The ctime is included, because unpacking an archive and `cp -p` keep the mtime. The file of another model could
+    # then have the same size and mtime.
     stats = [(path.stat(), path) for path in paths]
     metadata = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat, path in stats]
     cache_file = cache_home() / "image_digests" / f"{json_digest(metadata)}-{DIGEST_VERSION}.json"

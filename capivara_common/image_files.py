@@ -64,8 +64,8 @@ EXIF_TRANSPOSES = {
 _FILE_OPEN_FLAGS = os.O_RDONLY
 for _flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"):
     _FILE_OPEN_FLAGS |= getattr(os, _flag, 0)
-# Flags for `os.open` that open the parent folders of a file without following links; None on Windows, which can't do
-# that. O_PATH, which only Linux has, also opens folders that the user may enter but not list.
+# Flags for `os.open` that open the parent folders of a file without following links. None on Windows, where this is not
+# possible. On Linux, O_PATH also opens folders that the user can't list (with execute but no read permission).
 _FOLDER_OPEN_FLAGS = None
 if hasattr(os, "O_DIRECTORY") and hasattr(os, "O_NOFOLLOW") and os.open in os.supports_dir_fd:
     _FOLDER_OPEN_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -98,7 +98,7 @@ class BadRow(ValueError):
 
 
 class BadImage(BadRow):
-    """Error for an image that can't be used, because it is missing, damaged, too large or lies in a forbidden place."""
+    """Error for an image that can't be used, because it is missing, damaged, too large or not in an allowed folder."""
 
 
 @dataclass(frozen=True)

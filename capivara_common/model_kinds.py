@@ -47,7 +47,7 @@ METACLIP_2_TEXT_DEFAULTS = {
     **{"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "layer_norm_eps": 1e-5},
     **{"max_position_embeddings": 77, "hidden_act": "quick_gelu", "eos_token_id": 49407},
 }
-# {`model_type` of a well-known model that is not supported: explanation for the error message}
+# {`model_type` of a well-known model that is not supported: text that follows the `model_type` in the error message}
 UNSUPPORTED_MODEL_TYPES = {"siglip2": " (SigLIP 2 of any resolution, NaFlex)"}
 
 

@@ -160,9 +160,10 @@ def _find_substring_positions(content: str | bytes | mmap.mmap, part: str | byte
 
 
 def redact_secrets(text: str) -> str:
-    """Replace the secrets in a text by `***`, so that the text can be logged. Hub tokens (`hf_…`) become `hf_***`.
+    """Replace the secrets in a text by `***`, so that the text can be logged.
 
-    Secrets are the Hub tokens of this machine, and any text that looks like a key, a token or a password in a URL.
+    Secrets are the Hub tokens of this machine, any text that looks like a key or a token, and passwords in URLs. Hub
+    tokens (`hf_…`) become `hf_***`.
     """
     for secret in read_hub_tokens():
         text = text.replace(secret, "hf_***")

@@ -221,7 +221,7 @@ class LocalizedGroup(LocalizedCommand, click.Group):
     command_class = LocalizedCommand
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Find the command that the first word of a command line names.
+        """Find the command whose name is the first word of the command line.
 
         Args:
             ctx: Context of the group.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
 BLOCK_ROWS = 512  # number of vectors per block; all pairs in a block are compared in one matrix product
-# Each block is also compared with all later vectors, this many in one matrix product, to limit the memory.
+# Each block is also compared with all later vectors. To limit the memory, one matrix product covers this many of them.
 LATER_BLOCK_ROWS = 2048
 # Thresholds are lowered by this value. Vectors are stored in float16, and the rounding would otherwise move some pairs
 # from just above a threshold to just below it.
@@ -42,7 +42,7 @@ SIGNATURE_WEIGHT = 2 / 3  # weight of the color signatures in the similarity; th
 # A color signature is ignored if the standard deviation of its colors (0 to 255) is lower than this. Such a picture
 # has hardly any differences in color, and scaling its signature to unit length would only amplify noise.
 MIN_SIGNATURE_STD = 2.0
-SIGNATURE_BYTES = 3 * SIGNATURE_SIDE * SIGNATURE_SIDE  # bytes of a color signature without details: 3 colors per pixel
+SIGNATURE_BYTES = 3 * SIGNATURE_SIDE * SIGNATURE_SIDE  # bytes of a color signature's pixels (3 color channels)
 # A picture is flat (see the module docstring) if at least this share of its pixels has exactly the same color. In the
 # pictures of `benchmarks.duplicates`, this share is at least 0.21 for icons, and at most 0.18 for photographs.
 MIN_FLAT_PIXEL_SHARE = 0.2
@@ -103,13 +103,15 @@ def _is_flat_picture(pixels: np.ndarray) -> bool:
 def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes | None]) -> np.ndarray:
     """Combine the model's vectors and the color signatures of pictures into vectors for near-duplicate detection.
 
-    The model's vectors alone do not show reliably whether one picture is a copy of another.
-    `compute_duplicate_similarity` compares the combined vectors. For two pictures that are not flat, the dot product is
-    one third of the cosine of the model's vectors plus two thirds of the cosine of the color signatures.
+    The model's vectors alone do not show reliably whether one picture is a copy of another. So each picture also has a
+    color signature, a copy of the picture that is shrunk to a few pixels. The dot product of the combined vectors of
+    two pictures is one third of the cosine of the model's vectors plus two thirds of the cosine of the signatures.
+    `compute_duplicate_similarity` also uses the details of flat pictures, in which many pixels have exactly the same
+    color, such as icons.
 
-    Before signatures are combined, half of the picture's mean color and half of its mean brightness are subtracted from
-    its signature. Otherwise any two crops of a red picture would be similar. If a picture has no signature, or a
-    uniform color, its combined vector contains only the model's vector.
+    The average of the picture's mean color and its mean brightness is first subtracted from its signature. Otherwise
+    any two crops of a red picture would be similar. If a picture has no signature, or a uniform color, its combined
+    vector contains only the model's vector.
 
     Args:
         vectors: The model's vector of each picture: array (rows, width), of unit length.

@@ -47,10 +47,11 @@ def load_requested_folders(table: PictureTable) -> dict[str, str]:
 def record_requested_folders(
     table: PictureTable, folders: Mapping[str | Path, str], moved_from: Path | None = None
 ) -> None:
-    """Record on this machine that the user has added folders to an index.
+    """Add folders to this machine's list of the folders that the user has added to an index.
 
-    Pictures are read only in recorded folders, because the list of folders in an index from another machine can't be
-    trusted. If the record can't be written, a message is logged instead of raising an error.
+    The list is stored outside of the index, and pictures are read only in folders of this list. An index that comes
+    from another machine could name any folder. If the list can't be written, a message is logged instead of raising an
+    error.
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.

@@ -123,11 +123,12 @@ class PictureIndex:
     stores its vector (embedding), a thumbnail and metadata.
 
     Attributes:
-        relevance_threshold: Whether a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
-            True: yes. False: no. None, the default: only if a measurement has shown that the model separates relevant
-            from irrelevant pictures well (`query.is_relevance_auc_of_model_high_enough`). A hit counts as relevant if
-            its score is at least as high as the score that the best picture reaches by chance, for sentences such as
-            "uma imagem" that describe no particular picture (`query.estimate_relevance_z_score_threshold`).
+        relevance_threshold: True: a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
+            False: no search does. None, the default: it depends on the model. Hits are marked if a measurement has
+            shown that the model separates relevant from irrelevant pictures well
+            (`query.is_relevance_auc_of_model_high_enough`). A relevant hit has a score that no picture reaches for
+            sentences such as "uma imagem", which describe no particular picture
+            (`query.estimate_relevance_z_score_threshold`).
 
     Example:
         >>> from pathlib import Path
@@ -193,7 +194,7 @@ class PictureIndex:
         Raises:
             ValueError: If the model does not exist, has an architecture that the search does not support, or can't be
                 downloaded.
-            ImportError: If a package of the miniature model is not installed.
+            ImportError: If a package that the miniature, the small demo model, needs is not installed.
             OSError: If there is not enough disk space for the model.
         """
         from capivara_search.models import SearchModel, resolve_search_model

@@ -158,12 +158,11 @@ def make_error_from_code(error_type: Callable[[str], Exception], code: str, **va
 
 
 def log_message_from_code(code: str, *values: object, level: int = logging.INFO) -> None:
-    """Log a message that the command `capivara` prints in the user's language.
+    """Log a message of `messages.yaml` in English. The command `capivara` shows it in the user's language.
 
     Args:
-        code: Code of the message. `messages.yaml` has its text under the key `note.CODE`. The English text is logged by
-            the logger "capivara".
-        *values: Values of the numbered placeholders. Secrets in strings, such as API keys, are redacted.
+        code: Code of the message. `messages.yaml` has its text under the key `note.CODE`. The logger is "capivara".
+        *values: Values of the placeholders `{0}`, `{1}` and so on. Secrets in strings, such as API keys, are redacted.
         level: Level of the log record, such as `logging.WARNING`.
     """
     values = tuple(redact_secrets(value) if isinstance(value, str) else value for value in values)

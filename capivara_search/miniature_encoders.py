@@ -237,8 +237,8 @@ def load_efficientnet_backbone() -> TimmWrapperModel:
     """
     weights = load_efficientnet_tensors()
     model = TimmWrapperModel(TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
-    # The package lists the same weights in the same order but under other names, so they are matched by position. The
-    # last two are the classifier, which the model does not have.
+    # The file has the same tensors in the same order as timm's model but under other names, so they are matched by
+    # position. The last two tensors belong to the classifier, which this model lacks.
     names = model.timm_model.state_dict()
     model.timm_model.load_state_dict(dict(zip(names, weights[:-2], strict=True)))
     # Width of the image embedding, which TimmWrapperConfig does not set.

@@ -69,8 +69,9 @@ def _build_and_save_miniature_model(folder: Path) -> None:
     towers = {"vision_config": image_encoder.config, "text_config": text_encoder.config}
     width = text_encoder.config.hidden_size
     config = CapivaraConfig(**towers, projection_dim=width, text_projection_type="linear")
-    # `visual` (text width, image width) is the weight of the image projection. `direction` (text width,) is the unit
-    # vector that all text embeddings have in common. The text projection removes it, because it carries no information.
+    # `visual` (text width, image width) is the weight of the image projection. `direction` (text width,) is the
+    # direction of the mean text embedding. The text projection removes this component: it is nearly the same in all
+    # texts, so it carries no information.
     fitted = load_file(PROJECTION_FILE)
     state = {
         **{f"vision_model.{name}": tensor for name, tensor in image_encoder.state_dict().items()},

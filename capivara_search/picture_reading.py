@@ -143,8 +143,8 @@ def decode_picture(
         name: File name. If it has the suffix of a RAW format, the file is decoded as a RAW file, unless its content is
             another image, such as a JPEG or TIFF.
         max_pixels: Maximum number of pixels. A larger picture is refused.
-        min_short_side: Minimum length in pixels of the short side of a JPEG that is decoded at reduced size, which is
-            1/2, 1/4 or 1/8 of the full size. 0: decode at full size.
+        min_short_side: To save time, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as long as its short side keeps
+            at least this many pixels. 0: decode at full size.
 
     Returns:
         The image.

@@ -138,7 +138,7 @@ def vector_column(width: int) -> str:
 
 
 def comparison_columns(width: int) -> list[str]:
-    """Return the columns of the table `pictures` that are needed to create hits and to find near-duplicates.
+    """Return the columns of the table `pictures` that search results (`Hit`) and the search for near-duplicates need.
 
     Args:
         width: Width of the model's vectors, which determines the name of the vector column.
@@ -420,7 +420,8 @@ class PictureTable:
 
         Args:
             model: Model in use. Vectors of other models are not returned.
-            max_rows: Maximum number of rows to read. Rows with vectors of other models count, too.
+            max_rows: Maximum number of rows to read. Rows of other models are read and then dropped, so the result may
+                have fewer rows.
 
         Returns:
             Array (rows, width), float32. Each vector has unit length.
@@ -637,7 +638,7 @@ class PictureTable:
         self.upsert(pa.Table.from_pylist(rows, TABLE_SCHEMAS[SKIPPED_FILES_TABLE]), SKIPPED_FILES_TABLE)
 
     def delete_skipped_files(self, paths: Sequence[str]) -> None:
-        """Delete the rows with the given paths from the table `left_out`."""
+        """Delete files from the table `left_out`, which lists skipped files. Nothing is deleted on the disk."""
         self.delete_paths(paths, SKIPPED_FILES_TABLE)
 
     def set_folders(self, values: Mapping[str, str]) -> None:

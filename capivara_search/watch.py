@@ -1,8 +1,8 @@
 """Watch folders of pictures and update an index within seconds of a change.
 
-The package watchfiles reports changed paths in bursts. A changed file is not read immediately, because it may still be
-copied. Its path waits until the size and modification time of the file are the same in two successive bursts.
-`PictureIndex.add` then updates only the paths that have settled in this way.
+The package watchfiles reports changed paths in bursts, and an empty burst if nothing changes for a second. A changed
+file is not read immediately, because it may still be copied. The file has settled when its size and modification time
+are the same in two successive bursts. `PictureIndex.add` then updates only the paths that have settled.
 """
 
 import logging
@@ -38,7 +38,7 @@ MOUNTINFO_FILE = Path("/proc/self/mountinfo")  # exists on Linux only
 # The follower is a child process of the web page's server. It runs `capivara watch`, which updates the index.
 RESTART_DELAY_S = 30  # seconds before a follower that has ended is started again
 SHUTDOWN_TIMEOUT_S = 15  # seconds for a follower to finish its batch before it is killed
-# Code that the follower, the child process that updates the index, runs with `python -c`.
+# The follower is the child process that updates the index. It runs this code with `python -c`.
 FOLLOWER_PROGRAM = (
     "from capivara_search import command, watch; watch.end_with_parent_and_lower_priority(); command.run()"
 )

@@ -169,7 +169,8 @@ def filter_usable_rows(table: Dataset) -> Dataset:
 def list_skipped_rows_and_damaged_archives(table: Dataset, split: Split) -> list[SkippedRow]:
     """List all rows of a dataset split that can't be used, to report them to the user.
 
-    The list has one entry for each unusable row of the pair table, followed by one entry for each damaged archive.
+    The list has one entry for each unusable row of the pair table, which has a row per image with its captions. Then
+    follows one entry for each damaged archive.
 
     Args:
         table: Pair table from `load_or_build_pair_table`.

@@ -66,7 +66,7 @@ class ParquetSplit(Split):
         if start >= len(self):
             return
         first = bisect.bisect_right(self._row_group_starts, start) - 1
-        to_skip = start - self._row_group_starts[first]  # rows of the first row group before `start`
+        to_skip = start - self._row_group_starts[first]  # number of rows at the start of this group
         columns = None if column_names is None else list(column_names)
         for path, groups in itertools.groupby(self._row_groups[first:], key=lambda group: group[0]):
             numbers = [number for _, number, _ in groups]

@@ -140,14 +140,15 @@ class CaptionChoice:
         "least `min_similarity`. diverse: captions as for threshold that differ from each other.",
     )
     # The default values are the settings of the released CAPIVARA models.
-    caption_count: int = flag(5, "Number of captions, for the strategies first and rank.")
+    caption_count: int = flag(5, "Number of captions per image. Only for the strategies first and rank.")
     min_similarity: float = flag(0.2, "Lowest image-caption cosine that the strategies threshold and diverse accept.")
     min_pair_similarity: float | None = flag(
         None,
         "Pair filter: skip an image if its cosine with its first original caption is below this value. Default: no "
         "filter.",
     )
-    # Constants of the strategy `diverse`; no flag changes them.
+    # The strategy `diverse` drops a caption if its overlap of words with a better caption is above `max_overlap`, but
+    # keeps at least `min_kept` captions. No flag changes these values.
     max_overlap, min_kept = 0.3, 3
 
     def check_choice(self) -> None:

@@ -190,18 +190,19 @@ class Split:
     def check_embeds(self, model: str, width: int, fingerprint: str = "", views: int = 1) -> None:
         """Check that a model can use the stored embeddings of this split in place of its own image encoder.
 
-        The split must have embeddings instead of images. They fit only if the image encoder of the model computed them.
+        The split must have embeddings instead of images. The model can use them only if its own image encoder computed
+        them.
 
         Args:
             model: Folder or Hub id of the model, or "open_clip:…" for a model of open_clip.
             width: Number of dimensions of the model's embeddings.
             fingerprint: String that identifies an open_clip model (`Embedder.fingerprint`). Ignored for other models.
-            views: 1: the caller needs the embedding of each image itself. More than 1: the caller needs the embeddings
-                of this many views, that is, augmented copies of each image.
+            views: Number of augmented copies (views) of each image whose embeddings are needed. 1: the embedding of the
+                unchanged image is needed.
 
         Raises:
-            ValueError: If another image encoder computed some of the embeddings. The message names the digests of the
-                image encoders. If the embeddings do not have the width of the model, or the split lacks the needed
+            ValueError: If another image encoder computed some of the embeddings; the message names the digests of both
+                image encoders. If the embeddings do not have the width of the model. If the split lacks the needed
                 views.
         """
         self.check_views(views)
@@ -581,9 +582,9 @@ def _check_decoded_size_of_parquet_files(paths: Sequence[str | Path]) -> None:
     def check_size(path: str | Path, size: int) -> None:
         if size > limit:
             raise ValueError(
-                f"{path} is too large after decoding: the limit is {MAX_PARQUET_EXPANSION} times the size on disk, "
-                f"here {stored:,} bytes, and at least {UNLIMITED_EXPANSION_BYTES / 1e6:.0f} MB. If you trust the data, "
-                "write the files again without compression and dictionary encoding."
+                f"{path} is too large after decoding: more than {limit:,} bytes, although the files have only "
+                f"{stored:,} bytes on disk. If you trust the data, write the files again without compression and "
+                "dictionary encoding."
             )
 
     for path in paths:
@@ -765,8 +766,8 @@ def _find_root_and_data_files(dataset: str) -> tuple[Path, list[Path]]:
     forms = list(filter(None, by_form))
     if len(forms) != 1:
         raise ValueError(
-            f"{dataset} must be a saved DatasetDict, or hold data files of one form, directly or in folders: parquet, "
-            "tar, metadata.jsonl or metadata.csv. It holds "
+            f"{dataset} must be a saved DatasetDict, or have data files of exactly one kind: parquet, tar, "
+            "metadata.jsonl or metadata.csv. Subfolders are searched, too. Found: "
             f"{[str(files[0]) for files in forms] or 'none of these'}. A pattern such as 'folder/*.tar' selects files."
         )
     return root, forms[0]

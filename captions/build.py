@@ -142,9 +142,9 @@ class BuildPlan:
 
 
 class ManualStepRequired(Exception):
-    """Exception that stops a build because people must first fill translation tables. The message names the tables.
+    """Exception that stops a build because people must first write translations into tables.
 
-    Nothing is wrong: when the tables are filled, the same command continues the build.
+    The message names the tables. Nothing is wrong: when the tables are filled, the same command continues the build.
     """
 
 
@@ -557,8 +557,8 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
         world_size: Number of tasks; not used.
 
     Raises:
-        ValueError: If a stage is not complete, or no row is left. If the existing dataset was made with other settings
-            or data. If a column has different types in two splits.
+        ValueError: If a stage is not complete, or the stages have skipped all rows. If the existing dataset was made
+            with other settings or data. If a column has different types in two splits.
     """
     output = plan.dataset
     last_stages = {split: steps[-1].output for split, steps in plan.steps.items()}

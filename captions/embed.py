@@ -43,7 +43,7 @@ logger = logging.getLogger("capivara")
 class EmbedCommandArguments(EmbedArguments):
     """Command-line arguments of `captions.embed`, which replaces the images of a dataset by their embeddings."""
 
-    split: str = flag("train", "Split to embed; all: every split of the dataset.")
+    split: str = flag("train", "Name of the split to embed, or all to embed every split of the dataset.")
     license: str | None = flag(
         None, "License of the output, an identifier of the Hub such as cc-by-4.0. Default: the license of the dataset."
     )

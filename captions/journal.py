@@ -29,7 +29,8 @@ def append_to_journal(path: Path, record: dict[str, Any]) -> None:
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """Iterate over the JSON records of a journal, a file that `append_to_journal` has written.
 
-    Incomplete lines, which killed processes leave, are skipped. If the file does not exist, there are no records.
+    Incomplete lines are skipped. A process leaves them if it is killed while it writes. If the file does not exist,
+    there are no records.
     """
     if not path.is_file():
         return

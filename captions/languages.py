@@ -39,8 +39,8 @@ def find_translator_language_code(language: str, codes: Iterable[str], translato
         translator_name: Name of the translator, for the error message.
 
     Returns:
-        A code for the same language in the same script. If several codes match, a code that is spelled like `language`
-        comes first, then a code with the same region, then a code without a region.
+        A code for the same language in the same script. If several codes match, the best one is chosen: a code that is
+        spelled like `language`, otherwise a code with the same region, otherwise a code without a region.
 
     Raises:
         ValueError: If no code matches. The message lists the most similar codes.

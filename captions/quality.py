@@ -112,11 +112,12 @@ def find_caption_quality_flags(caption: str, language: str) -> list[str]:
 
 
 def count_and_iter_row_qualities(report: dict[str, Any], output: Path, column: str) -> Iterator[dict[str, Any]]:
-    """Iterate over the values of the quality column of all rows that a stage has written, and count them.
+    """Yield the quality value of each row that a stage has written, and add it to the totals in `report`.
+
+    A stage is a step of the caption pipeline, such as translation. A quality value says which texts look wrong.
 
     Args:
-        report: Content of the file `quality.json`. The function adds each row to its numbers "rows", "captions" and
-            "flagged".
+        report: Content of the file `quality.json`. Its numbers "rows", "captions" and "flagged" are increased.
         output: Output folder of the stage.
         column: Name of the column. Its values have the keys "captions" (number of texts) and "flagged" (list of texts
             that look wrong).

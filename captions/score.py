@@ -38,14 +38,14 @@ class ScoreArguments(EncoderStageArguments):
     language: str = flag("pt", "Language code at the end of the names of the caption columns.")
 
     def required_columns(self) -> list[str]:
-        """Return the names of the columns with captions in the language of the flags, for example "captions-pt".
+        """Return the names of the columns with captions in the language of `--language`, for example "captions-pt".
 
         The dataset must have at least one of these columns.
         """
         return [f"captions-{self.language}", f"generated-captions-{self.language}"]
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Check that the dataset has captions in the language of the flags, and return the new column.
+        """Check that the dataset has captions in the language of `--language`, and return the new column.
 
         Args:
             columns: Names of the columns of the dataset, after the renaming with the flag `rename`.

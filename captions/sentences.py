@@ -70,13 +70,13 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range] | No
 def build_translation_and_quality_columns(args: Any, row: Row, answers: dict[str, Answer]) -> Row:
     """Build the new columns of a row: its translated captions, and a list of the translations that look wrong.
 
-    With the flag `drop_flagged`, the columns of translations do not contain translations that look wrong.
+    With the flag `drop_flagged`, translations that look wrong are left out of the columns of translations.
 
     Args:
         args: Flags of `captions.translate`.
         row: A row with captions.
-        answers: Dict `{sentence: answer}`. An answer holds the translation and, if it is not usable, its fault: the
-            name of a problem, such as "refused".
+        answers: Dict `{sentence: answer}`. An answer holds the translation. If the translation is not usable, it also
+            holds the name of the problem, such as "refused".
 
     Returns:
         A dict `{column name: value}` with the columns of translations and the column `quality-<language>`. A column of

@@ -54,7 +54,7 @@ from caption_data.rows import (
 )
 from caption_data.sources import STAGE_FILE, Split, check_stage_is_finished, open_parquet
 
-SPLIT_NAME_PATTERN = r"\w+([.-]\w+)*"  # regular expression of valid split names; output files begin with this name
+SPLIT_NAME_PATTERN = r"\w+([.-]\w+)*"  # valid names of splits; file names of the output begin with it
 IMAGE_COLUMN = "image"  # name of the image column in every output, as in the datasets of the CAPIVARA authors
 DECODED_KEY = "decoded image"  # key under which a stage finds the decoded image in a row
 STAGE_VERSION = 1  # version of the format of output folders; increase it when the format of their files changes
@@ -181,7 +181,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         check_at_least(self, 1, "batch_rows", "rows_per_part")
         if not re.fullmatch(SPLIT_NAME_PATTERN, self.split):
             raise ValueError(
-                "split must be letters, digits and underscores, with single dots or dashes in between, got "
+                "split may have letters, digits and underscores, with single dots or dashes between them, got "
                 f"{self.split!r}."
             )
         folder, output = Path(self.dataset).resolve(), self.output.resolve()
@@ -213,7 +213,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return []
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Check that the dataset has a column that the stage can work on, and return the names of the new columns.
+        """Check that the dataset has an input column for the stage, and return the names of the new columns.
 
         Args:
             columns: Names of the columns of the dataset, after the renaming with the flag `rename`.
@@ -223,7 +223,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
             The names of the columns that the stage adds to the dataset.
 
         Raises:
-            ValueError: If the stage needs a column and the dataset has none of the columns `required_columns()`.
+            ValueError: If the dataset has none of the columns that `required_columns` returns. One of them suffices.
         """
         needed = self.required_columns()
         if needed and set(columns).isdisjoint(needed):
@@ -287,9 +287,9 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return {}, {}, lambda rows: [{} for _ in rows]
 
     def write_rows(self, rank: int = 0, world_size: int = 1) -> "StageReport":
-        """Write the output files of one task of the stage, except files that exist already.
+        """Write one task's share of the output files of this stage. Existing files are kept.
 
-        The tasks of a stage are processes that share its rows. Task `rank` of `world_size` tasks writes its share.
+        A stage is a step of the caption pipeline, such as translation. Its tasks are processes that share the rows.
 
         Args:
             rank: Number of the task, counted from 0.
@@ -531,9 +531,10 @@ class RowStage:
         prepare: Callable[[list[range]], None] = lambda parts: None,
         prepared_rows: int = MAX_PREPARED_ROWS,
     ) -> StageReport:
-        """Process the rows of the task, and write the output files that do not exist yet.
+        """Process the rows of this task, and write the output files that do not exist yet.
 
-        A part, that is, one parquet file of the output, is written completely or not at all.
+        Several tasks share the rows of a dataset. A part is one parquet file of the output. It is written completely or
+        not at all.
 
         Args:
             columns: Dict `{new column: feature}`, where a feature is a column type of `datasets`. A new column replaces
@@ -545,10 +546,10 @@ class RowStage:
                 batched. In a row, the image is a dict with the keys "bytes" and "path", and captions are lists of
                 texts. If `args.decodes_images` is True, the decoded image is under the key `DECODED_KEY`. If the
                 dataset has embeddings instead of images, the embedding is under this key, as a float32 array.
-            prepare: Function that is called before the next parts are written, with the list of their row ranges. It
-                can, for example, translate the captions of several parts at once.
-            prepared_rows: Largest number of rows for one call of `prepare`. A part with more rows gets a call of its
-                own. With the value 1, `prepare` is therefore called before each part.
+            prepare: Function that is called once for several parts, before they are written. It gets the list of their
+                row ranges, and can, for example, translate the captions of all these parts at once.
+            prepared_rows: Number of rows that one call of `prepare` may cover. At least one part is always covered, so
+                with the value 1, `prepare` is called before each part.
 
         Returns:
             The numbers of written and skipped rows of the task.
@@ -612,8 +613,8 @@ class RowStage:
                     # An earlier run that was killed may have left a list of skipped rows, which is now wrong.
                     _skipped_path(path).unlink(missing_ok=True)
         except FileNotFoundError:
-            # The temporary file is gone. This is no error if the part exists: another process has then written the same
-            # part, and has removed the temporary file of this process.
+            # The temporary file is gone. This is no error if the output file exists: another process has then written
+            # it, and has deleted all temporary files that belong to it, including the file of this process.
             if not path.is_file():
                 raise
 
@@ -834,10 +835,11 @@ class Corrections:
     rows: list[int]
 
     def apply(self) -> None:
-        """Delete the parquet files with changed rows, and record the corrected table in `stage.json`.
+        """Delete the parquet files whose translations were corrected, so that the next run writes them again.
 
-        The next run of the stage then writes the deleted files again. The lists of skipped rows are not deleted,
-        because corrections do not change which rows are skipped.
+        A correction is an entry of the translation table that a person has changed. The file `stage.json` gets the
+        digest of the corrected table. The lists of skipped rows are not deleted, because corrections do not change
+        which rows are skipped.
         """
         for path in self.parts:
             path.unlink(missing_ok=True)

@@ -64,7 +64,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
     source_language: str = flag("en", "Code of the language of the existing captions.")
     backend: str = flag(
         "transformers",
-        "What translates. transformers: a model on this machine. google: Google Cloud Translation, which costs money; "
+        "Translator. transformers: a model on this machine. google: Google Cloud Translation, which costs money; "
         "the key comes from the environment variable GOOGLE_API_KEY. file: a table that people fill. chat: a language "
         "model on a server that speaks OpenAI's protocol.",
         choices=list(TRANSLATORS),

@@ -38,11 +38,11 @@ UNSAFE_CELL_RE = re.compile("^[=+@-]|[\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]"
 def escape_cell(text: str) -> str:
     """Escape a text so that it can be written to a cell of a translation table, which is a TSV file.
 
-    The result has no tab and no line break, and a spreadsheet does not read it as a formula. The escapes are those of
-    JSON strings, but quotes are not escaped.
+    Tabs and line breaks are written as JSON escapes. So is a first character such as `=`, with which a formula of a
+    spreadsheet begins. Quotes are not escaped.
     """
     text = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"')
-    # Four digits are enough, because the code point of each of these characters has at most four hex digits.
+    # Four hex digits are enough, because `UNSAFE_CELL_RE` matches only characters up to U+FFFF.
     return UNSAFE_CELL_RE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
@@ -99,8 +99,9 @@ class TranslationTable:
 
     Attributes:
         path: TSV file.
-        header: Dict `{column name: value}` from the first line. For example, the column names "id" and "translation:pt"
-            become `{"id": "", "translation": "pt"}`.
+        header: The first line as a dict `{column name: value}`. The title of a column is its name, optionally with a
+            colon and a value. For example, the titles "id" and "translation:pt" become `{"id": "", "translation":
+            "pt"}`.
         rows: List with a dict `{column name: text}` for each row.
 
     Raises:

@@ -47,10 +47,10 @@ IS_COMMAND_RE = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
 
 
 class Parsed(BaseException):
-    """Exception that stops a command when it parses its flags. Its argument is the argument parser of the command.
+    """Exception that carries the argument parser of a command to the code that writes the command reference.
 
-    The command reference of the site is made from the argument parsers. The exception is a BaseException, because
-    commands may catch ordinary exceptions and report them as errors of the user.
+    It is raised when the command begins to parse its flags, so the command itself does not run. It is a BaseException,
+    because commands may catch ordinary exceptions and report them as errors of the user.
     """
 
 

@@ -55,7 +55,7 @@ class EmbeddingArguments(ImageFileArguments):
     cache_dir: str = flag("auto", "Cache folder; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = no cache is kept.")
     device: str | None = flag(None, "Device: cpu, cuda, or one GPU such as cuda:1. Default: the GPU if there is one.")
     limit: int | None = flag(
-        None, "Measure only LIMIT images of each dataset, evenly spaced, to try a command. Default: all images."
+        None, "Use only LIMIT images of each dataset, evenly spaced, for a quick trial. Default: all images."
     )
 
     def __post_init__(self) -> None:

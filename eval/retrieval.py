@@ -183,8 +183,9 @@ def compute_retrieval_records(
     """Compute the retrieval metrics of a split, for text-to-image and for image-to-text search.
 
     The metrics are recall@1, recall@5, recall@10, the mean of these three, and the median rank. Recalls come with their
-    chance level, the value for random scores. If there are at most k images, every query would be a hit, so recall@k is
-    omitted. The mean is omitted if any of the three recalls is omitted.
+    chance level, the value for random scores. If the split has at most k images, recall@k is omitted in both
+    directions, because each caption would find its image among the first k. The mean is omitted if any of the three
+    recalls is omitted.
 
     Args:
         embeddings: The embedded split.
@@ -283,9 +284,9 @@ class RetrievalData:
         return RetrievalEmbeddings(text_embeds, images.embeds, image_of_text), images
 
     def fingerprint(self) -> str:
-        """Return a digest of all images and captions, which identifies the measured data.
+        """Return a digest of all images and captions. Two results with the same digest were measured on the same data.
 
-        Training computes the same digest for the same data, so results on equal data can be recognized.
+        Training computes the digest in the same way, so its validation results can be compared, too.
         """
         return compute_image_caption_rows_digest(zip(self.images.image_digests, self.captions, strict=True))
 

@@ -39,7 +39,8 @@ from eval.retrieval import RetrievalArguments, evaluate_retrieval_and_write_resu
 from modeling_capivara.two_towers import load_embedder
 
 SUMMARY_VERSION = 1
-# Columns that identify a cell of the table. A cell shows the mean over all models (runs) that agree in these columns.
+# Results that agree in these columns belong to one cell of the table. The cell shows their mean, for example over the
+# runs with different seeds.
 GROUP_COLUMNS = ["benchmark", "language", "direction", "role"]
 TABLE_TEMPLATE = Path(__file__).parent / "suite.md.j2"
 

@@ -71,7 +71,7 @@ def flatten_split_captions(rows: Dataset, language: str) -> tuple[list[str], lis
         language: Code of the language, such as "pt".
 
     Returns:
-        Tuple (captions, rows): all captions, and for each caption the number of the row, that is, of its image.
+        Tuple (captions, rows): all captions, and for each caption the index of the row that has its image.
     """
     captions = [[cell] if isinstance(cell, str) else cell for cell in rows[f"captions-{language}"]]
     texts = [text for row_captions in captions for text in row_captions]

@@ -116,10 +116,11 @@ class _Server(ThreadingHTTPServer):
 
 @contextmanager
 def run_stand_in_chat_server(server: ChatServer) -> Iterator[ChatServer]:
-    """Run a stand-in chat server on this machine during a `with` block.
+    """Run a chat server with prepared answers on this machine during a `with` block, to try programs without a model.
 
     Args:
-        server: Answers and delay of the server. Its attribute `url` is set to the address of the running server.
+        server: What the server answers, and after how many seconds. Its attribute `url` is set to the address of the
+            running server.
 
     Yields:
         The argument `server`.

@@ -60,7 +60,9 @@ class GuideArguments:
     steps: int = flag(60, "Number of optimizer steps.")
     size: int = flag(224, "Side of the image in pixels.")
     cells: int = flag(
-        24, "Color cells per side, enlarged smoothly to --size. If equal to --size, every pixel is optimized."
+        24,
+        "Side of the grid of colors that is optimized and then enlarged smoothly to --size. If equal to --size, every "
+        "pixel is optimized.",
     )
     views: int = flag(4, "Number of random views (rotated, cropped, noisy) per step. 0 uses the image itself.")
     learning_rate: float = flag(0.1, "Learning rate of Adam.")

@@ -44,9 +44,9 @@ DIGIT_SIDE_PIXELS = 96  # side to which scikit-learn's digits (8 x 8 pixels) are
 
 @dataclass
 class RealImagesArguments:
-    """Command-line arguments of `examples.real_images`, which evaluates models on images from packages."""
+    """Command-line arguments of `examples.real_images`, which evaluates models on the images of PyPI packages."""
 
-    model: str = flag(..., "Folder of the trained model, such as the output of configs/openmoji.yaml.")
+    model: str = flag(..., "Folder of the trained model, such as the output folder of configs/openmoji.yaml.")
     baseline: str = flag("data/openmoji/base", "Folder or Hub id of the base model to compare with.")
     openmoji: str = flag("data/openmoji/dataset", "OpenMoji dataset that `examples.openmoji.prepare` writes.")
     data: Path = flag(Path("data/real_images"), "Folder for the datasets; existing datasets are used as they are.")

@@ -64,7 +64,7 @@ class SentenceTuningArguments:
     train_split: str = flag("train", "Split for training.")
     split: str = flag("test", "Split for evaluation, before and after training.")
     epochs: float = flag(3.0, "Passes over the training images, each with one caption.")
-    batch_size: int = flag(256, "Image-caption pairs that the loss compares in a step.")
+    batch_size: int = flag(256, "Batch size of the contrastive loss, in image-caption pairs.")
     mini_batch_size: int = flag(32, "Pairs that are encoded at the same time. Changes memory use, not the result.")
     learning_rate: float = flag(1e-5, "Peak learning rate.")
     seed: int = flag(0, "Seed of the image order and of the choice of captions.")

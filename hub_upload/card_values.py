@@ -63,8 +63,8 @@ FORMAT_FILES = {  # Hub tag of an export format -> files that a folder with this
 HUB_ID_RE = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
 CAPIVARA_CLASS = KINDS[NATIVE_MODEL_TYPE].class_name
 FIXED_LENGTH_CLASSES = [kind.class_name for kind in KINDS.values() if kind.pads_to_max_length]
-# If two results for the same measurement (values from 0 to 1) differ by more than this, they contradict each other. The
-# limit is half of 0.01 %, because a card shows two decimals of a percentage.
+# If two results for the same measurement (values from 0 to 1) differ by more than this, they contradict each other. A
+# card shows percentages with two decimals, so a difference of up to 0.005 percentage points is only rounding.
 CARD_TOLERANCE = 5e-5
 # Larger differences are allowed between evaluations of the base model. It is evaluated again with every seed, possibly
 # on another device, where rounding may change the ranks of some queries.
@@ -106,7 +106,7 @@ def wrap_format_errors(folder: Path) -> Iterator[None]:
         yield
     except (TypeError, LookupError, AttributeError, ArithmeticError, jinja2.UndefinedError) as error:
         raise ValueError(
-            f"A file in {folder} does not have the expected content: {error!r:.100}. Restore the file."
+            f"A file in {folder} does not have the expected content: {error!r:.100}. Write the file again."
         ) from error
 
 

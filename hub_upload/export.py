@@ -315,7 +315,7 @@ def _write_processor_with_code_if_needed(model: Path, folder: Path, processor: P
             write_json(folder / path.name, shared_formats.read_publishable_settings(path))
         elif path.is_file():
             shutil.copyfile(path, folder / path.name)
-    # A processor class that is part of transformers needs no Python code in the model folder.
+    # Only CapivaraProcessor needs Python code in the model folder. Processors of transformers need only their files.
     if not isinstance(processor, CapivaraProcessor):
         # The tokenizer files of the model may have wrong settings: maximum text length, names of the model inputs,
         # handling of capital letters. `load_processor` has corrected them, so the files are written again.

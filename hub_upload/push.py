@@ -139,7 +139,8 @@ class PushPlan:
         metadata: Front matter (YAML header) of the card README.md. None if there is no card.
         added_files: Files that the commit adds or changes.
         unchanged_paths: Files of the folder that the Hub already has with the same content.
-        deleted_paths: Files on the Hub that the commit deletes. They belong to an earlier version of a Space.
+        deleted_paths: Files on the Hub that the commit deletes. Only a push to a Space deletes files: those of an
+            earlier version of the Space.
         unreachable: Reason why the Hub could not be reached. It is an empty string if the Hub was reached.
         creates_branch: Whether the push must create the branch. It is computed from `remote`.
     """

@@ -353,8 +353,8 @@ def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
         elif name.suffix in (".parquet", ".arrow"):
             _check_table_contents(path, name)
         else:
-            # This branch is for all other files, such as JSON files and tar archives. `check_file_for_secrets` refuses
-            # compressed archives.
+            # All other files, such as JSON files and archives. Compressed archives can't be checked, and
+            # `check_file_for_secrets` refuses them.
             check_file_for_secrets(path, name)
             is_metadata = name.suffix == ".json" and path.stat().st_size <= MAX_METADATA_JSON_BYTES
             if name.name in DATASET_FILE_NAMES or is_metadata:

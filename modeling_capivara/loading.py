@@ -145,7 +145,8 @@ def load_memory_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrain
 
     The weights can be mapped only if they have the same names in the file and in the model. In some model types, such
     as AltCLIP, transformers renames weights while it loads them, for example `layer.0` to `layers.0`. For such a model,
-    this function calls `load_model`, which copies the weights into memory as float32.
+    this function calls `load_model`, which copies the weights into memory as float32. CAPIVARA is not renamed, so other
+    names are an error.
 
     Args:
         folder: Folder with the weights.
@@ -155,8 +156,7 @@ def load_memory_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrain
         The model in evaluation mode.
 
     Raises:
-        ValueError: If the weights can't be read or do not fit the configuration. For a CAPIVARA model, also if a weight
-            has another name in the file than in the model.
+        ValueError: If the weights can't be read or do not fit the configuration.
     """
     tensors = load_memory_mapped_tensors(find_weight_files(folder))
     try:

@@ -473,15 +473,16 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
     ) -> "CapivaraForImageClassification":
         """Build a classifier that starts with the zero-shot probabilities of a `CapivaraModel`, ready for fine-tuning.
 
-        The softmax of the classifier's logits equals the zero-shot probabilities. The prompts of a class are all
-        templates, each filled with the class name. The embedding of a class is the mean of the unit-length embeddings
-        of its prompts, again scaled to unit length. This is prompt ensembling (CLIP, arXiv 2103.00020, section 3.1.4).
+        The softmax of the classifier's logits equals the zero-shot probabilities. A class has one prompt per
+        template, in which the class name is inserted. The embedding of a class is the mean of the unit-length
+        embeddings of its prompts, again scaled to unit length. This is prompt ensembling (CLIP, arXiv 2103.00020,
+        section 3.1.4).
 
         Args:
             model: A `CapivaraModel`. It is not changed, and the classifier shares no weights with it.
             processor: The model's `CapivaraProcessor`.
-            labels: Names of at least two classes, in the order of the logits. Or a dictionary {class name: text or list
-                of texts}. These texts are inserted into the templates instead of the name, for example
+            labels: Either the names of at least two classes, in the order of the logits, or a dictionary `{class name:
+                text or list of texts}`. The texts are inserted into the templates instead of the name, for example
                 `{"0": ["o número 0", "o algarismo zero"], ...}`.
             templates: Texts in which `{}` is replaced by the class name, such as "uma foto de {}.". Use `["{}"]` if the
                 texts in `labels` are complete sentences.
@@ -684,7 +685,7 @@ def _build_tower(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     expected, example = TOWER_INPUTS[name]
     if tower.main_input_name != expected:
         problem = f"{config.model_type!r}, which takes `{tower.main_input_name}`. Use a model type such as {example!r}"
-        raise ValueError(f"{name} must be a tower that takes `{expected}`, got {problem}.")
+        raise ValueError(f"{name} must be of an encoder model that takes `{expected}`, got {problem}.")
     return tower
 
 

@@ -509,9 +509,10 @@ def embed_images(
         model: Two-tower model in evaluation mode.
         processor: The model's processor, from `load_processor`.
         images: At least one PIL image. An iterator is read batch by batch, so not all images need to be in memory.
-        batch_size: Number of images that are preprocessed at once.
+        batch_size: Number of images that are preprocessed at once. On a GPU, they are also embedded at once.
         progress: Title of a progress bar, or a function that is called with the size of each finished batch.
-        chunk_images: Number of images per forward pass on a CPU. See `capivara_common.embedding_speed`.
+        chunk_images: On a CPU, a batch is split into chunks of this size for the forward passes, which is faster. See
+            `capivara_common.embedding_speed`.
 
     Returns:
         (images, width), unit length, float32, on the CPU, in the order of `images`.

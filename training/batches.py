@@ -26,7 +26,7 @@ class MicroBatch:
     If the image encoder is trained as well, the micro-batch also holds the pixels of the images of these texts.
     """
 
-    index: int  # position in the step's list of micro-batches of all processes; the seed of dropout depends on it
+    index: int  # position among all micro-batches of the step, on all processes; a part of the seed of dropout
     start: int  # position of the first text in the whole batch, whose texts are sorted by number of tokens
     input_ids: Tensor  # (texts, tokens)
     attention_mask: Tensor | None = None  # (texts, tokens); None if the model reads padding like any other token
@@ -62,8 +62,8 @@ def tokenize_into_sorted_micro_batches(
         size: Maximum number of captions in a micro-batch.
 
     Returns:
-        A tuple (micro-batches, order). Each micro-batch is padded to the length of its longest caption. The order is a
-        list of indices: the caption at position i of the whole batch is `captions[order[i]]`.
+        A tuple (micro-batches, order). Each micro-batch is padded to the length of its longest caption. `order` has the
+        indices of the sorted captions: `captions[order[0]]` is the first caption of the first micro-batch.
     """
     tokens = tokenize(processor, captions)
     order = sorted(range(len(captions)), key=lambda i: len(tokens[i]["input_ids"]))

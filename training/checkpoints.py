@@ -159,8 +159,9 @@ class Checkpoints:
             self.accelerator.load_state(str(path))
         except (pickle.UnpicklingError, RuntimeError) as error:
             raise ValueError(
-                f"The checkpoint {path} can't be loaded: it holds more than tensors ({type(error).__name__}). Delete "
-                "it; --resume auto then resumes from an earlier checkpoint or starts again."
+                f"The checkpoint {path} can't be loaded: it is damaged, or holds Python objects other than tensors "
+                f"({type(error).__name__}). Delete it. --resume auto then resumes from an earlier checkpoint or starts "
+                "again."
             ) from error
         logger.info("Resuming from %s.", path)
         if (saved.device, saved.threads) != (current.device, current.threads):
@@ -230,8 +231,9 @@ def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str,
     """
     if unknown := sorted(state.config.keys() - SETTING_DEFAULTS.keys() - CHANGEABLE_SETTINGS):
         raise ValueError(
-            f"{path} has settings of an earlier version of the program, which this version does not know: "
-            f"{', '.join(unknown)}. A finished model in it can still be used. To train again, use another --output_dir."
+            f"{path} was written by another version of the program. This version does not know its settings "
+            f"{', '.join(unknown)}. A finished model in this folder can still be used. To train again, use another "
+            "--output_dir."
         )
     # The location of the image cache may change, because it does not affect the result. Whether a cache is used does
     # affect it: cached embeddings are rounded to float16, others are not.

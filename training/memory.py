@@ -48,8 +48,8 @@ def measure_graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
         # The first result is kept alive during the second run. Otherwise new tensors could get the addresses of freed
         # tensors, and would not be counted, because `counted` already has these addresses.
         results = [run()]
-        # The tensors that the first run saves for the backward pass include copies of the weights in autocast's
-        # precision. Autocast caches these copies, so that the second run makes none. Only its tensors are counted.
+        # Only the tensors of the second run are counted. The first run also saves copies of the weights in autocast's
+        # precision. Autocast caches these copies, so the second run makes none.
         shared = sum(sizes)
         results.append(run())
     return sum(sizes) - shared
@@ -69,8 +69,8 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Tell glibc to return free memory pages to the operating system.
 
-    Useful if the next allocations have other sizes, so that they would not fit into the free pages. Does nothing on
-    systems without glibc.
+    Call this before allocations of other sizes than the freed ones. They often do not fit into the freed pages, so the
+    memory use of the process would grow. Does nothing on systems without glibc.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

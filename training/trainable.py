@@ -67,9 +67,9 @@ def freeze_parameters_and_add_adapters(model: PreTrainedModel, args: RunArgument
 
 
 def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the hyperparameters that are fixed in the code, so that the description of a run is complete.
+    """Return the hyperparameters that are constants in the code. The file run.json stores them under the key `fixed`.
 
-    The file run.json of a run stores them under the key `fixed`.
+    Together with the flags, which run.json stores too, they describe a training run completely.
 
     Args:
         model: The model that is trained.
@@ -118,7 +118,7 @@ def _add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
     linear = [name for name in linear if not name.startswith(IMAGE_ENCODER_PREFIXES)]
     if not _match_names(targets, linear, "lora_targets"):
         raise ValueError(
-            f"lora_targets must match linear layers of the text tower, got {targets!r}. Example: {linear[-1]!r}."
+            f"lora_targets must name linear layers of the text tower, got {targets!r}. Example: {linear[-1]!r}."
         )
     config = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets, modules_to_save=modules)
     return get_peft_model(model, config)

@@ -1,13 +1,14 @@
 """Compute the exact gradients of a contrastive loss over a whole batch, in the memory of a few micro-batches.
 
     step = WholeBatch(model, accelerator, seed=0)
-    report = step(0, batches, pairs=2816, image_embeds=embeds)  # adds the gradients to the parameters' `grad`
+    report = step(0, batches, pairs=2816, image_embeds=embeds)  # step 0: adds the gradients to the parameters' `grad`
 
 The method is gradient caching (GradCache, arXiv 2101.06983): embed every micro-batch, compute the loss of all
 embeddings together, and run one backward pass per micro-batch, starting from the gradients of its embeddings. GradCache
-embeds each micro-batch twice. Here, a micro-batch is embedded a second time (by `torch.utils.checkpoint`) only if its
-autograd graph does not fit into memory. Dropout is the same both times, so the gradients are bit-identical, whichever
-graphs were kept. With several processes, the loss covers the pairs of all processes.
+always embeds each micro-batch twice. Here, autograd graphs are kept as long as they fit into memory, and only the other
+micro-batches are embedded again (by `torch.utils.checkpoint`). Dropout is the same both times, so the gradients do not
+depend on how many graphs were kept, down to the last bit. With several processes, the loss covers the pairs of all
+processes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +31,9 @@ from training.memory import available_memory, keep_freed_memory, measure_graph_b
 # Largest number of logits that a loss computes at once: 64 MiB in float32. The logits of a larger batch are computed in
 # tiles (blocks of rows), because all of them at once may not fit into memory.
 MAX_TILE_LOGITS = 2**24
-# Autograd graphs of micro-batches may take this share of the memory that is free when gradients and optimizer state are
-# allocated. Other graphs are computed again in the backward pass, for which the remaining 40 % are reserved.
+# Share of the memory that the autograd graphs of micro-batches may fill. The memory is measured after gradients and
+# optimizer state were allocated. Graphs that do not fit are computed again in the backward pass, which needs the
+# remaining 40 %.
 GRAPH_MEMORY_SHARE = 0.6
 # Function that returns this process's share of the loss as a scalar. Arguments: text embeddings and image embeddings of
 # the whole batch, logit scale, and the numbers of the rows whose loss this process computes.
@@ -132,7 +134,9 @@ class WholeBatch:
             loss = select_loss(self.model)(texts, image_embeds, self.model.logit_scale, local_rows)
             whole = self.accelerator.reduce(loss.detach(), "sum")
             if not torch.isfinite(whole):
-                raise FloatingPointError(f"The loss is {whole.item()}.")
+                raise FloatingPointError(
+                    f"The loss is {whole.item()} in step {step}. Use a lower learning rate, or bf16 instead of fp16."
+                )
             with torch.autocast(local_rows.device.type, enabled=False):
                 self.accelerator.backward(loss)
                 # Each micro-batch has its own backward pass. All micro-batches share the bfloat16 copy of a weight, so
@@ -258,11 +262,11 @@ def compute_contrastive_loss_share(
     Args:
         text_embeds: Text embeddings of the whole batch, (pairs, width), unit length.
         image_embeds: Image embeddings of the whole batch, (pairs, width), unit length; row i belongs to text i.
-        logit_scale: Natural logarithm of the scale, a scalar.
+        logit_scale: Scalar, the natural logarithm of the factor by which cosines are multiplied.
         local_rows: Row numbers of the pairs whose cross-entropies this process computes, (rows,).
 
     Returns:
-        A scalar in nats, in float32 or the higher precision of the inputs.
+        A scalar in nats. Its dtype is float32, or float64 if the inputs are float64.
     """
     texts, images, scale = _to_common_device_and_precision(text_embeds, image_embeds, logit_scale)
     with torch.autocast(texts.device.type, enabled=False):

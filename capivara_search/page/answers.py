@@ -190,14 +190,14 @@ class PageAnswers:
             question: The query. `text` is a sentence. `like` is a picture of the index to find similar pictures for.
                 The hits should resemble the pictures in `more`, and should not resemble the pictures in `less`.
                 `folder`, `since` and `until` are filters. `k` is the maximum number of hits.
-            image: Uploaded picture of the query, or None.
+            image: Picture that the user has uploaded as a part of the query, or None.
 
         Returns:
             Dictionary with these keys:
 
             - "hits": list of pictures, best first. Each picture is a dictionary with the fields of `Hit`, the file name
               without extension ("name") and the modification time in seconds since 1970 ("v"). The scores are None if
-              the query is empty or has only `less`.
+              the query does not say what to find: it is empty, or has only `less`.
             - "version": version of the index, a number that grows with each change.
             - "count": number of pictures in the index.
             - "cut": whether the text is too long for the model, so that its end is ignored.

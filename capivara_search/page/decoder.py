@@ -1,4 +1,4 @@
-"""Decode uploaded pictures, and pictures of the index, in a separate process that is killed if decoding takes too long.
+"""Decode pictures for the search page in a separate process that is killed if decoding takes too long.
 
 Example:
     decoder = DecoderProcess()
@@ -46,7 +46,7 @@ class DecoderProcess:
         Args:
             data: Content of the file.
             name: File name of a picture of the index. Its extension decides whether the file is decoded as a RAW photo.
-                "" for an uploaded picture, for which the limit of pixels is lower.
+                "" for an uploaded picture. Uploaded pictures may have fewer pixels.
 
         Returns:
             The image, reduced so that its longer side has at most `MAX_VIEW_SIDE` pixels.

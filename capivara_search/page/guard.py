@@ -1,4 +1,4 @@
-"""Protect the server of the search page: check hosts, and limit the size, time and number of requests and connections.
+"""Protect the server of the search page: refuse foreign hosts, and limit requests and connections.
 
 Example:
     app = RequestGuard(app, list_allowed_hosts("127.0.0.1"), behind_proxy=False)
@@ -41,7 +41,7 @@ MAX_QUESTION_BYTES = 200_000  # limit for the JSON of a question, which usually 
 # further requests wait.
 MAX_LARGE_BODIES = 8
 BODY_SLOT_TIMEOUT_S = 30  # seconds that a request waits while `MAX_LARGE_BODIES` others are in memory
-BODY_TIMEOUT_S = 30  # seconds to receive a body; the page shrinks large pictures before it sends them
+BODY_TIMEOUT_S = 30  # seconds to receive a body; enough, because the page shrinks large pictures before it sends them
 # Seconds to receive the headers of a request, counted from the start of the connection or from the end of the previous
 # response. Without this limit, a client that sends nothing would occupy a connection forever.
 HEADER_TIMEOUT_S = 10
@@ -297,7 +297,7 @@ class LimitedHttpProtocol(H11Protocol):
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        """Start the client's deadline for reading the response, because the buffer of the response is full."""
+        """Give the client a limited time to read the response. asyncio calls this when the send buffer is full."""
         super().pause_writing()
         self._restart_deadline()
 

@@ -460,9 +460,9 @@ def render_page_template(messages: dict[str, Any], is_static: bool = False, **va
     Args:
         messages: Texts of the page (`load_page_messages`).
         is_static: Whether to render the page that works without a server.
-        **values: Further variables of the template `page.html`. `here` and `there` are the URLs of the page in this
-            language and in the other language. `privacy` is a sentence about privacy. `credit` is a `Credit` or None.
-            `model` is needed only for the page without a server.
+        **values: Further variables of the template `page.html`. `here` is the URL of the page in the language of
+            `messages`, and `there` its URL in the other language. `privacy` is a sentence about privacy. `credit` names
+            the source of the pictures (`Credit`), or is None. `model` is needed only for the page without a server.
 
     Returns:
         HTML of the whole page.

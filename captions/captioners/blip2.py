@@ -50,14 +50,14 @@ class Blip2Flags:
 
     max_new_tokens: int = flag(50, "Largest number of new tokens per caption (blip2).")
     micro_batch_size: int = flag(
-        160, "Captions to generate at the same time (blip2). Lower values need less memory and more time."
+        160, "Captions that blip2 generates at the same time. Lower values need less memory and more time."
     )
     revision: str | None = flag(None, "Branch, tag or commit on the Hub (blip2). Default: the main branch.")
-    prefixes: Path = flag(PREFIXES_FILE, "JSON file of prefixes, in the format of captions/prefixes.json (blip2).")
+    prefixes: Path = flag(PREFIXES_FILE, "JSON file of prefixes for blip2, in the format of captions/prefixes.json.")
     precision: Literal["float32", "bf16", "fp16"] = flag(
         "float32", "Data type of weights and activations (blip2). The CAPIVARA authors used fp16."
     )
-    device: str | None = flag(None, "cpu or cuda (blip2). Default: cuda if a GPU is available, otherwise cpu.")
+    device: str | None = flag(None, "cpu or cuda, only for --captioner blip2. Default: cuda if there is a GPU.")
 
 
 @dataclass

@@ -49,7 +49,7 @@ class Seq2SeqFlags:
     precision: Literal["float32", "bf16", "fp16"] = flag(
         "float32", "Data type of weights and activations (transformers)."
     )
-    device: str | None = flag(None, "cpu or cuda (transformers). Default: cuda if a GPU is available, otherwise cpu.")
+    device: str | None = flag(None, "cpu or cuda, only for --backend transformers. Default: cuda if there is a GPU.")
 
 
 class Seq2SeqTranslator(Translator):

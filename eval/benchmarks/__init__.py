@@ -70,7 +70,7 @@ class Benchmark:
     # Key of another benchmark with the same images. Its local folder is used if this benchmark has none.
     data_of: str | None = None
     like_for_like: bool = True  # whether the published results were measured on the same texts and images
-    count: int = 0  # only for the task "average": number of benchmarks that must be measured
+    count: int = 0  # only for the task "average": it is computed if this many benchmarks were measured
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -157,9 +157,12 @@ def find_published_name(name: str, role: str, model_class: str, loss: str) -> st
         loss: "contrastive" or "sigmoid".
 
     Returns:
-        A name for `Benchmark.get_published_figure`, chosen by the first rule that applies. A model that a benchmark
-        lists in `bases` gets the last part of its own name, in lowercase. A model with CAPIVARA's architecture and a
-        contrastive loss gets its role as the name. For any other model, the result is None.
+        A name for `Benchmark.get_published_figure`. The first rule that applies decides:
+
+        1. A benchmark has published results of this base model (`Benchmark.bases`): the last part of `name`, in
+           lowercase, such as "siglip2-base" for "google/SigLIP2-base".
+        2. The model has CAPIVARA's architecture and a contrastive loss: `role`.
+        3. Otherwise: None.
     """
     base = Path(name).name.casefold()
     if any(base in benchmark.bases for benchmark in load_benchmarks().values()):

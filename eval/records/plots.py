@@ -227,12 +227,12 @@ def plot_retrieval_sheet(
     seed: int = 0,
     language: str = "en",
 ) -> None:
-    """Draw example queries of text-to-image retrieval, each with the five images that a model ranks first.
+    """Draw a sheet of example queries for text-to-image retrieval, each with the five images that a model ranks first.
 
-    With two models, the sheet compares them: it shows random queries whose rank became better, equal or worse by
-    training. With one model, it shows the four queries with the best ranks and the four with the worst ranks; queries
-    with equal ranks are in random order. With one model, the right image of a query is added to the five images if it
-    is not among them.
+    The rank of a query is the position of its right image in the results. With two models, the sheet shows random
+    queries whose rank became better, stayed equal or became worse through training. With one model, it shows the four
+    queries with the best ranks and the four with the worst ranks. It adds the right image of a query if it is not among
+    the first five. Queries with equal ranks are in random order.
 
     Args:
         path: PNG file to write.
@@ -240,7 +240,7 @@ def plot_retrieval_sheet(
             drawn instead, and a note says why.
         queries: Texts of all queries.
         embeddings: A dict `{role: embeddings of the split}` with `eval.retrieval.RetrievalEmbeddings` as values. The
-            role is "baseline" or "capivara"; with both roles, the sheet compares the two models.
+            role is "baseline" or "capivara". With both, the sheet compares the two models.
         seed: Seed of the random order.
         language: Language of the labels, "pt" or "en"; any other is treated as "en".
     """

@@ -69,7 +69,7 @@ class Record:
     metric: str  # such as "recall@1", "mean_recall", "accuracy", or "mean_recall_gain" (model minus baseline)
     value: float  # from 0 to 1, such as a recall; for "median_rank" a rank from 1; for a gain a difference from -1 to 1
     n: int  # number of queries (retrieval) or images (other tasks) from which the value was computed
-    model: str  # role of the model, "baseline" or "capivara"
+    model: str  # role of the model: "baseline" (before training) or "capivara" (after training)
     model_folder: str  # folder or Hub id of the model; "." in the results that a training run writes about itself
     seed: int | None = None  # seed of the training run; None if unknown, or if the model was not fine-tuned
     chance: float | None = None  # expected value for random scores; None if it is not defined
@@ -108,7 +108,7 @@ class Record:
         k = int(recall[1]) if recall else 0
         if self.metric.startswith("mean_recall"):
             k = LARGEST_RECALL_CUTOFF
-        # A recall@k with at most k items says nothing, because every query then finds its item among the first k.
+        # With at most k queries, recall@k is always 1: the first k results contain the item of each query.
         self._check("n", not k or self.n > k, f"greater than {k} for {self.metric}")
 
     @property

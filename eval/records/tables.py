@@ -41,7 +41,8 @@ def build_records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
     Returns:
         A table with these columns:
 
-        - the fields of `Record`, with `dim` 0 instead of None;
+        - the fields of `Record`. `dim`, the width to which embeddings are truncated, is 0 instead of None if they are
+          not truncated;
         - `folder` and `seed`: the folder that identifies the model, and the seed of its training run or None;
         - `name`, `precision`, `fingerprint` and `skipped_rows` of the result file;
         - `source`, the place of the record, such as "results/pt.json#/records/3" (file name and JSON pointer);

@@ -1,4 +1,4 @@
-"""Caption and translate OpenMoji with a chat server, build a dataset, and train a model on it.
+"""Caption OpenMoji's pictures and translate the captions with a chat server, then train a model on the dataset.
 
     python -m examples.openmoji.chat
     python -m examples.openmoji.chat --base_url http://localhost:8000/v1 --model Qwen/Qwen2.5-VL-3B-Instruct
@@ -8,7 +8,7 @@ Portuguese names of all emoji. Its answers show how the pipeline works, but not 
 `--base_url`, the same requests go to a real server. docs/how-to/captions_server.md describes servers, prompts and
 flags.
 
-The training starts from the small model of the search (`capivara_search/miniature_model.py`). The steps are the same as
+The training starts from the miniature, a small model (`capivara_search/miniature_model.py`). The steps are the same as
 for any other dataset: a config (configs/openmoji_chat.yaml), `captions.build`, and `train_accelerate.py`. If you run
 the command again, finished steps are not repeated.
 """

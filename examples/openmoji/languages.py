@@ -32,7 +32,7 @@ from examples.openmoji.concepts import EmojiPicture, load_emoji_by_concept, load
 from examples.openmoji.dataset import load_dataset_and_refuse_image_paths, render_emoji_splits_as_dataset
 from examples.openmoji.prepare import train_and_save_base_model
 
-# Code of each language of the package `emoji`, except English -> English name of the language.
+# `{language code: English name}` for each language of the package `emoji`, without English.
 LANGUAGES = {
     "pt": "Portuguese", "es": "Spanish", "it": "Italian", "fr": "French", "de": "German", "tr": "Turkish",
     "id": "Indonesian", "ru": "Russian", "ja": "Japanese", "ko": "Korean", "zh": "Chinese", "ar": "Arabic",

@@ -61,7 +61,7 @@ LOSS_CONFIGS = {"contrastive": {}, "sigmoid": {"logit_scale_init_value": math.lo
 # has the number of words of each language, in the same order.
 VOCABULARY_LANGUAGES = ("pt", "en")
 VOCABULARY_WORD_COUNTS = (50_000, 50_000)
-FURTHER_WORD_COUNT = 20_000  # number of words of each language that `examples.openmoji.languages` adds
+FURTHER_WORD_COUNT = 20_000  # words per language, for the languages that `examples.openmoji.languages` adds
 # Durations and sizes for messages to the user. They were measured on two CPU threads; see docs/reference/benchmarks.md.
 DATASET_COST_NOTE = "1,656 pictures are drawn, in about half a minute"
 BASE_COST_NOTE = (
@@ -123,8 +123,8 @@ def build_missing_dataset_and_base_model(dataset_dir: Path, model_dir: Path | No
         ValueError: If `model_dir` has files but no model.
     """
     dataset_exists = dataset_dir.is_file() or (dataset_dir.is_dir() and any(dataset_dir.iterdir()))
+    # An existing dataset is never replaced, even if another program wrote it in another format.
     if not dataset_exists:
-        # An existing dataset is never replaced, even if it has another format, such as one of `captions.build`.
         logger.info("Preparing the dataset in %s (once): %s.", dataset_dir, DATASET_COST_NOTE)
         save_dataset(build_dataset(), dataset_dir)
     if model_dir is not None and not (model_dir / "config.json").is_file():

@@ -160,7 +160,7 @@ def _write_proxy_datasets(openmoji: Path, output: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: build the test datasets and print the README.md that describes them.
+    """Run the command: build the small stand-ins for benchmark datasets, and print the README.md that describes them.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

@@ -114,10 +114,10 @@ def read_publishable_settings(path: Path) -> dict[str, Any]:
 
 
 def save_tokenizer_for_publication(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
-    """Write the files of a tokenizer with its current settings, and remove absolute paths of this machine.
+    """Write the files of a tokenizer, without absolute paths of this machine, which its settings may contain.
 
     Args:
-        tokenizer: Tokenizer to write.
+        tokenizer: Tokenizer to write. Settings that were changed after it was loaded are written, too.
         folder: Folder to write to.
 
     Returns:

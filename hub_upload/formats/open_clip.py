@@ -60,7 +60,7 @@ def choose_and_check_text_config_id(config: CapivaraConfig, text_config: str | N
         return None if _describe_config_differences(config.text_config, base) else convert_open_clip.BASE_TEXT_MODEL
     try:
         if Path(text_config).is_dir():
-            raise ValueError("the path is a folder, but users of the model need a Hub id")
+            raise ValueError("it is a folder on this machine, which users of the model do not have")
         is_base = text_config in convert_open_clip.BASE_TEXT_NAMES
         hub_config = base if is_base else AutoConfig.from_pretrained(text_config, trust_remote_code=False)
     except (OSError, ValueError) as error:
