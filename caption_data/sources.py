@@ -582,9 +582,10 @@ def _check_decoded_size_of_parquet_files(paths: Sequence[str | Path]) -> None:
     def check_size(path: str | Path, size: int) -> None:
         if size > limit:
             raise ValueError(
-                f"{path} is too large after decoding: more than {limit:,} bytes, although the files have only "
-                f"{stored:,} bytes on disk. If you trust the data, write the files again without compression and "
-                "dictionary encoding."
+                f"{path} is too large after decoding: more than {limit:,} bytes, but only {stored:,} bytes on disk. "
+                f"Decoded files may have {MAX_PARQUET_EXPANSION} times their size on disk, or "
+                f"{UNLIMITED_EXPANSION_BYTES / 1e6:.0f} MB. If you trust the data, write the files again without "
+                "compression and dictionary encoding."
             )
 
     for path in paths:
