@@ -151,11 +151,14 @@ def _create_accelerator_and_set_threads(args: RunArguments, output_dir: Path) ->
 
 
 def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, resume: Path | None) -> None:
-    """Train the model, and save it with its LoRA adapters and `run.json` in the working folder of the run.
+    """Train the model, and save it in the working folder of the run, `<output_dir>.partial`.
+
+    The folder also gets `run.json`, which describes the run. If `args.lora_rank` is above 0, the LoRA adapters are
+    saved in the subfolder `adapter`, and are also added to the weights of the saved model.
 
     Args:
         args: Arguments of the run.
-        inputs: Data of the run, and the image embeddings that were computed before.
+        inputs: Data of the run, and the image embeddings that were computed before training.
         checkpoints: Checkpoints of the run. They are stored inside the working folder of the run.
         resume: Folder of the checkpoint to resume from, or None to start at step 0.
 
@@ -282,8 +285,8 @@ def _write_card_and_push_run_if_requested(args: RunArguments, output_dir: Path) 
     """
     if PartialState().is_main_process:
         language = "pt" if args.language == "pt" else "en"
-        # The marker file is deleted only after the card is written. If the process is killed before that, the marker
-        # is still there, and resuming the run writes the card.
+        # A finished run keeps its marker file until the card is written. If the process is killed before that, the
+        # marker is still there, so that the next run with --resume auto writes the card.
         if (output_dir / files.RUN_MARKER).is_file():
             try:
                 write_card(output_dir, language=language)

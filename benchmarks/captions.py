@@ -1,12 +1,12 @@
-"""Measure how fast images are captioned, and how much is gained by encoding each image only once.
+"""Measure how fast images are captioned, and how much faster this is if each image is encoded only once.
 
     python -m benchmarks.captions --output benchmarks/results/captions.json
     python -m benchmarks.captions --parts chat --output benchmarks/results/captions_chat.json
 
-The captioning model is BLIP-2 with random weights and the proportions of `Salesforce/blip2-opt-2.7b-coco`. Widths,
-heads and vocabulary are divided by 4, and the numbers of layers by 6. For each image, the model continues ten prefixes,
-such as "a photo of", by 12 tokens each (captions/prefixes.json lists the prefixes). Two programs run alternately on the
-same images:
+The captioning model is a small `Salesforce/blip2-opt-2.7b-coco` (BLIP-2) with random weights. Its widths, numbers of
+attention heads and vocabulary are divided by 4, and its numbers of layers by 6. For each image, the model continues ten
+prefixes, such as "a photo of", by 12 tokens each (captions/prefixes.json lists the prefixes). Two programs run
+alternately on the same images:
 
 - `plain`: `Blip2ForConditionalGeneration.generate` of transformers, which encodes an image once per prefix.
 - `ours`: `captions.generate` of this project, which encodes an image once. The language model also processes the 32
@@ -41,12 +41,12 @@ from examples.chat_server import MODEL, ChatServer, run_stand_in_chat_server
 # Published values of BLIP-2: side of an input image in pixels, and number of tokens that represent one image in the
 # input of the language model.
 IMAGE_SIDE, QUERY_TOKENS = 224, 32
-# Names of the fields of BLIP-2's config whose values are divided by the flag --widths, to get a smaller model.
+# Fields of BLIP-2's config for widths, numbers of heads and vocabulary size. They are divided by the flag --widths.
 SCALED_FIELDS = {"hidden_size", "intermediate_size", "encoder_hidden_size", "ffn_dim", "word_embed_proj_dim"}
 SCALED_FIELDS |= {"num_attention_heads", "vocab_size"}
-# Numbers of requests that are sent at the same time, and seconds that the stand-in server takes for each answer.
+# Numbers of simultaneous requests to measure, and seconds that the stand-in server takes for each answer.
 CONCURRENCY, ANSWER_S = (1, 8, 64), 1.0
-ROUNDS = 8  # each measurement translates ROUNDS * concurrency sentences, with one sentence per request
+ROUNDS = 8  # with n simultaneous requests, ROUNDS * n sentences are translated, one per request
 
 
 @dataclass
@@ -55,9 +55,9 @@ class CaptionsArguments:
 
     images: int = flag(16, "Number of images, all in one batch.")
     new_tokens: int = flag(12, "Number of tokens to generate per caption.")
-    runs: int = flag(5, "Number of timed runs of each program. The programs take turns.")
-    widths: int = flag(4, "Number by which BLIP-2's widths, heads and vocabulary are divided.")
-    layers: int = flag(6, "Number by which BLIP-2's numbers of layers are divided.")
+    runs: int = flag(5, "Number of timed runs of each compared program. The programs run alternately.")
+    widths: int = flag(4, "Divisor of BLIP-2's widths, numbers of heads and vocabulary size.")
+    layers: int = flag(6, "Divisor of BLIP-2's numbers of layers.")
     parts: Literal["generate", "chat"] = flag("generate", "generate: measure captioning. chat: measure translation.")
     output: Path | None = flag(None, "JSON file for the results.")
 

@@ -44,8 +44,8 @@ from examples.real_images import PHOTOGRAPHS, load_example_photo
 
 # Entries of `PHOTOGRAPHS` that are drawings. The benchmark makes copies only of photographs, but crops of both.
 DRAWINGS = ("colorwheel", "horse")
-# Name of a crop -> its upper left corner (x, y), in quarters of the image's width and height. A crop has half the width
-# and half the height of the image.
+# Upper left corner (x, y) of each crop, in quarters of the image's width and height. Keys are the names of the crops. A
+# crop has half the width and half the height of the image.
 CUT_CORNERS = {f"cut {x} {y}": (x, y) for x in range(3) for y in range(3)}
 COPIED_ICON_STEP = 31  # copies are made only of a sample, every 31st icon
 # Two icons count as the same drawing if the mean absolute difference of their pixel values (0 to 255) is at most this.

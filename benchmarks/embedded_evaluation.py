@@ -4,7 +4,7 @@
     python -m benchmarks.embedded_evaluation --output benchmarks/results/embedded_evaluation.json
 
 `captions.embed` makes the dataset of embeddings. `eval.retrieval` then measures the same model on both datasets. The
-embeddings differ from those of the images only by the rounding to float16, so a difference between the results is the
+only difference is that the stored embeddings are rounded to float16, so any difference between the results is the
 effect of this rounding. The rank of a query can change only if two similarities differ by less than the rounding error.
 """
 
@@ -47,11 +47,12 @@ def _measure_retrieval(args: EmbeddedEvaluationArguments, dataset: str, language
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the benchmark: measure recall from the images and from their stored embeddings, and print both."""
+    """Run the benchmark: measure recall from the images and from their stored embeddings, and print both as JSON."""
     args = parse_arguments(EmbeddedEvaluationArguments, __doc__, argv)
     with tempfile.TemporaryDirectory() as folder:
         embedded, result = Path(folder) / "embedded", Path(folder) / "result.json"
-        # Retrieval on the images comes first: it refuses a language without captions before `embed` does its work.
+        # The images are evaluated first, because this refuses a language without captions. Otherwise, the error would
+        # appear only after `embed` has computed all embeddings.
         from_images = {name: _measure_retrieval(args, args.dataset, name, result) for name in args.languages}
         words = ["--model", args.model, "--dataset", args.dataset, "--split", args.split, "--output", str(embedded)]
         embed.main([*words, "--license", "unknown"])  # the license has no effect, because the embeddings are deleted

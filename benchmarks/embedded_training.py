@@ -1,4 +1,4 @@
-"""Measure memory and start time of a training on a large dataset of image embeddings instead of images.
+"""Measure the memory and the start-up time of a training on a large dataset of precomputed image embeddings.
 
     python -m benchmarks.embedded_training
     python -m benchmarks.embedded_training --rows 100000 --work /tmp/embedded
@@ -7,8 +7,8 @@ The benchmark shows whether memory grows with the dataset. It writes a small and
 embeddings with ten captions per row, in the format of `captions.embed`. On each dataset, it trains a model for a few
 steps in a separate process. The model has random weights and the size of the published CAPIVARA.
 
-Then the benchmark trains on the large dataset once more. The first training has already filled the caches, so the first
-step of the second training must start sooner.
+Then the benchmark trains on the large dataset once more, to measure a start with full caches. The first training has
+filled them, so the first step of the second training should start sooner.
 
 The memory is the sum of `RssAnon` in /proc over all processes of a training, which excludes memory-mapped files.
 Requires Linux.

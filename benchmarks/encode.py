@@ -8,7 +8,8 @@ same texts of 20 tokens. The measured time includes preprocessing and tokenizati
 each rate is the median over the runs of a program.
 
 By default, each run embeds one batch. With `--part pass`, each run embeds many images in batches, as the indexing of a
-folder does. These runs are measured in float32 and in the precision that `--precision auto` of other commands chooses.
+folder does. These runs are measured in float32 and in the fastest precision on this CPU, which other commands choose
+with `--precision auto`.
 This project measures which number of images per forward pass is the fastest on this CPU
 (`capivara_common.embedding_speed`). The first run in each precision includes this measurement and takes longer, so its
 time is reported separately.
@@ -50,7 +51,7 @@ class EncodeArguments:
     part: Literal["batches", "pass"] = flag("batches", "batches: embed one batch per run. pass: embed many batches.")
     images: int = flag(32, "Number of images per run.")
     captions: int = flag(64, "Number of captions per run.")
-    runs: int = flag(5, "Number of timed runs of each program. The programs take turns.")
+    runs: int = flag(5, "Number of timed runs of each program (this project, open_clip), alternately.")
     output: Path | None = flag(None, "JSON file for the results.")
 
     def __post_init__(self) -> None:
@@ -58,7 +59,7 @@ class EncodeArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the embedding benchmark: time this project and open_clip in turns, and print the results as JSON."""
+    """Run the embedding benchmark: time this project and open_clip alternately, and print the results as JSON."""
     args = parse_arguments(EncodeArguments, __doc__, argv)
     if args.part == "pass":
         measured = _measure_embedding_many_images(args)

@@ -1,7 +1,7 @@
-"""Measure how fast this project computes retrieval recall, compared with clip-benchmark's functions.
+"""Measure how fast this project computes retrieval recall, compared with the package clip-benchmark.
 
     python -m benchmarks.eval_retrieval --output benchmarks/results/eval_retrieval.json
-    python -m benchmarks.eval_retrieval --images 100000 --captions 10 --worker   # only ours; takes half an hour
+    python -m benchmarks.eval_retrieval --images 100000 --captions 10 --worker   # only this project; half an hour
 
 The recalls are recall@1, recall@5 and recall@10 of text-to-image and of image-to-text retrieval. Both programs get the
 same embeddings: random unit vectors of width 512, with five captions per image. The time and peak memory of this
@@ -31,7 +31,7 @@ class EvalRetrievalArguments:
 
     images: int = flag(5000, "Number of images.")
     captions: int = flag(5, "Number of captions per image.")
-    runs: int = flag(5, "Number of timed runs of each program. The programs take turns.")
+    runs: int = flag(5, "Number of timed runs of each program (this project, clip-benchmark), alternately.")
     worker: bool = flag(False, "Measure only the time and memory of this project, without clip-benchmark.")
     output: Path | None = flag(
         None,

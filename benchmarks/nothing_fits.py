@@ -1,4 +1,4 @@
-"""Measure whether the search can tell that no photograph matches a sentence, and what feedback changes.
+"""Measure whether the search can tell that no photograph matches a sentence, and how feedback changes results.
 
     git clone https://github.com/lightly-ai/coco128_yolo data/coco128
     python -m benchmarks.nothing_fits
@@ -37,14 +37,14 @@ from examples.real_images import PHOTOGRAPHS, load_example_photo
 TOP_K = 10  # number of first results of a search in which objects are counted
 FEEDBACK_WEIGHTS = (0.25, 0.5, 1.0, 2.0)
 BOOTSTRAP_RESAMPLES = 1000
-# Key of the results for the z-score of the best hit (see the module docstring). The search decides whether any picture
-# fits by comparing this z-score with its relevance threshold.
+# Key of the results for the AUC of the best hit's z-score (see the module docstring). The search compares this z-score
+# with its relevance threshold, to decide whether any picture matches the sentence.
 CHOSEN_STATISTIC = "best, in deviations"
 
 
 @dataclass
 class NothingFitsArguments:
-    """Command-line arguments of `benchmarks.nothing_fits`: does the search detect that no picture fits a sentence?"""
+    """Command-line arguments of `benchmarks.nothing_fits`, which searches for sentences with and without a match."""
 
     model: str | None = flag(None, "Folder or Hub id of the model. Default: the model that a new index gets.")
     pictures: Path = flag(Path("data/coco128/images"), "Folder of photographs.")
@@ -55,8 +55,8 @@ class NothingFitsArguments:
     output: Path = flag(tools.RESULTS_FOLDER / "nothing_fits.json", "JSON file for the results.")
     keep: bool = flag(
         False,
-        "Also save the results in the model's folder. If their AUC is at least 0.8, the search with this model uses "
-        "its relevance threshold by default.",
+        "Also save the results in the model's folder. If the AUC in them is at least 0.8, searches with this model use "
+        "the relevance threshold by default.",
     )
 
 
@@ -160,10 +160,10 @@ def _measure_feedback_effect_on_results(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the benchmark: measure the detection of missing matches and the effect of feedback, and print JSON results.
+    """Run the benchmark: measure how well sentences without a matching image are detected, and the effect of feedback.
 
-    The detection tells sentences with a matching image from sentences without a matching image. Feedback asks for more
-    or less of an object in the results. The effect of feedback is measured only if YOLO labels exist.
+    The results are printed and written as JSON. Feedback asks for more or less of an object in the results of a search.
+    Its effect is measured only if YOLO labels exist.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

@@ -1,4 +1,4 @@
-"""Convert the published models, check the conversion, and evaluate them on the datasets of the CAPIVARA paper.
+"""Convert the published models, check the converted models, and evaluate them on the datasets of the CAPIVARA paper.
 
     python -m benchmarks.published --output results/published
     python -m benchmarks.published --output results/quick --only flickr30k-pt mnist --limit 500
@@ -10,7 +10,7 @@ Needs network access, and the extras `train` and `open-clip`. The command works 
 - It evaluates both models with `eval.suite` on the retrieval and classification datasets of the paper (arXiv
   2310.13683).
 
-Some datasets can't be downloaded. The command lists them, with the place to request them. Put their data into the
+Some datasets can't be downloaded. The command lists them, and says where to request them. Put their data into the
 folder --data_dir.
 
 The output folder gets `published.json`, `report.md`, and the files of `eval.suite`. To continue an interrupted run,
@@ -44,7 +44,7 @@ from modeling_capivara.two_towers import compute_image_embeds, compute_text_embe
 # Largest accepted difference of an element of our embeddings (unit length, float32, CPU) from open_clip's. Rounding
 # errors cause small differences. Tokens and pixels must be exactly equal.
 MAX_EMBEDDING_DIFFERENCE = 1e-5
-CAPTIONS_PER_IMAGE = 5  # captions of each image in the downloadable retrieval datasets, to estimate the time
+CAPTIONS_PER_IMAGE = 5  # captions per image in the downloadable retrieval datasets, to estimate the time
 TIMED_ITEMS = 32  # number of images, and of texts, that are embedded to estimate the total time
 # Texts of the comparison: accents, broken encoding, an empty text, extra spaces, another script, and a text that is too
 # long and is therefore truncated.
@@ -52,16 +52,15 @@ TEXTS = (
     *("um gato dormindo no sofá", "SÃ£o JoÃ£o &amp;amp; cia", "", "  Duas   CRIANÇAS\n jogam bola ", "日本語 🦫"),
     "uma praia ao pôr do sol, com coqueiros " * 9,
 )
-IMAGE_SIZES = ((310, 227), (224, 224), (97, 640), (1200, 800), (16, 16))  # (width, height) of compared images
+IMAGE_SIZES = ((310, 227), (224, 224), (97, 640), (1200, 800), (16, 16))  # (width, height) of images to compare
 
 
 @dataclass
 class PublishedArguments(SuiteArguments):
     """Command-line arguments of `benchmarks.published`, which evaluates the published models.
 
-    These are the arguments of `eval.suite`, but `model` and `baseline` name the published models by default, and
-    `output` has another default. The argument `runs`, with which `eval.suite` evaluates the folders of training runs,
-    is refused.
+    These are the arguments of `eval.suite`, but `model` and `baseline` are the published models by default, and
+    `output` has another default. The argument `runs` is refused: it lists folders of training runs to evaluate.
 
     Raises:
         ValueError: If `runs` is set, or `eval.suite` refuses an argument.
@@ -84,7 +83,7 @@ def fetch_download_sizes_from_hub(args: PublishedArguments, benchmarks: list[Ben
     """Ask the Hugging Face Hub how large the missing models and datasets are, before anything is downloaded.
 
     Args:
-        args: Arguments of the command. They name the two models and the local data folder.
+        args: Arguments of the command, with the two models and the local data folder.
         benchmarks: Benchmarks whose datasets are needed.
 
     Returns:
@@ -149,7 +148,7 @@ def estimate_embedding_time(
         for kind, embed, item in (("image", embedder.embed_images, picture), ("text", embedder.embed_texts, sentence)):
             embed([item])  # untimed warm-up, because the first call is slower
             elapsed = tools.time_call(partial(embed, [item] * TIMED_ITEMS))
-            seconds[kind] = max(seconds[kind], elapsed / TIMED_ITEMS)  # of all models, the slowest counts
+            seconds[kind] = max(seconds[kind], elapsed / TIMED_ITEMS)  # the slowest model counts
     counts = {"images": len(image_encoders) * images, "texts": len(folders) * texts}
     total = sum(counts[f"{kind}s"] * value for kind, value in seconds.items())
     return counts | {"seconds": total, "unknown": unknown}

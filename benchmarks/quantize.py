@@ -35,10 +35,10 @@ GROUP_SIZE = 32  # number of weights that share one scale in 4-bit quantization,
 
 @dataclass
 class QuantizeArguments:
-    """Command-line arguments of `benchmarks.quantize`, which measures how much quality quantized weights cost."""
+    """Command-line arguments of `benchmarks.quantize`, which measures the effect of quantization on recall."""
 
-    model: str | None = flag(None, "Folder or Hub id of a trained model. Default: the miniature of `capivara`.")
-    dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset, of which the test split is used.")
+    model: str | None = flag(None, "Folder or Hub id of a trained model. Default: the miniature model of the search.")
+    dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset. Only its test split is used.")
     language: str = flag("pt", "Language of the captions.")
     rows: int = flag(350, "Number of rows to use, from the start of the test split.")
     output: Path | None = flag(None, "JSON file for the results.")

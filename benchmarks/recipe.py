@@ -1,4 +1,4 @@
-"""Measure the recall gain of the CAPIVARA paper's training recipe on the OpenMoji demo, with several seeds.
+"""Measure how much the CAPIVARA paper's training recipe improves recall on the OpenMoji demo, with several seeds.
 
     python -m benchmarks.recipe
     python -m benchmarks.recipe --base data/openmoji/base-sigmoid --output benchmarks/results/recipe_sigmoid.json
@@ -8,7 +8,7 @@ with weighted means of its weights and the base model's weights (WiSE-FT weight 
 training uses the loss that the base model was built with: contrastive in the first command, sigmoid in the second.
 
 Run `examples.openmoji.prepare` and `examples.openmoji.proxies` first, because this benchmark needs their output.
-Finished runs stay in the work folder and are not trained again. docs/explanation/recipe.md shows the results.
+Finished training runs stay in the work folder and are not repeated. docs/explanation/recipe.md shows the results.
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ from training.trainable import interpolate_weights
 
 # Name of the result row of the trained model without weight interpolation. All other rows are compared with this row.
 REFERENCE_ROW = "paper"
-# Name of a result row -> α, the share of the trained weights in the weight interpolation (WiSE-FT). The row's model has
-# the weights α * trained weights + (1 - α) * base weights.
+# Share α of the trained weights in the weight interpolation (WiSE-FT), for each result row by its name. The row's model
+# has the weights α * trained weights + (1 - α) * base weights.
 TRAINED_SHARES = {REFERENCE_ROW: 1.0, "interpolate-0.5": 0.5, "interpolate-0.7": 0.7}
 # Datasets of drawings. Only they get confidence intervals, because the dataset `photos` has too few images for them.
 DRAWING_SETS = ("openmoji", "twemoji", "noto")
@@ -91,8 +91,7 @@ def find_or_train_run(seed: int, args: RecipeArguments, base_digest: str) -> Pat
 
     Args:
         seed: Seed of the training.
-        args: Command-line arguments of the benchmark, which name the config, the base model, the dataset and the work
-            folder.
+        args: Command-line arguments of the benchmark: config, base model, dataset and work folder of the training.
         base_digest: Digest of the base model's weights.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Measure searches in indexes of up to a million pictures, and how fast folder changes reach an index.
+"""Measure the time and memory of searches in indexes of up to a million pictures, and the delay of index updates.
 
     python -m benchmarks.search --parts index
     python -m benchmarks.search --parts index --sizes 1000 10000 --output /tmp/search.json
@@ -8,8 +8,8 @@
 vectors of width 512, but no thumbnails, colors or EXIF data. Each index is measured in a separate process, so that its
 peak memory is known. The text encoder has the full published size and random weights.
 
-`--parts follow` measures an index that `capivara app --watch` keeps up to date with a folder of photographs. Its code
-is in `benchmarks/search_follow.py`.
+`--parts follow` measures how soon an index shows the changes of a folder of photographs, which `capivara app --watch`
+watches. The code of this part is in `benchmarks/search_follow.py`.
 
 The results are in benchmarks/results/search.json and search_follow.json. docs/reference/benchmarks.md shows them.
 """
@@ -50,7 +50,7 @@ QUERY_TEXTS = ("um gato dormindo", "cachorro correndo na praia", "bolo de aniver
 class SearchArguments:
     """Command-line arguments of `benchmarks.search`, which measures searches and updates of a picture index."""
 
-    parts: Literal["index", "follow"] = flag("index", "index: measure searches. follow: measure a followed folder.")
+    parts: Literal["index", "follow"] = flag("index", "index: time searches. follow: time updates of a watched folder.")
     sizes: list[int] = flag([1_000, 10_000, 100_000, 1_000_000], "Number of pictures of each index.")
     followed: int = flag(10_000, "Number of photographs in the folder of --parts follow, 640 x 480 pixels each.")
     runs: int = flag(
@@ -133,7 +133,7 @@ def _time_search_commands(args: SearchArguments, rows: int) -> list[float]:
     # This untimed call checks that the search works. It also fills the operating system's file cache, so that no timed
     # call is slower because of an empty cache.
     if not json.loads(subprocess.check_output(command)):
-        raise RuntimeError(f"{' '.join(command)} found nothing.")
+        raise RuntimeError(f"{' '.join(command)} found no picture. Run the benchmark again with a new --work folder.")
     return [tools.time_call(lambda: subprocess.check_output(command)) for _ in range(args.runs)]
 
 
@@ -231,7 +231,7 @@ def build_picture_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table
 
     Args:
         vectors: Image vectors of shape (rows, width).
-        start: Number of the first row. It determines the made-up values.
+        start: Index of the first row. The made-up values depend on it.
         digest: Digest of the image encoder, for the column `model`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Measure a search index that follows a folder of photographs. Run by `benchmarks.search --parts follow`.
+"""Measure how well a search index keeps up with a changing folder of photographs (`benchmarks.search --parts follow`).
 
 To follow a folder means to watch it and to update the index after each change. The benchmark starts the command
 `capivara` in separate processes, as a user would. It measures:
@@ -38,10 +38,10 @@ from examples.real_images import CLASS_PHOTOGRAPHS, load_example_photo
 
 PHOTO_SIZE = (640, 480)  # width and height in pixels
 PIXEL_NOISE = 3.0  # standard deviation of the noise in each photograph, for pixel values from 0 to 255
-# Name of an indexing run -> (start, end) of the photographs that the run adds, as fractions of all photographs
+# (start, end) of the photographs that each indexing run adds, as fractions of all photographs, by the name of the run
 INDEXING_SHARES = {"first": (0, 0.6), "second": (0.6, 0.8), "resumed": (0.8, 1)}
 INTERRUPTION_SHARE = 0.4  # the run "resumed" is first interrupted after this fraction of its pictures
-# Estimates of the remaining time are not evaluated during the first seconds after the first picture.
+# Seconds after the first indexed picture during which estimates of the remaining time are not evaluated
 ESTIMATE_START_S = 5
 POLL_INTERVAL_S = 0.25  # seconds between two readings of the indexing progress
 QUESTION_COUNT = 100  # number of searches that are sent to the search page, to time them

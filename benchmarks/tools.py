@@ -64,9 +64,9 @@ def time_call(call: Callable[[], Any]) -> float:
 
 
 def run_alternating(programs: dict[Any, Callable[[], Result]], runs: int, title: str) -> dict[Any, list[Result]]:
-    """Run several programs in turns, so that a slow phase of the machine affects all of them equally.
+    """Call several functions alternately, so that a slow phase of the machine affects all of them equally.
 
-    With two programs a and b, the order is a, b, a, b, and so on.
+    With two functions a and b, the order of the calls is a, b, a, b, and so on.
 
     Args:
         programs: `{name: function to call}`.
@@ -84,10 +84,10 @@ def run_alternating(programs: dict[Any, Callable[[], Result]], runs: int, title:
 
 
 def time_alternating(steps: dict[str, Callable[[], Any]], runs: int, title: str) -> dict[str, list[float]]:
-    """Time several functions in turns, so that a slow phase of the machine affects all of them equally.
+    """Time several functions alternately, so that a slow phase of the machine affects all of them equally.
 
     Args:
-        steps: `{name: function to time}`. Call each function once before, so that its first timed run is not slower.
+        steps: `{name: function to time}`. Call each function once before, because the first call is often slower.
         runs: Number of timed calls of each function.
         title: Title of the progress bar.
 

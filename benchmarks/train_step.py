@@ -11,7 +11,7 @@ A program is one way to train: open_clip's trainer, or this project's trainer ("
 - `open_clip`: open_clip's trainer, `open_clip_train`, with `--lock-image --grad-checkpointing --accum-freq`. It pads
   all texts to 77 tokens.
 - `no_cache`: our trainer without cached image embeddings. At every step, the images pass through the frozen image
-  tower. As for open_clip, their pixels are already in memory.
+  tower. The pixels are already in memory, as for open_clip.
 - `cache`: our trainer on image embeddings that were computed before.
 - `cache_recomputed`: the same as `cache`, but the autograd graphs of all micro-batches are recomputed in the backward
   pass. This is necessary for a batch of 2816 pairs, because its graphs do not fit into memory.
@@ -47,7 +47,7 @@ The SigLIP models have no dropout. Their texts have 64 random token ids, because
 
 All programs get the same batch. Each program splits it into micro-batches of its own size, which the results contain.
 open_clip needs at least two micro-batches. With a single micro-batch, it would not accumulate gradients, and a batch of
-2816 pairs would be impossible. Apart from that, open_clip's cost per pair does not depend on the number of
+2816 pairs would be impossible. Apart from that, open_clip's time per pair does not depend on the number of
 micro-batches.
 
 `--beside CHECKOUT` compares this checkout with another checkout of the project, which needs its own .venv. All parts
@@ -87,7 +87,7 @@ from training.inputs import embed_pixels
 from training.trainable import build_optimizer, clamp_logit_scale, freeze_parameters_and_add_adapters, learning_rate_at
 from training.whole_batch import StepReport, WholeBatch
 
-PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's name of a precision -> its name in the results
+PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16"}  # names of precisions in the results, by Accelerate's names
 PEER_PROGRAM = "open_clip"
 RECOMPUTED_PROGRAM = "cache_recomputed"
 PROGRAMS = (PEER_PROGRAM, "no_cache", "cache", RECOMPUTED_PROGRAM)
@@ -102,7 +102,7 @@ EXTRAPOLATION_RULE = (
     "their gradients grow linearly. The logits of the loss grow with the square, up to 64 MiB for each copy. "
     "Differences between runs that have other causes are extrapolated too, so the result is more likely too high."
 )
-# Value of our flag --model -> flags of open_clip's trainer for the same architecture and loss.
+# Flags of open_clip's trainer for each value of our flag --model, with the same architecture and loss.
 OPEN_CLIP_FLAGS = {
     "capivara": "--model xlm-roberta-base-ViT-B-32",
     "siglip2": "--model ViT-B-16-SigLIP2 --siglip",
@@ -110,11 +110,11 @@ OPEN_CLIP_FLAGS = {
     "siglip2_so400m": "--model ViT-SO400M-14-SigLIP2 --siglip",
 }
 SIGLIP_TOKENS = 64  # SigLIP pads every text to this number of tokens
-# Value of --model -> average number of tokens per caption.
+# Average number of tokens per caption for each value of --model.
 CAPTION_TOKENS = dict.fromkeys(OPEN_CLIP_FLAGS, SIGLIP_TOKENS) | {"capivara": 20}
 SIGLIP_VOCABULARY_SIZE = 256_000  # number of tokens of SigLIP 2; random token ids are drawn from all of them
-# Value of --model -> (config fields of both towers, further config fields of the image tower) of SigLIP 2. A field that
-# is missing here has the default of transformers, which is the value of the model B/16.
+# Sizes of the SigLIP 2 models by value of --model: (config fields of both towers, further config fields of the image
+# tower). A field that is missing here has the default of transformers, which is the value of the model B/16.
 SIGLIP_SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "siglip2": ({}, {}),
     "siglip2_large": (
@@ -139,8 +139,8 @@ class TrainStepArguments:
     """Command-line arguments of `benchmarks.train_step`, which measures speed and memory of training steps.
 
     Raises:
-        ValueError: If a number is too small or `parts` has an unknown value. Also if `pairs` does not suit the
-            requested parts. The message says which numbers are possible.
+        ValueError: If a number is too small, if `parts` has an unknown value, or if the requested parts can't be
+            measured with this number of `pairs`. The message says which numbers are possible.
     """
 
     model: Literal[*OPEN_CLIP_FLAGS] = flag("capivara", "Architecture: CAPIVARA, or SigLIP 2 B/16, L/16 or So400m/14.")
@@ -153,7 +153,7 @@ class TrainStepArguments:
     peer_micro: int = flag(
         48, "Pairs per micro-batch of open_clip (its flag --batch-size). Its --accum-freq becomes pairs / peer_micro."
     )
-    runs: int = flag(5, "Number of runs of each program. The programs take turns.")
+    runs: int = flag(5, "Number of runs of each program. The programs run alternately.")
     steps: int = flag(1, "Timed training steps per run.")
     warmup: int = flag(1, "Untimed steps of our trainer before the timed steps. open_clip always has one untimed step.")
     parts: list[str] = flag(
@@ -200,9 +200,9 @@ class TrainStepArguments:
     def recipe_pairs(self) -> list[int]:
         """Batch sizes, in image-text pairs per training step, that the part `recipe` measures.
 
-        Usually [2816], the batch size of the CAPIVARA paper. If `pairs` is given for the part `recipe` and is not 2816,
-        [pairs / 2, pairs]: the memory of 2816 pairs is then extrapolated from these two batches. If the part `programs`
-        is requested, too, `pairs` belongs to that part only.
+        - [2816], the batch size of the CAPIVARA paper, if `pairs` is None or 2816, or if the part `programs` is
+          requested, too. In the last case, `pairs` is the batch size of `programs`.
+        - [pairs / 2, pairs] in all other cases. The memory of 2816 pairs is then extrapolated from these two sizes.
         """
         is_published = "programs" in self.parts or self.pairs in (None, RECIPE_PAIRS)
         return [RECIPE_PAIRS] if is_published else [self.pairs // 2, self.pairs]
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
 def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
     """Measure the training steps that `--parts` requests.
 
-    The compared programs run in turns, so that a slow phase of the machine affects all of them equally.
+    The compared programs run alternately, so that a slow phase of the machine affects all of them equally.
 
     Args:
         args: Command-line arguments of the benchmark.
@@ -257,8 +257,8 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
         peer, before = measured.get((part, PEER_PROGRAM)), measured.get((part, name + BEFORE_SUFFIX, *pairs))
         summary = _summarize_runs(runs, peer, before)
         if part == "recipe":
-            # Of two batch sizes, the smaller comes first. Its result is under the same key when the larger follows, so
-            # that the memory of 2816 pairs can be extrapolated from both.
+            # If two batch sizes were measured, the loop reaches the smaller one first, and its result is stored under
+            # `key`. The larger one then replaces it, after the memory of 2816 pairs was extrapolated from both.
             key, step = part + name.removeprefix(RECOMPUTED_PROGRAM), requested[part, name, *pairs] | summary
             results[key] = _add_seconds_and_extrapolated_memory_to_step(step, results.get(key))
         else:
@@ -422,7 +422,7 @@ def _make_random_pixels(config: PreTrainedConfig, pairs: int) -> Tensor:
 
 
 class TrainingEngine:
-    """A model with random weights that is trained like in this project's trainer, one step per call.
+    """A model with random weights and its optimizer. Each call runs one training step, as this project's trainer does.
 
     The benchmark uses it to time a training step alone. A call computes what `training.loop.TrainingLoop` computes in a
     step: forward and backward passes and the update of the weights. Data loading, evaluation and checkpoints are left
@@ -431,9 +431,9 @@ class TrainingEngine:
     Args:
         config: Config of the model.
         args: Command-line arguments of the benchmark.
-        budget: Memory in bytes for the autograd graphs of micro-batches, which are kept until the backward pass. The
-            graphs of micro-batches that do not fit into it are recomputed in the backward pass. 0: all graphs are
-            recomputed. None: most of the free memory is used.
+        budget: Memory in bytes for the autograd graphs of micro-batches, which are kept until the backward pass. Graphs
+            that exceed this memory are recomputed in the backward pass. 0: all graphs are recomputed. None: most of the
+            free memory is used.
     """
 
     def __init__(self, config: PreTrainedConfig, args: TrainStepArguments, budget: float | None = None) -> None:
@@ -461,7 +461,8 @@ class TrainingEngine:
             images: Pixel values (pairs, 3, side, side), or cached image embeddings (pairs, width).
 
         Returns:
-            Report of the step, which includes the number of micro-batches whose autograd graph was kept.
+            Report of the step. It includes the number of micro-batches whose autograd graph was kept until the backward
+            pass, instead of being recomputed.
         """
         if images.ndim == 4:
             # Without the cache of embeddings, `images` has pixel values, which must be embedded in every step.
@@ -549,7 +550,7 @@ def measure_open_clip_trainer(args: TrainStepArguments) -> dict[str, Any]:
     """Time training steps of open_clip's trainer in this process, and read the peak memory of the process.
 
     Args:
-        args: Command-line arguments of the benchmark. `args.model` names the architecture of the model.
+        args: Command-line arguments of the benchmark. `args.model` is the architecture of the model.
 
     Returns:
         A dict with these keys:

@@ -1,4 +1,4 @@
-"""Measure what a trimmed vocabulary saves for each supported base model: parameters, download, memory, text speed.
+"""Measure how a trimmed vocabulary changes the size, memory and speed of each supported base model.
 
     python -m benchmarks.trim_vocabulary
     python -m benchmarks.trim_vocabulary --models metaclip2 --runs 3
@@ -71,7 +71,7 @@ class TrimBenchmarkArguments:
     languages: list[str] = flag(["pt", "en"], "Languages to keep.")
     words: list[int] = flag([*DEFAULT_WORD_COUNTS], "Number of the most frequent words to keep, for each language.")
     captions: int = flag(64, "Number of captions per run, of 20 tokens on average.")
-    runs: int = flag(5, "Number of timed runs of each model. The original and the trimmed model take turns.")
+    runs: int = flag(5, "Number of timed runs of each model. The original and the trimmed model alternate.")
     output: Path = flag(tools.RESULTS_FOLDER / "trim_sizes.json", "JSON file for the results.")
     worker: Literal["make", "measure"] | None = flag(None, "Build or measure a model in this process (internal).")
     folder: Path | None = flag(None, "Folder of the worker's model (internal).")
@@ -265,8 +265,8 @@ def _build_processor_and_vocabulary_kind(name: str, image_size: int) -> tuple[tr
 def iter_words_of_all_languages() -> Iterator[str]:
     """Yield the frequent words of all languages of the package wordfreq, each word once.
 
-    The words come by their rank: first the most frequent word of every language, then the second of every language, and
-    so on.
+    The words are ordered by rank: first the most frequent word of every language, then the second most frequent word of
+    every language, and so on.
     """
     import wordfreq
 
@@ -277,7 +277,7 @@ def iter_words_of_all_languages() -> Iterator[str]:
 def synthesize_bpe_tokenizer(size: int) -> transformers.Siglip2Tokenizer:
     """Build a BPE tokenizer of a given size as a stand-in for SigLIP 2's tokenizer, which is not on PyPI.
 
-    Its tokens are special tokens, all bytes, and the beginnings of frequent words of all languages.
+    Its tokens are special tokens, one token per byte value, and the beginnings of frequent words of all languages.
 
     Args:
         size: Number of tokens.

@@ -1,11 +1,12 @@
 """Read the size of the frames in an AVIF file without decoding them.
 
-A hostile file can declare a small image and contain huge frames, which would fill the memory during decoding. The size
-of the frames lets `image_files.py` refuse such a file before it is decoded.
+A frame is one picture in the file, in compressed form. A hostile file can declare a small image and contain huge
+frames, which would fill the memory during decoding. `image_files.py` therefore reads the size of the frames first, and
+refuses such a file before it is decoded.
 
 An AVIF file consists of nested boxes (ISO/IEC 14496-12 and 23008-12). The `ispe` box declares the size of the image,
-but the decoder allocates memory for the frames in the AV1 streams, which may be larger. The sequence headers of these
-streams state the size of the frames (AV1 specification, section 5.5.1).
+but the decoder allocates memory for the frames, which may be larger. The frames are stored in AV1 streams. The sequence
+header of a stream states the size of its frames (AV1 specification, section 5.5.1).
 """
 
 import io
@@ -14,14 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count, islice
 
-# These limits keep a crafted file from taking long to read. Valid files stay below them.
+# Limits of the work for one file, so that a malicious file can't keep the parser busy for long. Valid files stay below.
 MAX_BOXES = 100_000  # number of child boxes (nested parts of an AVIF file) that are read in one box
 # Number of OBUs (units of an AV1 stream) that are read per stream. A few suffice, because the sequence header, which
 # states the frame size, precedes the first frame.
 MAX_OBUS = 100
 MAX_ITEM_TABLE_BYTES = 64_000  # size of the table of images and metadata; enough for 4,000 entries
-MAX_STREAM_BYTES = 1_000_000  # number of bytes that are read of one stream
-MAX_SEQUENCE_HEADER_BYTES = 512  # with the most operating points, a sequence header takes about 400 bytes
+MAX_STREAM_BYTES = 1_000_000  # number of bytes that are read from one AV1 stream
+MAX_SEQUENCE_HEADER_BYTES = 512  # the longest possible sequence header takes about 400 bytes
 # Type number of the OBUs (open bitstream units) that state the frame size
 SEQUENCE_HEADER = 1
 TRACK_PATH = (b"moov", b"trak", b"mdia", b"minf", b"stbl")  # nested boxes that lead to the list of frames of a sequence
@@ -30,8 +31,9 @@ TRACK_PATH = (b"moov", b"trak", b"mdia", b"minf", b"stbl")  # nested boxes that 
 def largest_frame_size(data: bytes) -> tuple[int, int]:
     """Return the size of the largest frame in an AVIF file, without decoding it, so that huge frames can be refused.
 
-    The size is read from the headers of the AV1 streams in the file. For a still image, these are the streams of the
-    image, its tiles and its transparency. For an image sequence, it is the first sample (frame) of each track.
+    The size is read from the headers of the AV1 streams in the file. A still image has a stream for the image, and
+    optionally streams for its tiles and its transparency. Of an image sequence, only the first sample (frame) of each
+    track is read.
 
     Args:
         data: Content of the whole file.
@@ -109,12 +111,12 @@ def _item_locations(table: memoryview) -> Iterator[tuple[int, list[tuple[bool, i
         EOFError: If the table is incomplete.
     """
     if len(table) > MAX_ITEM_TABLE_BYTES:
-        raise ValueError(f"The table of items must have at most {MAX_ITEM_TABLE_BYTES:,} bytes, got {len(table):,}.")
+        raise ValueError(f"The AVIF item table must have at most {MAX_ITEM_TABLE_BYTES:,} bytes, got {len(table):,}.")
     stream = io.BytesIO(table)
 
     def read(size: int) -> int:
         if len(content := stream.read(size)) < size:
-            raise EOFError("The table of items is incomplete.")
+            raise EOFError("The item table of the AVIF file is incomplete.")
         return int.from_bytes(content)
 
     version, _, sizes = read(1), read(3), read(2)
@@ -141,7 +143,7 @@ def _track_streams(file: memoryview) -> Iterator[memoryview]:
         for name, number in ((b"stco", ">I"), (b"co64", ">Q")):
             for chunks, sizes in zip(_find_boxes(table, name), _find_boxes(table, b"stsz"), strict=False):
                 (start,) = struct.unpack_from(number, chunks, 8)  # skip 8 bytes: version, flags and number of chunks
-                (size,) = struct.unpack_from(">I", sizes, 4)  # size 0 means that each sample has its own size
+                (size,) = struct.unpack_from(">I", sizes, 4)  # size 0 means that the size of each sample follows
                 size = size or struct.unpack_from(">I", sizes, 12)[0]
                 yield file[start : start + size]
 
@@ -154,7 +156,7 @@ def _frame_sizes(stream: bytearray | memoryview) -> Iterator[tuple[int, int]]:
             header = stream[position]
             position += 2 if header & 4 else 1  # skip the header, and its extension byte if there is one
             size = len(stream)
-            if header & 2:  # the size follows in LEB128: seven bits per byte, the lowest first
+            if header & 2:  # the size follows in LEB128: seven bits per byte, the least significant bits first
                 size = 0
                 for shift in range(0, 56, 7):
                     byte = stream[position]

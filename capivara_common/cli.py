@@ -1,7 +1,7 @@
 """Parse the flags of a command into a dataclass, and report user errors in one line instead of a traceback.
 
-Each field of the dataclass defines a flag. A YAML config file may set the same names. `HfArgumentParser` of
-transformers turns the fields into flags, checks the types of the values and prints `--help`.
+Each field of the dataclass defines a flag. A YAML config file can set values under the names of the fields.
+`HfArgumentParser` of transformers turns the fields into flags, checks the types of the values and prints `--help`.
 
 Example:
     @dataclass
@@ -67,8 +67,8 @@ def run_main_and_report_user_errors(main: Callable[[], object], resumable: bool 
 
     Args:
         main: Function without arguments that does the work of the command.
-        resumable: Whether the same command continues the work if it is run again after Ctrl-C. If True, the last line
-            of output says so.
+        resumable: True: the same command continues the work if it is run again after Ctrl-C, and the last line of
+            output says so. False: the last line says only that the command was stopped.
     """
     raise_on_interrupt()
     configure_console()
@@ -107,8 +107,8 @@ def parse_arguments(
             a separate title. The title is the attribute `_argument_group_name` of the listed dataclass.
         description: Text that `--help` shows above the flags.
         argv: Words of the command line, without the name of the program. Default: `sys.argv[1:]`.
-        config: Whether to add the flag `--config FILE.yaml`, which reads values of flags from a YAML file. Flags on the
-            command line override the file.
+        config: True: add the flag `--config FILE.yaml`, which reads values of flags from a YAML file. Flags on the
+            command line override the file. False: the command has no such flag.
 
     Returns:
         An instance of `arguments_type`.
@@ -247,14 +247,14 @@ def check_between(arguments: Any, low: float, high: float, *names: str) -> None:
 
 
 def read_yaml_config(path: Path) -> dict[str, Any]:
-    """Read a YAML config file into a dict. Numbers and booleans stay text, to be converted like values of flags.
+    """Read a YAML config file into a dict. Numbers and booleans stay text, because the flag parser converts them later.
 
     Args:
         path: The YAML file. It must contain lines of the form `key: value`.
 
     Returns:
-        `{key: value}`. A number, boolean or other scalar is returned as text, such as "1e-4". Empty if the file is
-        empty.
+        `{key: value}`. A number, boolean or other single value is returned as text, such as "1e-4". The dict is empty
+        if the file is empty.
 
     Raises:
         OSError: If the file can't be read.
@@ -273,7 +273,7 @@ def read_yaml_config(path: Path) -> dict[str, Any]:
 
 
 def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str) -> list[str]:
-    """Convert the content of a config file to command-line flags, so that one parser checks both.
+    """Convert the content of a config file to command-line flags, so that one parser checks them.
 
     Args:
         content: Keys and values of the config file, from `read_yaml_config`.
@@ -281,11 +281,12 @@ def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str)
         subject: Name of the file for error messages.
 
     Returns:
-        Words such as `["--steps=100", "--seeds", "0", "1"]`. Keys without a value (empty, `~`, `null` or an empty list)
-        are skipped, so that the default value applies.
+        Words of a command line, such as `["--steps=100", "--seeds", "0", "1"]`. Keys without a value (empty, `~`,
+        `null` or an empty list) are skipped, so that the default value applies.
 
     Raises:
-        ValueError: If a key is unknown, a value is a mapping, or a list contains a word that looks like a flag.
+        ValueError: If a key is unknown, a value is a mapping, or a list contains a word that looks like a flag, such as
+            "-x".
     """
     flags, names = [], [known.name for known in fields(arguments_type)]
     for key, value in content.items():
@@ -299,7 +300,7 @@ def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str)
             flags.append(f"--{key}={value}")  # flag and value are a single word, because a value may begin with "-"
             continue
         for word in map(str, value):
-            # Negative numbers are allowed: argparse recognizes them by this pattern, and does not read them as flags.
+            # Negative numbers are allowed: argparse recognizes them by this pattern and does not read them as flags.
             if word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word):
                 raise ValueError(
                     f"{subject}: `{key}` lists {word!r}, which would be read as a flag. Values must not begin with -."
@@ -313,7 +314,7 @@ def unknown_name_message(name: str, kind: str, known: list[str], advice: str = "
 
     Args:
         name: The unknown name that the user wrote.
-        kind: What the name stands for, for example "flag".
+        kind: Word for what the name should be, for example "flag".
         known: All valid names. If one or more are similar to `name`, the message suggests the most similar name.
         advice: Last sentence of the message.
     """

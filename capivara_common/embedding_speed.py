@@ -3,14 +3,15 @@
     embed = with_tuned_chunk_size(embed, len(images), device, encoder_digest, output)
     vectors = embed(images[:32])  # the first call measures
 
-The fastest value differs between CPUs. A run that embeds many images measures it before its first batch: images of this
-batch are embedded with each candidate in turn, and the candidate with the smallest median time is chosen. The choice is
-stored in the folder `embedding_speed` of the cache, in one file for each CPU, model and version of torch and
-transformers, so that later runs do not measure again.
+The fastest value differs between CPUs. A run that embeds many images measures the speed before its first batch: it
+embeds images of this batch several times with each candidate value, and chooses the value with the smallest median
+time. The choice is stored in the folder `embedding_speed` of the cache, in one file for each CPU, model and version of
+torch and transformers, so that later runs do not measure again.
 
 The number of images per forward pass changes the last bits of embeddings, so the choice is also recorded in the output
-of the run. If the run is resumed, or other tasks write to the same output, they read this record, even on another
-machine. The embeddings of the measurement are discarded, so that all rows of the output are computed in the same way.
+folder of the run. A resumed run reads this record, even on another machine. So do all parallel processes that write to
+the same output. The embeddings of the measurement are discarded, so that all rows of the output are computed in the
+same way.
 """
 
 import logging
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
 CHUNK_SIZES = (8, 4, 16)  # candidates for the number of images per forward pass; the first is the default
 SAMPLE_IMAGES = 16  # images that a measurement embeds with each candidate
 ROUNDS = 3  # number of measurements of each candidate
-# A run with fewer images keeps the default, because the measurement takes as long as embedding 144 images.
+# A run with fewer images keeps the default, because the measurement itself takes as long as embedding 144 images
+# (3 candidates, 3 rounds, 16 images).
 LONG_PASS_IMAGES = 1000
 MIN_SPEEDUP = 1.03  # a smaller speedup over the default may be noise, so the default stays
-# For each setting, the smallest allowed cosine between the embeddings of an image with the default value and with
-# another value. A candidate that changes embeddings more than that is not chosen.
+# {setting: smallest allowed cosine between two embeddings of the same image}. One embedding is computed with the
+# default value of the setting, the other one with a candidate value. A candidate with a smaller cosine is not chosen.
 MIN_COSINES = {"chunk_images": 0.999999, "precision": 0.999}
 logger = logging.getLogger("capivara")
 
@@ -45,15 +47,15 @@ logger = logging.getLogger("capivara")
 def with_tuned_chunk_size(
     embed: Callable[..., Any], image_count: int, device: "torch.device | str", encoder: str, record: Path | None = None
 ) -> Callable[[Sequence[Any]], Any]:
-    """Wrap a function that embeds images, so that it uses the number of images per forward pass that is fastest here.
+    """Wrap a function that embeds images, so that it uses the fastest number of images per forward pass on this CPU.
 
-    The best number differs between CPUs, so it is measured.
+    This number differs between CPUs, so it is measured.
 
     Args:
         embed: Function that embeds a list of images. It must have the keyword parameter `chunk_images`, the number of
             images per forward pass on a CPU.
-        image_count: Number of images to embed in total, including images that an earlier run or another task embeds.
-            If there are fewer than `LONG_PASS_IMAGES`, nothing is measured, and `embed` uses its default.
+        image_count: Number of images to embed in total, including images that an earlier run or a parallel process
+            embeds. If there are fewer than `LONG_PASS_IMAGES`, nothing is measured, and `embed` uses its default.
         device: Device of the model. On a GPU, nothing is measured, and `embed` uses its default.
         encoder: Digest of the image encoder and the precision. It is part of the cache key of the chosen number.
         record: Folder in which the chosen number is written, for example the output folder of the run. A resumed run
@@ -80,12 +82,14 @@ def with_tuned_chunk_size(
 def load_or_measure_fastest_setting(
     setting: str, candidates: Mapping[Any, Callable[[], Any]], encoder: str, record: Path | None = None
 ) -> Any:
-    """Return the value of a setting with which images are embedded fastest on this CPU.
+    """Return the value of a setting, such as the precision, with which images are embedded fastest on this CPU.
 
-    The value is read from a file in the folder `record`. If there is none, it is read from the cache for this CPU,
-    model and versions of torch and transformers. If the cache has no value either, the speed of each candidate is
-    measured. The default value stays, unless another value is faster by the factor `MIN_SPEEDUP` and hardly changes the
-    embeddings (`MIN_COSINES`).
+    The value is taken from the first of these places that has it:
+
+    1. a file in the folder `record`;
+    2. the cache of this machine, for the same CPU, model and versions of torch and transformers;
+    3. a measurement of the speed with each candidate value. The default value stays, unless another value is faster by
+       the factor `MIN_SPEEDUP` and hardly changes the embeddings (`MIN_COSINES`).
 
     Args:
         setting: Name of the setting, a key of `MIN_COSINES`.
@@ -104,18 +108,18 @@ def load_or_measure_fastest_setting(
     versions = {name: version for name, version in package_versions().items() if name in ("torch", "transformers")}
     identity = {"setting": setting, "device": describe_device(), "encoder": encoder, "versions": versions}
     cache_file = cache_home() / "embedding_speed" / f"{json_digest(identity)}.json"
-    # If several tasks start at the same time, the first task measures, and the other tasks wait for its choice. If the
-    # folder can't be locked, several tasks may measure at the same time, which only costs time.
+    # If several processes start at the same time, the first process measures, and the others wait for its choice. If
+    # the folder can't be locked, several processes may measure at the same time, which only costs time.
     with locked_folder(cache_file.parent, wait=True):
         content = _read_choice(cache_file, candidates)
         if content is None:
             content = identity | _time_and_choose_candidate(candidates, MIN_COSINES[setting])
-            logger.info("Fastest %s on this CPU: %s.", setting, content["choice"])
+            logger.info("The fastest value of %s on this CPU is %s.", setting, content["choice"])
             with suppress(OSError):  # if the file can't be written, the next run measures again
                 write_json(cache_file, content)
     if output_file:
         with locked_folder(output_file.parent, wait=True):
-            # A task on another machine may have recorded its choice in the meantime.
+            # A process on another machine may have recorded its choice in the meantime.
             if recorded := _read_choice(output_file, candidates):
                 return recorded["choice"]
             write_json(output_file, content)

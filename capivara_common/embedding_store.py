@@ -4,7 +4,7 @@
     table = store.load_or_embed(image_digests, load, embed, "Images")
     vectors = vectors_to_array(table.filter(pc.equal(table["reason"], "")))  # (good rows, width)
 
-This module knows neither models nor datasets. The caller gives it a function that loads items (images or texts) and a
+This module does not depend on a model or dataset. The caller passes a function that loads items (images or texts) and a
 function that embeds a batch of loaded items. Training and evaluation keep the embeddings in an `EmbeddingStore`. The
 commands `captions.score` and `captions.embed` store embeddings in other ways. They only use the function
 `embed_batch_except_bad_images`.
@@ -25,12 +25,13 @@ from capivara_common.files import append_digest, atomic_file, json_digest, match
 from capivara_common.image_files import DECODER_THREADS, BadImage, BadRow
 from capivara_common.tasks import split_rows
 
-# Part of the settings that identify a store. Increase it when a code change alters embeddings or the file format.
+# This version is one of the settings that identify a store. Increase it when a code change alters embeddings or the
+# file format, so that old files are not used.
 STORE_VERSION = 4
 # Glob patterns of files that earlier versions of this module wrote, relative to the parent folder of a store. These
-# files are not used. A warning tells the user that they can be deleted.
+# files are no longer used, and a warning tells the user that they can be deleted.
 OLD_FILE_PATTERNS = ("*/*.npy", "*/shard-*.arrow")
-Place = tuple[int, int]  # number of a row, and number of a view (augmented copy) of the image in this row
+Place = tuple[int, int]  # index of a row, and index of a view (augmented copy) of the image in this row
 Embed = Callable[[list[Any]], Iterable[np.ndarray]]  # function from a list of loaded items to one vector per item
 logger = logging.getLogger("capivara")
 
@@ -70,15 +71,16 @@ class EmbeddingStore:
     """A cache of embeddings on disk, which computes each missing embedding once and then reads it from a file.
 
     All embeddings of a store were computed with the same settings. They are stored in shards, that is, Arrow files with
-    the embeddings of consecutive rows. A shard has the columns `vectors`, `reason` and `detail`. `vectors` is the list
-    of a row's embeddings, which is empty for a bad row, for example a row with an unreadable image. Its `reason` and
-    `detail` say what is wrong. The file name of a shard contains a digest of its images or texts. If rows are appended
-    to a dataset, the shards that were full before stay valid.
+    the embeddings of consecutive rows. A shard has these columns:
 
-    A shard is written atomically and ends with a digest, so that an incomplete or damaged file is detected. If an
-    interrupted run is repeated, only missing and damaged shards are computed. The processes of a distributed launch
-    divide the shards among themselves. A batch never crosses the border of a shard. A shard therefore has the same bits
-    whichever process computes it.
+    - `vectors`: the embeddings of the row. The list is empty for a bad row, for example if the image is unreadable.
+    - `reason` and `detail`: what is wrong with a bad row; "" for a good row.
+
+    The file name of a shard contains a digest of its images or texts. If rows are appended to a dataset, the shards
+    that were full before stay valid. A shard is written atomically and ends with a digest of its content, so that an
+    incomplete or damaged file is detected. If an interrupted run is repeated, only missing and damaged shards are
+    computed. The processes of a distributed launch divide the shards among themselves. All items of a batch belong to
+    the same shard, so the numbers in a shard do not depend on which process computes it.
 
     Args:
         root: Folder of all stores. A store is a folder in it, named by a digest of the settings.
@@ -98,7 +100,8 @@ class EmbeddingStore:
     def record_folder(self, items: Sequence[str]) -> Path:
         """Return a folder in which callers can record how the embeddings of some items were computed.
 
-        The path depends on the settings of the store and on the items. The folder need not exist.
+        For example, callers record the number of images per forward pass. The path depends on the settings of the store
+        and on the items. The folder need not exist.
 
         Args:
             items: The same list of image digests or texts that is passed to `load_or_embed`.
@@ -120,18 +123,19 @@ class EmbeddingStore:
         Embeddings are computed and stored in shards, that is, files with the embeddings of consecutive rows.
 
         Args:
-            items: Identifier of the content of each row: the digest of the image, or the text. A row with an empty
-                string is bad and is not embedded.
+            items: Identifier of the content of each row: the digest of the image, or the text. An empty string marks a
+                bad row, for example a row without an image. Bad rows are not embedded.
             load: Function that loads images or texts. It gets an iterator over the batches of this process. A batch is
-                a list of tuples (row number, view number). The function returns an iterable over the loaded batches, in
-                the same order. A loaded batch is a list with the loaded item for each tuple, or a `BadImage` error. The
-                function may load batches before they are needed.
+                a list of tuples (row index, view index). The function returns an iterable over the loaded batches, in
+                the same order. A loaded batch is a list with one entry per tuple: the loaded item, or a `BadImage`
+                error if it can't be loaded. The function may load batches before they are needed.
             embed: Function that gets a list of loaded items, and returns one vector of shape (width,) per item.
             title: Label of the progress bar.
             kind: Singular noun for a row, such as "image" or "text". It is the unit of the progress bar and part of the
                 file names.
             rows_per_shard: Number of rows per shard (file). An interruption loses at most one shard per process.
-            views: Number of embeddings per row. More than 1 for several views, that is, augmented copies of an image.
+            views: Number of embeddings per row. It is larger than 1 if several views of each image are embedded, that
+                is, augmented copies.
 
         Returns:
             A memory-mapped table with one row per item and these columns:
@@ -168,7 +172,7 @@ class EmbeddingStore:
                 self._write_shard(path, [[vectors[row, view] for view in range(views) if items[row]] for row in part])
         state.wait_for_everyone()
         table = pa.concat_tables(map(_load_shard, paths, map(len, parts)))
-        # Wait until all processes have read the shards, because the main process may then delete a temporary folder.
+        # Wait until all processes have read the shards: the main process may delete them next, if they are temporary.
         state.wait_for_everyone()
         return table
 
@@ -205,7 +209,7 @@ class EmbeddingStore:
         faults = [next((view for view in views if isinstance(view, BadImage)), None) for views in rows]
         vectors = [np.array([] if bad else views, self.dtype).ravel() for views, bad in zip(rows, faults, strict=True)]
         columns = {"vectors": pa.array(vectors, pa.large_list(pa.from_numpy_dtype(self.dtype)))}
-        # A good row has no fault (None), which has neither attribute, so both columns contain "" for a good row.
+        # The fault of a good row is None, which has neither attribute. `getattr` then returns the default, "".
         columns |= {name: [getattr(fault, name, "") for fault in faults] for name in ("reason", "detail")}
         table = pa.table(columns)
         with atomic_file(path) as temporary:

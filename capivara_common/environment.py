@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
-# Folder of this code: the checkout or site-packages. Tasks on other machines import the code from there.
+# Folder that contains the packages of this project: the Git checkout or site-packages. Jobs on the other machines of a
+# cluster import the code from there.
 CODE_ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTION = "modeling-capivara"  # name of the package on PyPI
 # Packages whose versions are stored with results, because measurements depend on these versions.
@@ -35,7 +36,7 @@ def cache_home() -> Path:
 
 
 def require_packages(purpose: str, extra_name: str | None, *modules: str) -> None:
-    """Check that the modules of an optional feature are installed, and tell the user how to install missing modules.
+    """Check that the modules of an optional feature are installed; otherwise tell the user how to install them.
 
     Args:
         purpose: Name of the feature that needs the modules. The error message begins with this name.
@@ -48,13 +49,13 @@ def require_packages(purpose: str, extra_name: str | None, *modules: str) -> Non
     """
     if missing := missing_modules(*modules):
         command = get_install_command_of_extra(extra_name) if extra_name else f"pip install {' '.join(missing)}"
-        text = f"{purpose} needs {' and '.join(missing)}, not installed yet: {command}"
+        text = f"{purpose} needs {' and '.join(missing)} (not installed). Run: {command}"
         names = " ".join(missing)
         raise make_coded_error(ImportError, "not_installed", "{text}", text=text, names=names, command=command)
 
 
 def missing_modules(*modules: str) -> list[str]:
-    """Return those of the given modules that are not installed, without importing them.
+    """Return the names of all given modules that are not installed, without importing them.
 
     Args:
         *modules: Import names, such as "PIL".
@@ -101,8 +102,8 @@ def package_versions(*extra_packages: str) -> dict[str, str]:
 def get_or_init_distributed_state(timeout: timedelta | None = None) -> "PartialState":
     """Return the role of this process in a distributed launch: its rank, its device, and the number of processes.
 
-    The first call initializes Accelerate's `PartialState`. If a launcher has started several processes, it also
-    connects them through torch.distributed. Later calls return the same state.
+    The first call initializes Accelerate's `PartialState`. If a launcher such as torchrun has started several
+    processes, this call also connects them through torch.distributed. Later calls return the same state.
 
     Args:
         timeout: How long this process waits for the other processes before it fails. None: the default of
@@ -118,7 +119,7 @@ def get_or_init_distributed_state(timeout: timedelta | None = None) -> "PartialS
     is_first = launched and not torch.distributed.is_initialized()
     options = {"timeout": timeout} if launched and timeout else {}
     state = PartialState(cpu=launched and not torch.cuda.is_available(), **options)
-    # If the process group still existed when the interpreter exits, its threads might abort the interpreter.
+    # Destroy the process group at the exit of the interpreter, because its threads might otherwise abort the process.
     if is_first:
         atexit.register(state.destroy_process_group)
     return state

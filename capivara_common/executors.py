@@ -1,13 +1,13 @@
-"""Run the work of a command as many tasks with datatrove: on local processes, on Slurm or on Ray.
+"""Run the work of a command as parallel tasks with the library datatrove: in local processes, on Slurm or on Ray.
 
 Example:
     run_phases(PhaseStep.from_phases(args, PHASES, "score"), args)
 
 A command consists of phases (`Phase` in `tasks.py`), for example first scoring rows and then merging the scores. The
-rows of a phase are split into tasks. Each phase becomes a datatrove pipeline with a single step, `PhaseStep`. It starts
-when the previous phase is complete.
+rows of a phase are split into tasks. Each phase becomes a datatrove pipeline with a single step, `PhaseStep`. A phase
+starts when the previous phase is complete.
 
-The progress is read from the output files, not from the task numbers. So a run can be resumed with another number of
+A task skips the rows that are already in the output files. So an interrupted run can be resumed with another number of
 tasks. datatrove writes a completion file for each task that ends successfully. If this file is missing, the task is
 still running or has failed. The reason of a failure is in the file `failures/RANK.txt` in the log folder of the phase,
 where RANK is the number of the task, from 0.
@@ -43,7 +43,8 @@ from capivara_common.files import write_text
 from capivara_common.progress import disable_progress_bars, set_progress_bar_timing
 from capivara_common.tasks import ExecutorArguments, Phase
 
-MAX_NAMED_FAILURES = 8  # number of failed tasks that an error message lists
+MAX_NAMED_FAILURES = 8  # largest number of failed tasks that an error message lists
+# What an error message says about a task, after "task 17: ", if the task raised no exception
 NOT_FINISHED_MESSAGE = "has not ended: it is still running, or it was killed (out of memory?)"
 UNKNOWN_OUTCOME_MESSAGE = "has not started, or could not report how it ended"
 # How local worker processes are started. "fork" would be unsafe, because it copies the locks that threads hold.
@@ -76,7 +77,7 @@ class PhaseStep(PipelineStep):
     def from_phases(cls, args: ExecutorArguments, phases: dict[str, Phase], title: str) -> "list[PhaseStep]":
         """Wrap each phase of a command as a datatrove step, so that `run_phases` can run the phases in order.
 
-        A phase is a part of the work of a command that several tasks can share.
+        A phase is one step of a command, such as scoring rows. Several tasks can share its work.
 
         Args:
             args: Command-line arguments of the command.
@@ -97,7 +98,7 @@ class PhaseStep(PipelineStep):
 
         Args:
             data: Not used. datatrove passes the output of the previous step of the pipeline.
-            rank: Number of the task, counted from 0.
+            rank: Index of the task, from 0.
             world_size: Total number of tasks.
         """
         logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -115,13 +116,14 @@ class PhaseStep(PipelineStep):
 
 
 def read_task_failures(log_folder: Path) -> dict[int, str]:
-    """Read from the log folder which tasks of a phase have failed or not ended, and why.
+    """Read from a log folder which parallel tasks of a command have failed or have not ended, and why.
 
     Args:
-        log_folder: Log folder of a phase. Its subfolder `failures` has one text file for each such task.
+        log_folder: Log folder of a phase, that is, one step of a command. The subfolder `failures` has one text file
+            for each task that has failed or has not ended.
 
     Returns:
-        `{number of the task: reason on one line}`. Tasks that ended successfully are not included.
+        `{index of the task, from 0: reason on one line}`. Tasks that ended successfully are not included.
     """
     paths = sorted((log_folder / "failures").glob("*.txt"))
     return {int(path.stem): path.read_text(encoding="utf-8").split("\n\n")[0] for path in paths}
@@ -129,6 +131,8 @@ def read_task_failures(log_folder: Path) -> dict[int, str]:
 
 def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
     """Run the phases of a command one after another, each as several tasks on this machine or on a cluster.
+
+    A phase is one step of a command, such as scoring rows. Its rows are divided among the tasks.
 
     Args:
         steps: One step per phase, in order. A step starts only if the previous step is complete.
@@ -145,8 +149,8 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
     """
     previous = None
     for step in steps:
-        # Remove the failures and completions that an earlier run recorded. If the earlier run had another number of
-        # tasks, its task numbers stand for other rows.
+        # Remove the failures and completions that an earlier run recorded. They would be misleading if the earlier run
+        # had another number of tasks, because its task numbers then stand for other rows.
         for folder in ("failures", "completions"):
             shutil.rmtree(step.log_folder / folder, ignore_errors=True)
         step_args = step.args if isinstance(step.args, ExecutorArguments) else args
@@ -188,8 +192,8 @@ def _run_step_locally(step: PhaseStep, args: ExecutorArguments) -> LocalPipeline
     context, main = multiprocessing.get_context(START_METHOD), getattr(sys.modules["__main__"].__spec__, "name", "")
     if START_METHOD == "forkserver":
         context.set_forkserver_preload([name for name in sys.modules if name.startswith(step.package) and name != main])
-    # Workers are daemons, so that Ctrl-C ends them. The environment is passed explicitly, because the fork server may
-    # have been started earlier, with other environment variables.
+    # Workers are daemon processes, so that they end when Ctrl-C ends this process. The environment is passed
+    # explicitly, because the fork server may have been started earlier, with other environment variables.
     processes = []
     for index in range(workers):
         gpu = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}

@@ -1,8 +1,8 @@
-"""Write files and folders so that a crash never leaves half of the output, and refuse links that lead elsewhere.
+"""Write files and folders so that a crash never leaves incomplete output, and refuse links to private files.
 
-An atomic write first writes a temporary file or folder, and renames it when it is complete. If a process is killed in
-between, the next process that writes the same output removes the leftovers. `AllowedFolders` refuses paths and links
-that lead out of the folder of a dataset.
+To write atomically, a process first writes a temporary file or folder, and renames it when it is complete. If the
+process is killed in between, the next process that writes the same output removes the temporary files. `AllowedFolders`
+refuses paths and links that lead out of the folder of a dataset.
 """
 
 import errno
@@ -23,16 +23,17 @@ from filelock import lock_descriptor
 
 from capivara_common.cli import make_coded_error
 
-RUN_MARKER = ".capivara-run"  # name of a file that marks the folder of an unfinished run
+RUN_MARKER = ".capivara-run"  # name of a file that marks the folder of an unfinished training run
 # Length of a SHA-256 digest in hexadecimal. CPUs have instructions for SHA-256, so it is faster than BLAKE2.
 DIGEST_HEX_LENGTH = 64
 IS_WINDOWS = os.name == "nt"
 CAN_OPEN_FOLDERS = hasattr(os, "O_DIRECTORY")  # False on Windows, where `os.open` refuses folders
-# Names that are devices in every folder of Windows, also with any suffix, such as NUL.jpg.
+# Windows reads these names as devices in every folder, even with a suffix, such as NUL.jpg.
 WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
     f"{port}{number}" for port in ("COM", "LPT") for number in "0123456789¹²³"
 }
-# Permission bits that new files don't get. A process can read its umask only by setting it, so it is set back at once.
+# Permission bits that new files don't get. A process can read its umask only by setting it to another value, so the old
+# value is restored at once.
 UMASK = os.umask(0)
 os.umask(UMASK)
 
@@ -72,15 +73,15 @@ def read_json(path: Path, **fields: type) -> Any:
 
     Raises:
         OSError: If the file can't be read.
-        ValueError: If the file is not JSON. If `fields` are given, also if the JSON value is not an object, or a field
-            is missing or has another type.
+        ValueError: If the file is not JSON, or a field in `fields` is missing or has another type. If `fields` are
+            given and the JSON value is not an object.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if fields and not isinstance(data, dict):
-        raise ValueError(f"{path} must contain an object with {', '.join(fields)}, got a {type(data).__name__}.")
+        raise ValueError(f"{path} must contain a JSON object with {', '.join(fields)}, got a {type(data).__name__}.")
     for name, kind in fields.items():
         if type(data.get(name)) is not kind:
             raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got {str(data.get(name))[:80]!r}.")
@@ -155,15 +156,15 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         path: Final path of the folder.
-        overwrite: Whether a folder that exists at `path` may be replaced. The old folder stays until the new folder is
-            complete.
+        overwrite: True: a folder that exists at `path` is replaced when the new folder is complete. False: such a
+            folder must be empty.
 
     Yields:
         Path of the temporary folder, next to `path`. It exists and is empty.
 
     Raises:
-        ValueError: If `path` is a file, a mount point, or can't be written to. Also if `path` is a folder that is not
-            empty, and `overwrite` is not set.
+        ValueError: If `path` is a file or a mount point, or can't be written to. If `path` is a folder that is not
+            empty, and `overwrite` is False.
         OSError: If writing fails. If the disk is full, the message says so.
     """
     path = path.resolve()  # if `path` is a link, replace the folder that it points to
@@ -261,7 +262,7 @@ def _remove_leftover_folder(folder: Path) -> None:
 
 
 def get_partial_folder_path(path: Path) -> Path:
-    """Return the path of the folder to which a run writes until it is finished: `path` with the suffix ".partial".
+    """Return the path of the folder to which a training run writes until it is finished: `path` plus ".partial".
 
     Args:
         path: Output folder of the run. When the run is finished, `rename_partial_folder` moves the files there.
@@ -271,9 +272,9 @@ def get_partial_folder_path(path: Path) -> Path:
 
 
 def list_seed_run_folders(folder: Path) -> list[Path]:
-    """List the folders of the individual runs of a training that was run with several random seeds.
+    """List the output folders of a training that was repeated with several random seeds, one folder per seed.
 
-    Such a training writes each run to a subfolder: `seed-0`, `seed-1`, and so on.
+    Such a training writes the run of each seed to a subfolder: `seed-0`, `seed-1`, and so on.
 
     Args:
         folder: Output folder of the finished training.
@@ -285,18 +286,18 @@ def list_seed_run_folders(folder: Path) -> list[Path]:
         ValueError: If the training is unfinished.
     """
     if folder.name.endswith(".partial") and (folder / RUN_MARKER).is_file():
-        raise ValueError(f"{folder} is an unfinished run. Resume it with --resume auto, or give a finished run.")
+        raise ValueError(f"{folder} is an unfinished run. Resume it with --resume auto, or use a finished run.")
     return sorted(p for p in folder.glob("seed-*/") if p.name[5:].isdecimal())
 
 
 def rename_partial_folder(path: Path, overwrite: bool = False) -> None:
-    """Move the files of a finished run to the output folder, by renaming the folder in which the run wrote them.
+    """Move the files of a finished training run to its output folder, by renaming the folder that contains them.
 
     Until it is finished, a run writes to a folder with the suffix ".partial" (`get_partial_folder_path`).
 
     Args:
         path: Output folder of the run, without the suffix.
-        overwrite: Whether a folder that exists at `path` and is not empty may be replaced.
+        overwrite: True: a folder that exists at `path` is replaced. False: such a folder must be empty.
 
     Raises:
         ValueError: If `path` is a mount point or a file, can't be written to, or is a folder that may not be replaced.
@@ -359,9 +360,13 @@ def remove_or_restore_leftovers(path: Path) -> None:
     """Clean up the hidden folders that killed processes have left next to an output folder.
 
     To write an output folder, a process fills a hidden temporary folder, and then renames it. If the process is killed,
-    a hidden folder remains. An incomplete new folder is removed. An old output folder that was being replaced is
-    renamed back. Folders that a running process uses are locked and stay. On a file system without locks, all folders
-    stay.
+    hidden folders remain next to the output folder:
+
+    - an incomplete new folder, which is removed;
+    - an old output folder that was being replaced. It is renamed back.
+
+    Folders that a running process uses are locked, so they are not changed. On a file system without locks, no folder
+    is changed.
 
     Args:
         path: The output folder. It need not exist.
@@ -372,7 +377,7 @@ def remove_or_restore_leftovers(path: Path) -> None:
     for leftover in sorted(path.parent.glob(".*")):
         if not (match := name.fullmatch(leftover.name)):
             continue
-        # OSError: the folder is locked, or another process has removed it in the meantime.
+        # Ignore OSError: the folder is locked, or another process has removed it in the meantime.
         with suppress(OSError), ExitStack() as stack:
             stack.callback(os.close, acquire_folder_lock(leftover))
             if match[1] == "old" and not (path.exists() and any(path.iterdir())):
@@ -382,7 +387,7 @@ def remove_or_restore_leftovers(path: Path) -> None:
 
 
 def check_output_file(path: Path) -> None:
-    """Check that a command can write its output file, so that it fails at its start instead of after the work.
+    """Check that a command can write its output file, so that it fails at its start instead of after hours of work.
 
     Args:
         path: The output file. It may exist; it is not changed by the check.
@@ -432,10 +437,10 @@ def is_disk_full(error: BaseException) -> bool:
 def acquire_folder_lock(folder: Path, wait: bool = False) -> int:
     """Lock a folder, so that only one process at a time works in it.
 
-    On Linux and macOS, the folder itself is opened and locked, so no lock file is needed. Windows can't open folders.
-    There, an empty lock file in the system's folder for temporary files is locked instead. Its name is a hash of the
-    folder's path. The lock file is never removed. Otherwise one process could lock the removed file while another
-    process locks a new file with the same name.
+    On Linux and macOS, the folder itself is opened and locked, so no lock file is needed. On Windows, which can't open
+    folders, an empty lock file in the system's folder for temporary files is locked instead. Its name is a hash of the
+    folder's path. The lock file is never removed. Otherwise two processes could hold the lock at the same time: one
+    with the removed file, the other one with a new file of the same name.
 
     Args:
         folder: The folder to lock. It must exist, except on Windows.
@@ -491,8 +496,8 @@ class AllowedFolders:
     """Folders from which the files of a dataset may be read; paths that lead elsewhere are refused.
 
     Without this check, a path or link in an untrusted dataset could lead to private files of the user. A path is
-    accepted if it lies in one of the folders after all links are resolved. In the Hub's cache, the files of a dataset
-    are links to the folder `blobs` of the same repository. For a dataset in this cache, that folder is allowed, too.
+    accepted if it lies in one of the folders after all links are resolved. For a dataset in the Hub's cache, the folder
+    `blobs` of the same repository is allowed, too, because the files of the dataset are links to this folder.
 
     Args:
         folder: Folder of the dataset. Its path may contain links.
@@ -512,7 +517,7 @@ class AllowedFolders:
             return False
         try:
             real = Path(os.path.realpath(path))
-        except ValueError:  # for example if the path has a NUL character; opening the file later raises a clearer error
+        except ValueError:  # for example, the path has a NUL character; opening the file later raises a clearer error
             return True
         return any(real.is_relative_to(allowed) for allowed in self.folders)
 
@@ -531,9 +536,9 @@ class AllowedFolders:
 def find_windows_path_fault(path: str | Path, folders: Sequence[str | Path] | None = None) -> str | None:
     r"""Check whether an untrusted path can be opened safely on Windows, and return the reason if it can't.
 
-    On Windows, a path can be dangerous even before the file is opened. Looking up a network path sends the user's
-    credentials to the server. Some names, such as NUL, are devices in every folder. Therefore, this function checks
-    only the text of the path.
+    On Windows, it can be dangerous even to look up a path. Looking up a network path sends the user's credentials to
+    the server. Some names, such as NUL, are devices in every folder. Therefore, this function checks only the text of
+    the path.
 
     Args:
         path: Path of the file.
@@ -551,7 +556,7 @@ def find_windows_path_fault(path: str | Path, folders: Sequence[str | Path] | No
     for part in windows_path.parts[bool(windows_path.anchor) :]:
         if part.split(".")[0].rstrip(" ").upper() in WINDOWS_DEVICES:
             return f"has the reserved name {part!r}"
-        # ".." is the only name that Windows keeps although it ends with a dot.
+        # Windows removes dots and blanks at the end of a name, except in the name "..".
         if ":" in part or (part != ".." and part.endswith((".", " "))):
             return f"has a name that Windows changes or reads as a stream: {part!r}"
     return None

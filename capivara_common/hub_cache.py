@@ -1,12 +1,12 @@
 """Find Hub models in the cache of this machine, download missing models, and convert open_clip models.
 
-A model is downloaded and converted only once. The converted copy of a Hub model lies in the folder
-`cache_home()/open_clip/OWNER--NAME/COMMIT`. The file `refs/BRANCH` in the folder `OWNER--NAME` records the commit that
-the branch had at its last conversion. Conversions are written atomically.
+Each model is downloaded and converted only once. The converted copy of a Hub model lies in the folder
+`cache_home()/open_clip/OWNER--NAME/COMMIT`. The file `refs/BRANCH` in the folder `OWNER--NAME` contains the commit to
+which the branch pointed at the last conversion. Conversions are written atomically.
 
-A cached model is used without a request to the Hub. Only if the caller requests a branch or tag, the Hub is asked
-whether the branch or tag has moved. If the files of a local open_clip model change, the model is converted again, and
-the previous conversion is removed.
+A cached model is used without a request to the Hub, unless the caller requests a branch or tag. Then the Hub is asked
+whether the branch or tag has moved to another commit. If the files of a local open_clip model change, the model is
+converted again, and the previous conversion is removed.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ OPEN_CLIP_WEIGHT_FILES = tuple(  # in order of preference
 PROCESSOR_CONFIG_FILES = ("processor_config.json", "preprocessor_config.json")
 SMALL_FILE_PATTERNS = ["*.json", "*.model", "*.txt"]
 MODEL_FILE_PATTERNS = [*SMALL_FILE_PATTERNS, "model*.safetensors"]
-HUB_TIMEOUT_S = 5  # timeout for connecting and for each read of the request whether the Hub has a model
+HUB_TIMEOUT_S = 5  # time limit for connecting to the Hub, and for each read, when a model is looked up
 DEFAULT_BRANCH = "main"
 COMMIT_RE = re.compile(r"[0-9a-f]{40}")
 CONVERSION_FILE = "conversion.json"  # file in the folder of a converted model that names the original model
@@ -51,8 +51,8 @@ def find_download_or_convert_model_folder(source: str, convert: Converter, revis
     A Hub model is downloaded if it is not cached. An open_clip model is converted if no converted copy is cached.
 
     Args:
-        source: Model folder, Hub id, or open_clip checkpoint file. A Hub id may have the prefix `hf-hub:`, a path the
-            prefix `local-dir:`.
+        source: Model folder, Hub id, or open_clip checkpoint file. A Hub id may have the prefix `hf-hub:`. A path may
+            have the prefix `local-dir:`.
         convert: Function that converts an open_clip model to transformers' format. It is called only if a conversion is
             necessary, because it imports torch. Its arguments are the source, the target folder, and the revision (None
             for a local model). It returns the digest of the weights.
@@ -77,7 +77,7 @@ def find_download_or_convert_model_folder(source: str, convert: Converter, revis
     if not looks_like_hub_id(source):
         raise make_coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=name)
     repo_id = source.removeprefix("hf-hub:")
-    may_have_moved = revision is not None and not COMMIT_RE.fullmatch(revision)  # branches and tags may, a commit can't
+    may_have_moved = revision is not None and not COMMIT_RE.fullmatch(revision)  # True for a branch or tag
     cached = None if may_have_moved else find_cached_model(repo_id, revision)
     return cached or _download_hub_model_converting_open_clip(repo_id, convert, revision)
 
@@ -121,7 +121,7 @@ def check_hub_model_reachable(source: str | Path, *names: str, revision: str | N
     Args:
         source: Folder or Hub id of the model. Local files and folders are not checked.
         *names: Names of files of the model, such as "config.json". If one of these files is in the Hub's cache, the
-            check passes without a request. Otherwise the Hub is asked for the first file. Default: "config.json".
+            check passes without a request. Otherwise the Hub is asked for the first name. Default: "config.json".
         revision: Branch, tag or commit. Default: the main branch.
 
     Raises:
@@ -137,11 +137,11 @@ def check_hub_model_reachable(source: str | Path, *names: str, revision: str | N
     except (HfHubHTTPError, HTTPError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
             return  # the Hub can be reached, so the function that loads the model reports the error soon
-        raise _model_fetch_error(source, error) from None  # None: the message already names the cause
+        raise _model_fetch_error(source, error) from None  # hide the cause, which the message names
 
 
 def looks_like_hub_id(source: str) -> bool:
-    """Return whether the name of a model has the form of a Hub id, OWNER/NAME, optionally with the prefix `hf-hub:`."""
+    """Return True if the name of a model has the form of a Hub id, OWNER/NAME, optionally with the prefix `hf-hub:`."""
     name = source.removeprefix("hf-hub:")
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 

@@ -1,9 +1,9 @@
 """Compute a digest that identifies a model's image encoder. Models with the same digest embed images in the same way.
 
-The digest covers the weights of the image tower and of its projection, the settings of the image tower, and the image
-preprocessing. Two models have the same digest, for example, if only the text tower was trained further. A search index
-that was built with one of them is then also valid for the other one. The digest of the weights is cached until the
-path, size or a time stamp of a weight file changes.
+The digest covers the weights of the image encoder, its settings, and the image preprocessing. For example, a model and
+its fine-tuned version have the same digest if only the text encoder was trained. A search index that was built with one
+of them is then also valid for the other one. The digest of the weights is cached until the path, size or a time stamp
+of a weight file changes.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from capivara_common.model_kinds import KINDS, NATIVE_MODEL_TYPE
 from capivara_common.weight_file import WeightFile, find_weight_files
 
 DIGEST_VERSION = 1  # version of the cached digests; increase it if the digest covers other weights than before
-IMAGE_ENCODER_PREFIXES = ("vision_model.", "visual_projection.")  # the names of its parameters start with these
+IMAGE_ENCODER_PREFIXES = ("vision_model.", "visual_projection.")  # prefixes of the encoder's parameter names
 DIGEST_CHUNK_BYTES = 1 << 24  # 16 MiB; weights are hashed in pieces of this size, to limit memory
 # Default values of transformers' image processors. The file of an image processor may omit these settings.
 IMAGE_PROCESSOR_DEFAULTS = {
     "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
 }  # fmt: skip
-# Config fields that do not change the embedding of an image. If `KINDS` does not know the type of an image tower, the
-# digest covers all other fields of its config.
+# Config fields that do not change the embedding of an image. They are needed for an image tower whose type is not
+# listed in `KINDS`, the supported models: the digest then covers all fields of its config except these.
 IGNORED_CONFIG_FIELDS = {
     *("transformers_version", "dtype", "torch_dtype", "_name_or_path", "id2label", "label2id", "label_names"),
 }
@@ -141,8 +141,8 @@ def _get_or_compute_weights_digest(folder: Path) -> str:
     and cached.
     """
     paths = find_weight_files(folder)
-    # The ctime is included, because unpacking an archive and `cp -p` keep the mtime. The file of another model could
-    # then have the same size and mtime.
+    # The change time (ctime) is included, because unpacking an archive and `cp -p` keep the modification time (mtime).
+    # The file of another model could then have the same size and mtime.
     stats = [(path.stat(), path) for path in paths]
     metadata = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat, path in stats]
     cache_file = cache_home() / "image_digests" / f"{json_digest(metadata)}-{DIGEST_VERSION}.json"

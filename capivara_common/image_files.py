@@ -39,7 +39,7 @@ with suppress(ImportError):
 # There is no minimum side length: the image processor accepts one pixel, and `MAX_ASPECT_RATIO` excludes thin lines.
 MAX_IMAGE_SIDE = 30_000  # pixels; photographs and scans are smaller, and JPEG allows at most 65,535
 MAX_IMAGE_PIXELS = 50_000_000  # default of --max_pixels; takes 0.15 GB as RGB; few cameras have more pixels
-MAX_ASPECT_RATIO = 50  # long side / short side; above it, the square crop would show less than 2 % of the image
+MAX_ASPECT_RATIO = 50  # long side / short side; above this ratio, a square crop shows less than 2 % of the image
 # Larger files are refused, because a file is read into memory as a whole. Photographs have under 50 MB.
 MAX_IMAGE_BYTES = 100_000_000
 # Allowed formats. Not all formats that PIL reads are safe: for EPS, PIL starts Ghostscript.
@@ -52,15 +52,15 @@ TILE_WIDTH, TILE_LENGTH = 322, 323  # numbers of the TIFF tags with the width an
 # Formats for `struct` of the integer types that a TIFF tag may have. TIFF numbers the types: 3 is SHORT, 4 is LONG.
 TIFF_INTEGER_FORMATS = {3: "H", 4: "I"}
 DECODER_THREADS = 4
-DECODE_CHUNK_IMAGES = 64  # decoded images in memory at the same time; a photograph of 12 megapixels takes 36 MB
+DECODE_CHUNK_IMAGES = 64  # largest number of decoded images in memory; a photograph of 12 megapixels takes 36 MB
 # {EXIF orientation: operation that makes the image upright}
 EXIF_TRANSPOSES = {
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
 
-# Flags for `os.open`. Flags that the operating system lacks are left out. Without O_NONBLOCK, opening a FIFO would wait
-# for a writer. Without O_BINARY, Windows would translate line ends.
+# Flags for `os.open`. Flags that the operating system lacks are left out. Without O_NONBLOCK, opening a named
+# pipe would wait for a writer. Without O_BINARY, Windows would translate line ends.
 _FILE_OPEN_FLAGS = os.O_RDONLY
 for _flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"):
     _FILE_OPEN_FLAGS |= getattr(os, _flag, 0)
@@ -70,11 +70,11 @@ _FOLDER_OPEN_FLAGS = None
 if hasattr(os, "O_DIRECTORY") and hasattr(os, "O_NOFOLLOW") and os.open in os.supports_dir_fd:
     _FOLDER_OPEN_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_DETAIL_CHARACTERS = 300  # longer error details are cut off, because they may quote texts of any length
-# Held while a large image is decoded, so that only one image at a time takes hundreds of megabytes. Callers may keep
-# the lock until they have processed the image.
+# This lock is held while a large image is decoded, so that only one image at a time takes hundreds of megabytes.
+# Callers may hold it longer, until they have processed the image.
 LARGE_IMAGE_LOCK = threading.RLock()
 PIL.Image.init()
-# Some builds of PIL lack AVIF, and HEIF needs the package pillow-heif.
+# Formats that can be read on this machine: some builds of PIL lack AVIF, and HEIF needs the package pillow-heif.
 _AVAILABLE_FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)
 
 
@@ -88,7 +88,7 @@ class BadRow(ValueError):
     """
 
     def __init__(self, reason: str, detail: str):
-        # Both arguments are passed to the base class, because worker processes return errors by pickling `args`.
+        # Pass both arguments to the base class, because worker processes return errors by pickling `args`.
         super().__init__(reason, detail[:MAX_DETAIL_CHARACTERS])
         self.reason, self.detail = self.args
         self.code = reason  # key of the message in the translations of `capivara_search`, the picture search
@@ -215,7 +215,7 @@ def _read_row_image_without_decoding(row_image: dict | None, access: ImageAccess
     image = row_image or {}
     kinds = {"bytes": bytes, "path": str, "archive": str, "offset": int, "size": int}
     if not isinstance(image, dict) or not all(isinstance(image.get(name), kind | None) for name, kind in kinds.items()):
-        raise BadImage("unreadable image", f"bytes or a path are needed, got {str(image)[:80]!r}")
+        raise BadImage("unreadable image", f"an image needs bytes or a path, got {str(image)[:80]!r}")
     data, path, archive, offset, size = map(image.get, kinds)
     if data is None and path:
         file, start, length = (path, 0, MAX_IMAGE_BYTES + 1) if archive is None else (archive, offset or 0, size or 0)
@@ -234,11 +234,11 @@ def decode_row_images(
     """Load and decode the images of several dataset rows with up to eight threads.
 
     Args:
-        rows: Numbers of the rows to decode.
-        row_image: Function that takes a row number and returns the value of the image column in this row: a dict, as
+        rows: Indices of the rows to decode.
+        row_image: Function that takes a row index and returns the value of the image column in this row: a dict, as
             described at `decode_image`, or None.
         access: Folders in which image files may lie, and largest number of pixels.
-        describe_error: Function that takes a row number and the `BadImage` error of this row. It returns the text that
+        describe_error: Function that takes a row index and the `BadImage` error of this row. It returns the text that
             replaces the `detail` of the error. Default: the detail stays as it is.
 
     Yields:
@@ -269,7 +269,7 @@ def check_and_open_image_without_decoding(
         data: Content of the image file.
         name: Name of the image for error messages.
         max_pixels: Largest number of pixels (width x height).
-        hint: Advice for an image that has too many pixels; inserted into the error message after the limit.
+        hint: Advice for the user if the image has too many pixels. The error message has it after the limit.
 
     Returns:
         The opened image, whose pixels are not decoded yet. Pass it to `decode_upright` to decode them.
@@ -278,8 +278,8 @@ def check_and_open_image_without_decoding(
         BadImage: If the data are not an image in a format of `IMAGE_FORMATS`, the header is damaged, or the image
             exceeds a limit.
     """
-    # PIL's own pixel limit must not be lower than `max_pixels`. It is set here, and not where the command-line flags
-    # are checked, because worker processes don't run that check.
+    # PIL's own pixel limit must not be lower than `max_pixels`. It is set in this function, because worker processes
+    # call it, too. They do not run the code that checks the command-line flags.
     PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=_AVAILABLE_FORMATS)
@@ -293,7 +293,7 @@ def check_and_open_image_without_decoding(
         raise BadImage("absurd image size", f"{name}: {error}") from error
     except Exception as error:  # PIL raises many types of errors, including SyntaxError
         raise BadImage("unreadable image", f"{name}: {error}") from error
-    # libtiff decodes a whole tile at once, so a tile must not have too many pixels either.
+    # libtiff decodes a whole tile at once, so the limit also applies to the pixels of a tile.
     if math.prod(tile) > max_pixels:
         detail = f"{name} has tiles of {tile[0]} x {tile[1]} pixels; at most {max_pixels:,} pixels are allowed"
         raise BadImage("absurd image size", detail)
@@ -315,8 +315,8 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
     Args:
         image: Image from `check_and_open_image_without_decoding`, whose pixels are not decoded yet.
         name: Name of the image for error messages.
-        min_short_side: To save time, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its short side
-            keeps at least this many pixels. 0: every image is decoded at full size.
+        min_short_side: Smallest acceptable number of pixels of the image's short side. To save time, a JPEG may be
+            decoded at 1/2, 1/4 or 1/8 of its size, but not below this limit. 0: every image is decoded at full size.
 
     Returns:
         The upright image with 8 bits per channel. It is not converted to RGB: it keeps the PIL mode of the file, such
@@ -325,8 +325,8 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
     Raises:
         BadImage: If the pixels can't be decoded.
     """
-    # Every AVIF image counts as large, because libavif decodes up to 268 megapixels. The frame size that the AV1
-    # streams state has been checked when the image was opened. A hostile file may hide this size, or exceed it.
+    # Every AVIF image counts as large, because libavif decodes up to 268 megapixels. The frame size was checked when
+    # the image was opened, but a hostile file may hide or understate it.
     is_large = image.format == "AVIF" or image.width * image.height > MAX_IMAGE_PIXELS
     try:
         with LARGE_IMAGE_LOCK if is_large else nullcontext():
@@ -345,10 +345,10 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
 
 
 def exif_orientation(image: PIL.Image.Image) -> int:
-    """Return how a decoded image must be rotated or mirrored, as an EXIF orientation from 1 to 8. 1 means upright.
+    """Return the EXIF orientation of an image, from 1 to 8, which says how to rotate or mirror it. 1 means upright.
 
-    The result is 1 if the orientation is missing, damaged or out of range. For a TIFF image, the result is always 1,
-    because PIL rotates a TIFF image upright when it decodes the pixels.
+    The result is also 1 if the orientation is missing, damaged or out of range. For a TIFF image, the result is always
+    1, because PIL rotates a TIFF image upright when it decodes the pixels.
     """
     try:
         orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation)
@@ -360,10 +360,13 @@ def exif_orientation(image: PIL.Image.Image) -> int:
 def to_8_bit(image: PIL.Image.Image) -> PIL.Image.Image:
     """Convert an image with 16-bit, 32-bit or float pixels to 8 bits; return any other image unchanged.
 
-    The pixels are scaled from an assumed range to the range 0 to 255. The assumed range of 16-bit integers is 0 to
-    65,535. For 32-bit integers it is 0 to 255 if no pixel exceeds 255, otherwise 0 to 65,535. For floats it is 0 to 1
-    if no pixel exceeds 1, otherwise 0 to 255. The model's image processor, which is published without this package,
-    scales pixels in the same way.
+    The pixels are scaled to the range 0 to 255. Their original range is assumed to be:
+
+    - 16-bit integers: 0 to 65,535;
+    - 32-bit integers: 0 to 255 if no pixel exceeds 255, otherwise 0 to 65,535;
+    - floats: 0 to 1 if no pixel exceeds 1, otherwise 0 to 255.
+
+    The model's image processor, which is published without this package, scales pixels in the same way.
 
     Raises:
         ValueError: If a pixel is negative, too large or not finite.
@@ -422,11 +425,11 @@ def _read_file_bytes(allowed_folders: AllowedFolders | None, path: str, offset: 
         if allowed_folders is None:
             raise PermissionError("the row has the path of a file, but must have the bytes of the image itself")
         if "://" in path:
-            raise PermissionError("a URL, which is not downloaded")
+            raise PermissionError("images are not downloaded from URLs")
         files = [*(folder / path for folder in allowed_folders.folders), Path(path)]
         inside = [file for file in files if allowed_folders.contains(file)]
         if not inside:
-            raise PermissionError("lies outside the dataset's folder; allow other folders with --image_roots")
+            raise PermissionError("the file lies outside the dataset's folder; allow its folder with --image_roots")
         existing = next((file for file in inside if file.is_file()), inside[0])
         with open_regular_file_safe_from_link_swaps(existing, "it", allowed_folders.folders) as file:
             file.seek(offset)
@@ -513,7 +516,7 @@ def _open_and_check_no_link_followed(real: Path) -> int:
     number = os.open(real, _FILE_OPEN_FLAGS)
     try:
         opened, after = os.fstat(number), os.lstat(real)
-        # `lstat` does not report a junction (a kind of link on Windows) as a link, but `realpath` resolves it.
+        # `realpath` is needed because `lstat` does not report a junction (a kind of link on Windows) as a link.
         is_same = os.path.samestat(before, opened) and os.path.samestat(opened, after)
         if not is_same or os.path.realpath(real) != str(real):
             raise OSError(errno.ELOOP, "the file was replaced while it was opened", str(real))
@@ -542,8 +545,8 @@ def _read_tiff_tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]
     """
     if image.format != "TIFF":
         return 0, 0
-    # A TIFF file begins with "II" if it is little-endian. The version number follows: 43 for BigTIFF, which has larger
-    # fields.
+    # A TIFF file begins with "II" if it is little-endian. The version number follows. It is 43 for BigTIFF, a variant
+    # with larger fields.
     order, is_big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]
     head, entry, value_start = (f"{order}Q", f"{order}HHQ8s", 12) if is_big else (f"{order}H", f"{order}HHI4s", 8)
     (entries,) = struct.unpack_from(head, data, image.tag_v2.offset)
@@ -560,7 +563,7 @@ def _read_tiff_tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]
 
 
 def image_display_path(row_image: dict | None) -> str:
-    """Return the path of the image of a dataset row, to show it in messages.
+    """Return the path of a dataset row's image, so that a message can say which image it is about.
 
     Args:
         row_image: Value of the image column in the row: a dict that may have the keys "path" and, for an image in a

@@ -12,7 +12,7 @@ import sys
 import threading
 
 message = "Stopped."  # text that is printed after Ctrl-C
-# Name of daemon threads that may run C++ code for a long time, for example while they load a model.
+# Name of the daemon threads that may run C++ code for a long time, for example while they load a model.
 NATIVE_THREAD_NAME = "native code"
 
 
@@ -59,7 +59,7 @@ def exit_if_native_code_runs(code: int) -> None:
         os._exit(code)
 
 
-# While `python -m` imports the package of a command, sys.argv[0] is "-m". Other programs that import this package keep
-# their own handling of Ctrl-C.
+# Handle Ctrl-C only in the commands of this project: while `python -m` imports the package of a command, sys.argv[0] is
+# "-m". Other programs that import this package keep their own handling of Ctrl-C.
 if os.path.basename(sys.argv[0]) in ("-m", "train_accelerate.py"):
     exit_on_interrupt()

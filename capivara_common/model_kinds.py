@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# `model_type` of this project's own models. `image_encoder_digest` assumes it if a config has no `model_type`.
+# `model_type` of this project's own models. The digest of an image encoder (`image_encoder_digest`) assumes this type
+# if a config has no `model_type`.
 NATIVE_MODEL_TYPE = "capivara"
 ADDING_PAGE = "docs/explanation/architecture.md"  # page of the documentation that says how to add a kind of model
 # Default values of transformers' configs. Published configs omit fields that have their default value, but configs that
@@ -47,7 +48,7 @@ METACLIP_2_TEXT_DEFAULTS = {
     **{"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "layer_norm_eps": 1e-5},
     **{"max_position_embeddings": 77, "hidden_act": "quick_gelu", "eos_token_id": 49407},
 }
-# {`model_type` of a well-known model that is not supported: text that follows the `model_type` in the error message}
+# Well-known models that are not supported: {`model_type`: explanation that the error message gives after it}
 UNSUPPORTED_MODEL_TYPES = {"siglip2": " (SigLIP 2 of any resolution, NaFlex)"}
 
 
@@ -64,7 +65,7 @@ def _read_siglip_widths(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelKind:
-    """What the project must know about one kind of image-text models, such as SigLIP. The default values describe CLIP.
+    """What distinguishes one kind of image-text model, such as SigLIP, from other kinds. The default values are CLIP's.
 
     A supported model has two towers: one encoder for images and one for texts.
 
@@ -72,9 +73,10 @@ class ModelKind:
         model_type: Value of `model_type` in config.json.
         title: Name of the kind for messages.
         class_name: Name of the model class, as results and model cards record it.
-        is_native: Whether the classes of the model, processor and tokenizer belong to this project. These classes clean
-            and truncate texts themselves, and their code is saved with the model.
-        processors: Names of the processor classes that fit the kind.
+        is_native: True: the classes of the model, processor and tokenizer belong to this project. They clean and
+            truncate texts themselves, and their code is saved with the model. False: these classes are part of
+            transformers.
+        processors: Names of the processor classes that models of this kind may have.
         pads_to_max_length: True: texts are padded to the maximum length, and the model sees the padding, because there
             is no attention mask. False: texts are padded to the longest text of the batch, and padding is masked.
         read_widths: Function that gets the content of config.json and returns the width of the embeddings as
@@ -83,8 +85,9 @@ class ModelKind:
         text_towers: Supported values of `text_config.model_type`. Empty if the kind has a single type of text tower, or
             supports all types.
         text_defaults: Default values of `text_config`.
-        vision_towers: For a kind with several types of image tower: `{vision_config.model_type: default values}`, with
-            the default values of the settings that change the embedding of an image. The first type is the default.
+        vision_towers: For a kind with several types of image tower: `{vision_config.model_type: default values}`. The
+            default values are those of the settings that change the embedding of an image. The first type is the
+            default type.
         vision_defaults: For a kind with a single type of image tower: the default values of the settings that change
             the embedding of an image.
         numpy_text_tower: Name of the class in `capivara_search/text_tower.py` that embeds texts with NumPy, without
@@ -130,8 +133,8 @@ class ModelKind:
         for section, supported in towers.items():
             tower = (config.get(section) or {}).get("model_type", supported and supported[0])
             if supported and tower not in supported:
-                # Embeddings are made from the output `pooler_output` of a tower. Models of other types, such as
-                # ModernBERT, may not have this output.
+                # Embeddings are computed from the output `pooler_output` of a tower. Models of other types, such as
+                # ModernBERT, may lack this output.
                 raise ValueError(f"{section}.model_type is {tower!r}; supported are {', '.join(supported)}")
         widths = self.read_widths(config)
         if len({*map(str, widths.values())}) > 1:
@@ -160,7 +163,7 @@ class ModelKind:
 
 
 def get_supported_model_kind(config: Mapping[str, Any]) -> ModelKind:
-    """Return the kind of a model, for example CLIP or SigLIP, after checking that the project supports the model.
+    """Check that the project supports a model, and return its kind, for example the entry of `KINDS` for SigLIP.
 
     Args:
         config: Content of the model's config.json.

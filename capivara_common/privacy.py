@@ -1,7 +1,7 @@
 """Find and hide text that must not be published or logged: access tokens, keys and absolute paths of this machine.
 
-All parts of the project use these functions: error messages, files that record a run, model and dataset cards, and the
-checks before an upload to the Hub.
+All packages of the project use these functions: for error messages, for files that record a run, for model and dataset
+cards, and for the checks before an upload to the Hub.
 """
 
 import mmap
@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-# {prefix of a secret: regular expression for the characters after the prefix}. The expressions must be valid in both
-# Python's `re` and RE2, because Arrow searches the columns of parquet files with RE2.
+# {prefix of a secret: regular expression for the characters after the prefix}. The expressions must be valid both in
+# Python's `re` and in the library RE2, with which Arrow searches the columns of parquet files.
 _TOKEN_PATTERNS = {
     "hf_": r"(?:oauth_[\w.-]{20,}|jwt_[\w.-]{20,}|[A-Za-z0-9]{20,})",
     "api_org_": r"[A-Za-z0-9]{16,}",
@@ -113,7 +113,7 @@ _PATH_PATTERNS = (
 _ABSOLUTE_START = rf"/[^\s/]|(?<!:)//[\w-]+/|\\{{2}}{_HOST_PATTERN}\\(?!\\)|[A-Za-z]:[\\/][^\\/\n]"
 # Matches a text that is a path as a whole. Group 1 is what may precede the path, such as `--flag=`.
 _WHOLE_PATH_RE = re.compile(rf"((?:[\w-]+[=:])*)((?:{_ABSOLUTE_START})[^\n]*)")
-# Characters that a terminal obeys or hides: control characters, format characters (writing direction marks, soft
+# Characters that a terminal executes or hides: control characters, format characters (writing direction marks, soft
 # hyphens, tag letters), line separators, and lone surrogates. Python represents the bytes of a file name that is not
 # valid UTF-8 by lone surrogates. Format characters that names need are not included: joiners (in Arabic, Indic scripts
 # and emoji) and Arabic number signs.
@@ -124,15 +124,15 @@ UNSAFE_CHARACTER_RE = re.compile(
 
 
 def find_secret(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
-    """Search a text or a file for a secret, such as an access token or a private key, before it is published.
+    """Search a text or a file that will be published for a secret, such as an access token or a private key.
 
     Args:
         content: Text, bytes or memory-mapped file to search.
 
     Returns:
-        None if `content` contains no secret. Otherwise the tuple (description, position) of one secret; if there are
-        several, it is not necessarily the first. The description names the kind of secret, without the secret itself.
-        The position is an offset in `content`, in characters for a text, otherwise in bytes.
+        None if `content` contains no secret. Otherwise the tuple (description, position) of one secret, which is not
+        necessarily the first. The description states what kind of secret it is, without the secret itself. The position
+        is an offset in `content`, in characters for a text, otherwise in bytes.
     """
     encode = str if isinstance(content, str) else str.encode
     for token in read_hub_tokens():
@@ -230,7 +230,7 @@ def shorten_absolute_paths(value: Any) -> Any:
         A value of the same structure with shortened paths.
 
     Raises:
-        ValueError: If two keys of an object become equal by shortening.
+        ValueError: If two keys of an object are equal after their paths are shortened.
     """
     if isinstance(value, dict):
         cleaned = {shorten_absolute_paths(key): shorten_absolute_paths(item) for key, item in value.items()}
@@ -292,7 +292,7 @@ def _shorten_absolute_path(path: str) -> str:
     """Return a path relative to the current folder; only its last part if the path lies outside the current folder."""
     current = Path.cwd()
     target = Path(os.path.normpath(current / path))
-    # If the current folder is above the home folder, such as `/`, relative paths would show the user's name.
+    # If the current folder contains the home folder, such as `/`, relative paths would show the user's name.
     is_inside = target.is_relative_to(current) and current not in Path.home().parents
     if is_inside and not re.match(r"~|\\\\|[A-Za-z]:[\\/]", path):
         return target.relative_to(current).as_posix()

@@ -32,8 +32,8 @@ def set_progress_bar_timing() -> None:
 def _display_after_delay(bar: tqdm, *args: Any, **options: Any) -> bool:
     """Draw a progress bar if its delay has passed; replaces `tqdm.display`.
 
-    The check is needed because `tqdm.write` redraws all bars at any time, and `tqdm.close` writes no line end after a
-    bar that was drawn before its delay.
+    The check is needed because `tqdm.write` redraws all bars, even before their delay has passed. `tqdm.close` would
+    then write no line end after such a bar.
 
     Args:
         bar: The progress bar.

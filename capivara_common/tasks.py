@@ -1,6 +1,7 @@
-"""Describe commands whose work is split into tasks, which run in parallel on this machine or on a cluster.
+"""Define the flags and phases of commands whose work is split into tasks.
 
-`ExecutorArguments` has the command-line flags of these commands. `Phase` is one step of such a command. The module
+A task is a share of the work. Tasks can run in parallel on this machine or on a cluster.
+`ExecutorArguments` has the command-line flags of these commands. A `Phase` is one step of such a command. The module
 `executors` runs the phases. This module imports no large library, so that `--help` answers at once.
 """
 
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 from capivara_common.cli import check_at_least, flag
 
-# End of the error message for a command that was started by a distributed launcher
+# End of the error message if a command was started by a distributed launcher, although it can't be
 TASK_SHARING_HINT = (
     "to divide its work, use --tasks and --workers on one machine, or --executor slurm or ray on several machines"
 )
@@ -25,7 +26,8 @@ TASKS, CLUSTER = "tasks", "Slurm and Ray clusters"
 class ExecutorArguments:
     """Command-line arguments that choose where the tasks of a command run: on this machine, a Slurm or a Ray cluster.
 
-    A task does a share of the work of the command. The names of the flags are those of datatrove's executors.
+    A task is a share of the work of the command. The flags have the names that datatrove, the library that runs the
+    tasks, uses for its own options.
     """
 
     executor: Literal["local", "slurm", "ray"] = flag(
@@ -70,9 +72,11 @@ class ExecutorArguments:
         """Check the values of the flags.
 
         Raises:
-            ValueError: If a flag is out of range or a required flag is missing. Also if a value contains characters
-                that are unsafe in a Slurm job script. Also if a distributed launcher (Accelerate, torchrun) has started
-                the command, because every process would then do all the work.
+            ValueError: In one of these cases:
+                - A flag is out of range, or a required flag is missing.
+                - A value contains characters that are unsafe in a Slurm job script.
+                - A distributed launcher (Accelerate, torchrun) has started the command. Each of its processes would
+                  then do all the work.
         """
         check_at_least(self, 1, "tasks", "workers", "cpus_per_task", "mem_per_cpu_gb")
         check_at_least(self, 0, "gpus_per_task")
@@ -102,7 +106,7 @@ class ExecutorArguments:
             raise ValueError(f"This command must not be launched by Accelerate or torchrun: {TASK_SHARING_HINT}.")
 
     def executor_flags(self) -> dict[str, Any]:
-        """Return the executor flags that differ from their defaults, for example to pass them on to a stage.
+        """Return the executor flags that differ from their defaults, for example to pass them on to another command.
 
         Returns:
             `{name of the flag: value}`.
@@ -120,8 +124,9 @@ class Phase:
     Attributes:
         run: Function that does the work of one task. Its arguments are the command-line arguments, the number of the
             task (counted from 0), and the total number of tasks. It returns at once if the task has no work left.
-        is_parallel: Whether all tasks share the work of the phase. If False, a single task does all the work.
-        uses_model: Whether the tasks run a model. Only then, a task gets `gpus_per_task` GPUs on a cluster.
+        is_parallel: True: all tasks share the work of the phase. False: a single task does all the work.
+        uses_model: True: the tasks run a model, so each task gets `gpus_per_task` GPUs on a cluster. False: the tasks
+            run no model, and get no GPU on a cluster.
     """
 
     run: Callable[[Any, int, int], Any]
@@ -137,7 +142,7 @@ def split_rows(row_count: int, rows_per_part: int) -> list[range]:
         rows_per_part: Number of rows in each part. The last part may have fewer rows.
 
     Returns:
-        One range of row numbers for each part, in order. For 5 rows and 2 rows per part: `range(0, 2)`, `range(2, 4)`
-        and `range(4, 5)`.
+        One range of row indices for each part, in order. For 5 rows and 2 rows per part, these are `range(0, 2)`,
+        `range(2, 4)` and `range(4, 5)`.
     """
     return [range(start, min(start + rows_per_part, row_count)) for start in range(0, row_count, rows_per_part)]

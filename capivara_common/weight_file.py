@@ -93,13 +93,13 @@ class WeightFile:
 
         Args:
             name: Name of the tensor, of shape (rows, width).
-            indices: Row numbers, of shape (n,).
+            indices: Indices of the rows to read, as an integer array of shape (n,).
 
         Returns:
             Array of shape (n, width).
 
         Raises:
-            ValueError: If a row number is out of range, or the type of the tensor is not F32, F16 or BF16.
+            ValueError: If an index is out of range, or the type of the tensor is not F32, F16 or BF16.
         """
         info = self.tensors[name]
         if len(indices) and not 0 <= indices.min() <= indices.max() < info.shape[0]:
@@ -127,7 +127,7 @@ def read_scalar(folder: Path, name: str) -> float | None:
             shape = weights.tensors[name].shape
             size = math.prod(shape)
             if size != 1:
-                raise ValueError(f"{name} must be one number, got {size} (shape {shape}) in {weights.path}.")
+                raise ValueError(f"{name} must be one number, got {size} numbers (shape {shape}) in {weights.path}.")
             return weights.array(name).item()
     return None
 

@@ -1,7 +1,7 @@
 """Search your own pictures with a sentence.
 
-The package has an index of pictures that is updated when your folders change (`PictureIndex`), the command `capivara`,
-and a search page for the browser.
+The package provides an index of pictures (`PictureIndex`), the command `capivara`, and a search page for the browser.
+The index stores an embedding of each picture in your folders, and can be updated when the folders change.
 
 Example:
     index = PictureIndex.open("fotos.lance", model="hiaac-nlp/CAPIVARA")
@@ -41,7 +41,8 @@ def __getattr__(name: str) -> Any:
 
     Raises:
         AttributeError: If the name is not in `__all__`.
-        ImportError: If a package of the extra `search` is not installed. The message names the extra.
+        ImportError: If a package that the search needs is not installed. The message contains the `pip` command that
+            installs the missing packages (the extra `search`).
     """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

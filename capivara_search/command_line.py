@@ -63,7 +63,8 @@ def localize_click_type_errors(param_type: click.ParamType) -> click.ParamType:
 class DateType(click.DateTime):
     """click type of the flags `--since` and `--until`, which take a day, a month or a year.
 
-    A month or a year is converted to its first day for `--since`, and to its last day for `--until`.
+    A month or a year is converted to its first day for `--since`, and to its last day for `--until`. For example, 2024
+    becomes 2024-01-01 or 2024-12-31.
     """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> date:
@@ -119,8 +120,9 @@ def add_boolean_flags(*names: str) -> Callable[[Callable], Callable]:
 def _store_global_value(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """Store the value of a shared flag in `ctx.meta` under the name of the flag, where the commands read it.
 
-    click calls this function for each shared flag. Users can write shared flags before or after the name of the
-    command. If a flag is given twice, the later value is used.
+    Shared flags are the flags that every command has, such as `--index`. click calls this function for each of them.
+    Users can write shared flags before or after the name of the command. If a flag is given twice, the later value is
+    used.
 
     Args:
         ctx: click context of the command.
@@ -228,7 +230,7 @@ class LocalizedGroup(LocalizedCommand, click.Group):
             args: Words of the command line.
 
         Returns:
-            Tuple (name of the command, the command, remaining words), as in `click.Group.resolve_command`.
+            Tuple (name of the command, the command, remaining words of the command line).
 
         Raises:
             click.UsageError: If no command has this name. The error message suggests the most similar name. If the word
@@ -251,8 +253,9 @@ def get_localized_help_record(param: click.Parameter, ctx: click.Context) -> tup
         ctx: Context of the command that has the flag or argument.
 
     Returns:
-        Tuple (name, description). The name includes a placeholder for the value, such as "--index FOLDER". The
-        description is in the user's language; it is "" for an argument.
+        Tuple (name, description). The name of a flag includes a placeholder for the value, such as "--index FOLDER".
+        The name of an argument is only the placeholder. The description is in the user's language, and "" for an
+        argument.
     """
     messages, name = ctx.obj, param.opts[0].lstrip("-").replace("-", "_")
     placeholder = ""

@@ -12,8 +12,8 @@ from typing import Any, TextIO
 
 from capivara_common.privacy import escape_control_characters
 
-# A spreadsheet program would compute a cell that begins with one of these characters as a formula, for example "=1+1",
-# and a formula can do harm. A single quote in front makes the cell a text.
+# A spreadsheet program treats a cell that begins with one of these characters as a formula, for example "=1+1". A
+# formula in a text from somebody else can do harm. A single quote at the beginning makes the cell a plain text.
 FORMULA_PATTERN = r"^([=+\-@\t\r])"
 
 
@@ -33,7 +33,7 @@ def escape_csv_cell(text: str) -> str:
 def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows as CSV with a header.
 
-    Texts are escaped by `escape_csv_cell`. Times are written in ISO 8601.
+    Texts are made safe for terminals and spreadsheets by `escape_csv_cell`. Times are written in ISO 8601.
 
     Args:
         file: Open text file.
@@ -49,7 +49,7 @@ def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, 
         row_count += 1
         cells = [row[name].isoformat() if isinstance(row[name], datetime) else row[name] for name in columns]
         writer.writerow([escape_csv_cell(cell) if isinstance(cell, str) else cell for cell in cells])
-    # If the program that reads the output through a pipe has already ended, such as `head`, this flush raises an error,
-    # which click handles. Without the flush, Python would print the error when it exits.
+    # If the output goes through a pipe to a program that has already ended, such as `head`, this flush raises an error,
+    # and click then ends the command silently. Without the flush, Python would print the error when it exits.
     file.flush()
     return row_count

@@ -13,7 +13,8 @@ of small differences could put pictures of different scenes into one group.
 
 Flat pictures are pictures such as icons, charts and blank pages, in which many pixels have exactly the same color. Two
 different flat pictures often share most pixels, and the model hardly distinguishes such pictures. Two flat pictures are
-therefore compared by their details only (a larger version of the picture in YCbCr), with a much stricter limit.
+therefore compared by their details only, and a much smaller difference is allowed. The details of a picture are a copy
+of it at a higher resolution than the color signature, in the color space YCbCr.
 """
 
 from collections.abc import Sequence
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 BLOCK_ROWS = 512  # number of vectors per block; all pairs in a block are compared in one matrix product
 # Each block is also compared with all later vectors. To limit the memory, one matrix product covers this many of them.
 LATER_BLOCK_ROWS = 2048
-# Thresholds are lowered by this value. Vectors are stored in float16, and the rounding would otherwise move some pairs
-# from just above a threshold to just below it.
+# Similarity thresholds are lowered by this value. Vectors are stored in float16, and without this tolerance, the
+# rounding would move some pairs of pictures from just above a threshold to just below it.
 FLOAT16_TOLERANCE = 1e-3
 # A color signature is a picture shrunk to this many pixels per side. The value was chosen by the experiment in
 # docs/reference/benchmarks.md, together with `DUPLICATE_MIN_SIMILARITY`.
@@ -44,15 +45,17 @@ SIGNATURE_WEIGHT = 2 / 3  # weight of the color signatures in the similarity; th
 MIN_SIGNATURE_STD = 2.0
 SIGNATURE_BYTES = 3 * SIGNATURE_SIDE * SIGNATURE_SIDE  # bytes of a color signature's pixels (3 color channels)
 # A picture is flat (see the module docstring) if at least this share of its pixels has exactly the same color. In the
-# pictures of `benchmarks.duplicates`, this share is at least 0.21 for icons, and at most 0.18 for photographs.
+# test pictures of `benchmarks.duplicates`, this share is at least 0.21 for icons, and at most 0.18 for photographs.
 MIN_FLAT_PIXEL_SHARE = 0.2
 # A picture is also flat if the standard deviation of its pixels (0 to 255) is lower than this in each color channel.
 MAX_CONSTANT_STD = 4.0
-# The details of a flat picture are its luma plane and its two chroma planes (YCbCr), resized to these sides in pixels.
+# The details of a flat picture are its brightness plane (Y) and its two color planes (Cb and Cr), each resized to a
+# square. These are the sides of the squares in pixels.
 DETAIL_SIDES = (18, 6, 6)
 DETAIL_BYTES = sum(side * side for side in DETAIL_SIDES)  # one byte per pixel
 # Two flat pictures are near-duplicates if the root mean square difference of their details (values from 0 to 255) is at
-# most this. This difference is converted to the similarity `DUPLICATE_MIN_SIMILARITY`, the threshold for all pictures.
+# most this. `compute_duplicate_similarity` converts this difference to the similarity `DUPLICATE_MIN_SIMILARITY`, so
+# that flat pictures and other pictures have the same threshold.
 DUPLICATE_DETAIL_RMS = 1.2
 DETAIL_COLUMNS = slice(-DETAIL_BYTES, None)  # columns of the details in the result of `combine_vectors_and_colors`
 
@@ -60,9 +63,9 @@ DETAIL_COLUMNS = slice(-DETAIL_BYTES, None)  # columns of the details in the res
 def compute_color_signature(image: PIL.Image.Image) -> bytes:
     """Compute the color signature of a picture: a small fingerprint of its colors for finding near-duplicates.
 
-    For a flat picture, the signature also contains details. Flat pictures are pictures such as icons and charts, in
-    which many pixels have exactly the same color. Two different flat pictures often have almost the same colors at low
-    resolution.
+    Flat pictures are pictures such as icons and charts, in which many pixels have exactly the same color. Two different
+    flat pictures often have almost the same colors at low resolution. The signature of a flat picture therefore also
+    contains its details: the picture at a higher resolution.
 
     Args:
         image: The picture, in any mode.
@@ -103,15 +106,19 @@ def _is_flat_picture(pixels: np.ndarray) -> bool:
 def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes | None]) -> np.ndarray:
     """Combine the model's vectors and the color signatures of pictures into vectors for near-duplicate detection.
 
-    The model's vectors alone do not show reliably whether one picture is a copy of another. So each picture also has a
-    color signature, a copy of the picture that is shrunk to a few pixels. The dot product of the combined vectors of
-    two pictures is one third of the cosine of the model's vectors plus two thirds of the cosine of the signatures.
-    `compute_duplicate_similarity` also uses the details of flat pictures, in which many pixels have exactly the same
-    color, such as icons.
+    The model's vectors alone do not show reliably whether one picture is a copy of another. A combined vector has three
+    sections:
 
-    The average of the picture's mean color and its mean brightness is first subtracted from its signature. Otherwise
-    any two crops of a red picture would be similar. If a picture has no signature, or a uniform color, its combined
-    vector contains only the model's vector.
+    - The model's vector, scaled.
+    - The color signature, scaled: a copy of the picture that is shrunk to a few pixels. First, the average of the
+      picture's mean color and its mean brightness is subtracted. Otherwise any two crops of a red picture would be
+      similar.
+    - The details: a copy of the picture at a higher resolution, only for flat pictures such as icons, in which many
+      pixels have exactly the same color.
+
+    The dot product of the first two sections of two pictures is one third of the cosine of the model's vectors plus two
+    thirds of the cosine of the color signatures. If a picture has no signature, or a uniform color, its first section
+    is the model's vector without scaling, and its second section is zeros.
 
     Args:
         vectors: The model's vector of each picture: array (rows, width), of unit length.
@@ -120,9 +127,10 @@ def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes |
 
     Returns:
         Array (rows, width + `SIGNATURE_BYTES` + `DETAIL_BYTES`), float32. The last columns (`DETAIL_COLUMNS`) contain
-        the details of flat pictures, such as icons, as values from -127 to 128. They are zeros for other pictures.
+        the details of flat pictures as values from -127 to 128. They are zeros for other pictures.
     """
-    # Missing bytes are filled with 127. So a missing signature is a uniform color, and missing details become zeros.
+    # Missing bytes are filled with 127. So a missing signature becomes a uniform color. Missing details become zeros,
+    # because 127 is subtracted from all details.
     size = SIGNATURE_BYTES + DETAIL_BYTES
     filled = [(signature or b"").ljust(size, b"\x7f")[:size] for signature in signatures]
     values = np.frombuffer(b"".join(filled), np.uint8).reshape(len(signatures), size)
@@ -140,10 +148,13 @@ def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes |
 def compute_duplicate_similarity(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Compute how similar each picture of a first set is to each picture of a second set.
 
-    Most pairs of pictures are compared by the dot product of their vectors. Only two flat pictures, such as icons, are
-    compared by their details, that is, their colors at a higher resolution (`compute_color_signature`). Their
-    similarity is 1 minus the scaled mean squared difference of the details. The scale is chosen so that a root mean
-    square difference of `DUPLICATE_DETAIL_RMS` gives the similarity `DUPLICATE_MIN_SIMILARITY`.
+    The similarity of most pairs is the dot product of their vectors, without the columns of the details. The details
+    of a picture are its colors at a higher resolution. Only flat pictures have them: pictures such as icons, in which
+    many pixels have exactly the same color.
+
+    Two flat pictures are compared by their details only. Their similarity is 1 minus the scaled mean squared difference
+    of the details. The scale is chosen so that a root mean square difference of `DUPLICATE_DETAIL_RMS` gives the
+    similarity `DUPLICATE_MIN_SIMILARITY`.
 
     Args:
         vectors: First set: array (rows, columns), a result of `combine_vectors_and_colors`.
@@ -155,8 +166,8 @@ def compute_duplicate_similarity(vectors: np.ndarray, others: np.ndarray) -> np.
     """
     vectors, others = np.asarray(vectors, np.float32), np.asarray(others, np.float32)
     details, other_details = vectors[:, DETAIL_COLUMNS], others[:, DETAIL_COLUMNS]
-    # All values are integers from -127 to 128, so all sums are integers below 2**24, which float32 represents exactly.
-    # The distance of two equal pictures is therefore exactly 0.
+    # All details are integers from -127 to 128, so all sums are integers below 2**24, which float32 represents exactly.
+    # The difference of two equal pictures is therefore exactly 0.
     square_sums, other_square_sums = (details**2).sum(axis=1), (other_details**2).sum(axis=1)
     mean_squares = (square_sums[:, None] + other_square_sums - 2 * (details @ other_details.T)) / DETAIL_BYTES
     products = vectors[:, : DETAIL_COLUMNS.start] @ others[:, : DETAIL_COLUMNS.start].T
@@ -172,7 +183,7 @@ def get_comparison_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
     Args:
         model: Model in use.
         rows: Rows of the table `pictures`, with the columns that `table.comparison_columns` lists. The column of color
-            signatures may be missing.
+            signatures may be missing, as in indexes of older versions.
 
     Returns:
         Array (rows, columns), one vector per row: the result of `combine_vectors_and_colors`.
@@ -184,7 +195,7 @@ def get_comparison_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
 
 
 def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY) -> np.ndarray:
-    """Find out which pictures of a first set are near-duplicates of which pictures of a second set.
+    """Compare each picture of a first set with each picture of a second set, and mark the pairs of near-duplicates.
 
     Args:
         vectors: First set: array (rows, columns), a result of `combine_vectors_and_colors`.
@@ -200,23 +211,24 @@ def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUP
 def assign_near_duplicate_leaders(vectors: np.ndarray, threshold: float, max_groups: int | None = None) -> np.ndarray:
     """Group near-duplicates by assigning each picture to the leader of its group (sequential leader clustering).
 
-    Each row of the array is a picture. Rows are processed in order. If a row is similar to an earlier leader, it joins
-    the group of the first such leader. Otherwise it becomes the leader of a new group.
+    The leader is the first picture of a group. Each row of the array is a picture, and rows are processed in order. If
+    a row is similar to at least one earlier leader, it joins the group of the first such leader. Otherwise it becomes
+    the leader of a new group.
 
     Args:
         vectors: Array (rows, columns), a result of `combine_vectors_and_colors`.
         threshold: Minimum similarity of a row to its leader (`compute_duplicate_similarity`).
-        max_groups: Stop as soon as this number of leaders is known. Rows that were not processed yet may then count as
-            leaders, although they are near-duplicates of earlier rows. None: process all rows.
+        max_groups: Stop early, after the block of rows in which this number of leaders is reached. Later rows may then
+            be returned as leaders, although they are near-duplicates of earlier rows. None: process all rows.
 
     Returns:
-        Array (rows,) with the row number of each row's leader. The entry of a leader is the leader's own row number.
+        Array (rows,) with the row index of each row's leader. The entry of a leader is the leader's own row index.
     """
     rows = np.arange(len(vectors))
     leader_of = rows.copy()
     for start in range(0, len(vectors), BLOCK_ROWS):
         end = start + BLOCK_ROWS
-        # Only the rows of this block that do not belong to a leader of an earlier block are still candidates.
+        # Rows of this block that already belong to a leader of an earlier block are left out.
         block_rows = start + np.flatnonzero(leader_of[start:end] == rows[start:end])
         block = vectors[block_rows].astype(np.float32)
         for row, similar in zip(block_rows, is_duplicate(block, block, threshold), strict=True):
@@ -247,7 +259,7 @@ def cluster_near_duplicates(
         max_groups: Maximum number of groups. Only the first groups are returned. None: all groups.
 
     Returns:
-        For each group, an array of its row numbers in ascending order. Groups are sorted by their first row number.
+        For each group, an array of its row indices in ascending order. Groups are sorted by their first row index.
     """
     leader_of = assign_near_duplicate_leaders(vectors, threshold, max_groups)
     order = np.argsort(leader_of, kind="stable")

@@ -20,9 +20,8 @@ def read_exif_date_and_location(image: PIL.Image.Image) -> tuple[datetime | None
         image: An image that was opened from a file.
 
     Returns:
-        Tuple (date and time, latitude, longitude). The date and time is in the camera's local time. The latitude is in
-        degrees; south is negative. The longitude is in degrees; west is negative. Each value is None if it is not
-        known.
+        Tuple (date and time, latitude, longitude). The date and time are in the camera's local time. Latitude and
+        longitude are in degrees, negative in the south and in the west. A value that is not known is None.
     """
     taken, position, dates, exif = None, (None, None), [], PIL.Image.Exif()
     # Each value is read in a `suppress` block of its own, because PIL raises a dozen kinds of errors for invalid EXIF
@@ -33,7 +32,7 @@ def read_exif_date_and_location(image: PIL.Image.Image) -> tuple[datetime | None
         dates += map(exif.get_ifd(IFD.Exif).get, (Base.DateTimeOriginal, Base.DateTimeDigitized))
     with suppress(Exception):
         dates.append(exif.get(Base.DateTime))
-    for text in reversed(dates):  # the loop keeps the last valid date, so the preferred date (the original) comes last
+    for text in reversed(dates):  # a valid date replaces those before it, so the best one (DateTimeOriginal) comes last
         with suppress(Exception):  # dates look like "2023:12:31 23:59:59"; some programs write / or . instead of colons
             date = datetime.fromisoformat(re.sub("[:/.]", "-", text[:10]) + text[10:19])
             taken = date if date.year >= FIRST_PHOTOGRAPH_YEAR else taken

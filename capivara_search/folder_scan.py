@@ -23,8 +23,8 @@ PICTURE_SUFFIXES = (*IMAGE_SUFFIXES, *RAW_SUFFIXES)
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".3gp", ".mts", ".m2ts", ".wmv", ".mpg", ".mpeg", ".flv"),
 )
-# Reasons for skipping a file that could not even be opened. Nothing is known about the content of such a file, so each
-# update of the index tries to open it again. Only indexes of older versions contain "needs rawpy".
+# Reasons for skipping a file whose content could not be read at all. The file may be intact, so each update of the
+# index tries to read it again. Only indexes of older versions contain "needs rawpy".
 RETRYABLE_REASONS = ("no permission", "read error", "gone", "needs rawpy")
 
 
@@ -81,8 +81,9 @@ def to_absolute_path_with_disk_case(folder: str | Path) -> Path:
     """Return the absolute path of a folder or file, with upper and lower case as on the disk.
 
     `~` and `..` are resolved, but symbolic links are not. The case matters only on Windows, where a user can write the
-    same path in upper or lower case. With the case of the disk, a folder always has the same path in the index. This
-    function looks the path up on the disk, so do not pass it a path from a visitor of the web page.
+    same path in upper or lower case. With the case of the disk, a folder always has the same path in the index.
+
+    This function looks the path up on the disk. Do not call it with a path that a visitor of the web page has sent.
 
     Args:
         folder: Absolute path, or path relative to the working directory.
@@ -107,15 +108,17 @@ def find_pictures_and_unreadable_files(
 
     Args:
         folders: Folders to scan. Either a list of paths, or a dictionary `{path: expected real path}`. A real path is a
-            path with all symbolic links resolved. If the real path of a folder is not the expected one, the folder is
-            refused, because it is probably another folder now, for example because a link was replaced.
+            path with all symbolic links resolved. If the real path of a folder is not the expected one, an error is
+            raised, because the path probably leads to another folder now, for example after a link was replaced.
         rules: The user's rules for ignoring files. None: no rules. Hidden files and the names in `SYSTEM_NAMES` are
             always ignored.
         ignored_counts: Dictionary that the function fills with the numbers of ignored files: `{folder: {reason:
-            number}}`. For the reasons "forgotten" and "excluded", the number counts pictures. For "hidden" and
-            "system", it counts pictures and folders, but not the content of these folders. For "link", it counts
-            symbolic links to folders or with the name of a picture. For "video", it counts video files. None: the
-            numbers are not returned.
+            number}}`. None: the numbers are not returned. What is counted depends on the reason:
+
+            - "forgotten" (the user has removed the path from the index) and "excluded" (a rule matches): pictures.
+            - "hidden" and "system": pictures and folders, but not the content of these folders.
+            - "link": symbolic links that lead to a folder or have the name of a picture.
+            - "video": video files.
         only_paths: Absolute paths of files and folders inside `folders`. Only these files and folders are scanned, and
             it is no error if they contain no picture. None: everything in the folders is scanned.
 
@@ -125,22 +128,22 @@ def find_pictures_and_unreadable_files(
     Raises:
         ValueError: If a folder does not exist or can't be opened. If the user has removed a folder from the index
             (`IgnoreRules.forgotten`). If the real path of a folder is not the expected real path. If a folder contains
-            no picture. A folder without pictures is accepted if `only_paths` is given, if something in the folder
-            could not be read, or if pictures in it were ignored because of the user's rules or because of a link.
+            no picture. This is no error if `only_paths` is given, if something in the folder could not be read, if
+            pictures in it were ignored because of the user's rules, or if links in it were ignored.
     """
     roots, rules = [str(to_absolute_path(folder)) for folder in folders], rules or IgnoreRules()
     for root in roots:
         if not os.path.isdir(root):
             fault = "is a file, not a folder" if os.path.exists(root) else "does not exist"
-            text = "The folder {path} {fault}. Name a folder of pictures."
+            text = "The folder {path} {fault}. Give the path of a folder of pictures."
             raise make_coded_error(ValueError, None, text, path=root, fault=fault)
         rules.check_not_forgotten(root)
     scan = _FolderScan(roots, rules, only_paths)
     for root in roots:
         scan.scan_folder(root)
     for folder, real_path in folders.items() if isinstance(folders, Mapping) else ():
-        # The real path is checked after the scan, because a folder that was replaced by a link during the scan may have
-        # led the scan into another folder.
+        # The real path is checked after the scan. If a folder was replaced by a link during the scan, files of another
+        # folder may have been found.
         if os.path.realpath(folder) != real_path:
             raise make_error_from_code(ValueError, "folder_swapped", path=str(folder), real=real_path)
     if ignored_counts is not None:
@@ -172,8 +175,9 @@ def _is_any_path_inside(paths: Sequence[str], root: str) -> bool:
     """
     if any(path.startswith(os.path.join(root, "")) for path in paths):
         return True
-    # The scan visits each folder only once. If two roots lead to the same folder, its pictures are therefore listed
-    # under only one of the roots. Their real paths (with links resolved) show that they lie in the other root, too.
+    # The scan visits each folder only once. If two of the user's folders are the same folder on disk, because one is a
+    # link to the other, its pictures are found under only one of the two paths. A comparison of real paths (with links
+    # resolved) shows that the pictures lie in both.
     real = Path(os.path.realpath(root))
     return any(Path(os.path.realpath(folder)).is_relative_to(real) for folder in {os.path.dirname(p) for p in paths})
 
@@ -195,8 +199,8 @@ class _FolderScan:
     """
 
     def __init__(self, roots: Sequence[str], rules: IgnoreRules, only_paths: Collection[str] | None):
-        # A forgotten path, which the user has removed from the index, may lead through a symbolic link. The scan may
-        # reach the same file by its resolved path, so the resolved path is added to the rules.
+        # Forgotten paths are paths that the user has removed from the index. Such a path may lead through a symbolic
+        # link. The scan may reach the same file by its resolved path, so the resolved path is added to the rules.
         self.rules = IgnoreRules(rules.exclude, rules.forgotten | set(map(resolve_parent_links, rules.forgotten)))
         self.ignored_counts = {root: Counter[str]() for root in roots}
         self.relevant_paths = {str(entry) for path in only_paths or () for entry in (path, *Path(path).parents)}

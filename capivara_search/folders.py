@@ -36,7 +36,7 @@ def load_requested_folders(table: PictureTable) -> dict[str, str]:
 
     Returns:
         Dictionary `{path of the folder: its real path when it was added}`. In a real path, symbolic links are resolved.
-        The dictionary is empty if this machine has no record.
+        The dictionary is empty if this machine has no list for the index.
     """
     with suppress(OSError, ValueError):
         recorded = read_json(_get_requested_folders_file_path(table), folders=dict)["folders"]
@@ -49,16 +49,16 @@ def record_requested_folders(
 ) -> None:
     """Add folders to this machine's list of the folders that the user has added to an index.
 
-    The list is stored outside of the index, and pictures are read only in folders of this list. An index that comes
-    from another machine could name any folder. If the list can't be written, a message is logged instead of raising an
-    error.
+    Pictures are read only in folders of this list. The list is stored outside of the index, because an index from
+    another machine could list any folder, even a private folder. If the list can't be written, a message is logged, and
+    no error is raised.
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.
         folders: Dictionary `{path of the folder: its real path when the user added it}`. In a real path, symbolic links
             are resolved.
-        moved_from: Old path of a folder that was moved. This folder and the folders inside it are removed from the
-            record. None: nothing is removed.
+        moved_from: Old path of a folder that was moved. This path and the paths inside it are removed from the list.
+            None: nothing is removed.
     """
     recorded = load_requested_folders(table)
     if moved_from:
@@ -112,12 +112,13 @@ def load_ignored_counts_by_reason(table: PictureTable) -> Counter[str]:
 
     Returns:
         Counter `{reason: number of ignored files and folders}`. The reasons are "forgotten" (removed by the user),
-        "excluded" (matched a pattern), "hidden", "system", "link" and "video".
+        "excluded" (matched a pattern), "hidden" (the name starts with a dot), "system" (a name such as "node_modules"),
+        "link" (a symbolic link) and "video" (a video file).
     """
     counts = Counter[str]()
     for value in table.folders().values():
-        # The value of a folder is "" until the first update of the folder ends, and in indexes of older versions. It
-        # can't be parsed and is skipped.
+        # A value is "" until the first update of the folder ends, and in indexes of older versions. Such a value is not
+        # JSON and is skipped.
         with suppress(ValueError, AttributeError):
             counts.update({reason: n for reason, n in json.loads(value).items() if type(n) is int})
     return counts
@@ -130,12 +131,12 @@ def resolve_folders_to_scan(
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.
-        folders: The folders that the user names: `{absolute path: real path}`. Empty: all folders that were added on
-            this machine and are available (`is_folder_available`). A warning in the log lists the other folders.
+        folders: The folders that the user has given: `{absolute path: real path}`. Empty: all folders that were added
+            on this machine and are available (`is_folder_available`). A warning in the log lists the other folders.
         exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
         include: What to stop ignoring: patterns that an earlier `exclude` stored in the index, and paths that the user
-            has removed from the index (`IgnoreRules.forgotten`). If such a path is a folder outside of all other
-            folders, it is scanned as well.
+            has removed from the index (`IgnoreRules.forgotten`). If such a path is a folder that lies in none of the
+            other folders to scan, it is scanned as well.
 
     Returns:
         Dictionary `{absolute path of a folder to scan: its real path}`. In a real path, symbolic links are resolved.
@@ -165,9 +166,9 @@ def resolve_folders_to_scan(
 
 
 def _is_pattern_probably_a_mistaken_path(pattern: str, folders: Iterable[Path]) -> bool:
-    """Return whether the user has probably given a path relative to the working directory instead of a pattern.
+    """Return whether the user has probably given the path of a file or folder instead of a pattern to ignore.
 
-    A pattern is relative to each indexed folder. So a path relative to the working directory usually matches nothing.
+    A pattern is relative to each indexed folder, so a path usually matches nothing. Such a mistake should be reported.
 
     Args:
         pattern: Pattern in the syntax of `.gitignore`.
@@ -186,7 +187,8 @@ def _is_pattern_probably_a_mistaken_path(pattern: str, folders: Iterable[Path]) 
 def is_folder_available(folder: str | Path, real_path: str, allow_empty: bool = False) -> bool:
     """Return whether a folder exists, can be read, and still has its recorded real path.
 
-    By default, an empty folder counts as unavailable, because it may be the mount point of a disk that is not mounted.
+    If the real path has changed, the folder is probably another folder now, for example because a link was replaced. By
+    default, an empty folder counts as unavailable, because it may be the mount point of a disk that is not mounted.
 
     Args:
         folder: Path of the folder.
@@ -289,8 +291,8 @@ def _moved_path(path: str, old: Path, new: Path) -> str:
 def _update_rows_after_move(table: PictureTable, name: str, old: Path, new: Path) -> None:
     """Rewrite the paths in one table of the index after a folder was moved.
 
-    If the table already has a row for the new path of a file, this row is newer and is kept. The row with the old path
-    is deleted.
+    If the table already has a row for the new path of a file, this row is newer, so it is kept, and the row with the
+    old path is deleted.
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.

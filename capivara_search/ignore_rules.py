@@ -25,8 +25,8 @@ SYSTEM_NAMES = {
 class IgnoreRules:
     """The user's rules that say which files and folders an index ignores.
 
-    The rules are stored in the index (`folders.load_ignore_rules`). Besides, hidden files and the names in
-    `SYSTEM_NAMES` are always ignored.
+    The rules are stored in the index. Hidden files, and system files and folders such as "node_modules"
+    (`SYSTEM_NAMES`), are always ignored, even without a rule.
 
     Attributes:
         exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`. The patterns are relative to
@@ -43,11 +43,11 @@ class IgnoreRules:
 
         Args:
             exclude: Patterns to add.
-            include: What to stop ignoring. Each entry is a pattern of `self.exclude`, or a path. For a path, all
-                forgotten paths that are equal to it or lie inside it are removed from the rules.
+            include: What to stop ignoring. An entry that is a pattern of `self.exclude` is removed from the patterns.
+                An entry that is a path removes this path, and all paths inside it, from `self.forgotten`.
 
         Returns:
-            The new rules.
+            The new rules. `self` is not changed.
 
         Raises:
             ValueError: If a pattern of `exclude` is invalid or begins with "!". If an entry of `include` is not ignored
@@ -84,9 +84,7 @@ class IgnoreRules:
         """Find the forgotten path that makes the index ignore a file or folder.
 
         Forgotten paths are files and folders that the user has removed from the index. Everything inside a forgotten
-        folder is ignored, too.
-
-        The path is compared both as it is given and with its symbolic links resolved.
+        folder is ignored, too. The path is compared both as it is given and with its symbolic links resolved.
 
         Args:
             path: Absolute path of a file or folder.
@@ -108,8 +106,9 @@ class IgnoreRules:
             is_folder: Whether the path is a folder. Some patterns match only folders.
 
         Returns:
-            "forgotten" (the user removed the path), "hidden" (the name starts with a dot), "system" (the name is in
-            `SYSTEM_NAMES`) or "excluded" (a pattern matches). None if the path is not ignored.
+            "forgotten" (the user removed the path from the index), "hidden" (the name starts with a dot), "system" (the
+            name is in `SYSTEM_NAMES`, such as "node_modules") or "excluded" (a pattern matches). None if the path is
+            not ignored.
         """
         name = os.path.basename(path)
         if path in self.forgotten:
@@ -139,6 +138,6 @@ def _is_valid_pattern(pattern: str) -> bool:
 def resolve_parent_links(path: str) -> str:
     """Resolve the symbolic links in the parent folders of a path, but not in its last component.
 
-    So the result for a symbolic link is the path of the link itself, not of its target.
+    If the path is a symbolic link, the result is the path of the link itself, not of its target.
     """
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))

@@ -2,7 +2,8 @@
 
 `PictureIndex` combines the other modules of this package. `folder_scan` finds picture files and `picture_reading` reads
 them. `indexing` embeds the pictures and writes one row per picture, and `table` stores the rows. `query` computes query
-vectors and the relevance threshold, and `duplicates` groups near-duplicates among the hits of a search.
+vectors and the relevance threshold, the score that a hit must reach to count as relevant. `duplicates` groups
+near-duplicates among the hits of a search.
 """
 
 import logging
@@ -64,8 +65,10 @@ def _default_index_path() -> str | Path:
 class CachedRows:
     """Rows of the table `pictures` that are kept in memory, for exact search and near-duplicate detection.
 
+    The table has one row per picture.
+
     Args:
-        model: Model in use.
+        model: Model in use. Its vectors are compared; the search ignores rows with vectors of other models.
         rows: All rows of an index, or only the rows that match the filters of a search. They have the columns that
             `table.comparison_columns` lists.
 
@@ -124,10 +127,10 @@ class PictureIndex:
 
     Attributes:
         relevance_threshold: True: a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
-            False: no search does. None, the default: it depends on the model. Hits are marked if a measurement has
-            shown that the model separates relevant from irrelevant pictures well
-            (`query.is_relevance_auc_of_model_high_enough`). A relevant hit has a score that no picture reaches for
-            sentences such as "uma imagem", which describe no particular picture
+            False: no hit is marked. None, the default: hits are marked only if a measurement has shown that the model
+            separates relevant from irrelevant pictures well (`query.is_relevance_auc_of_model_high_enough`). A hit is
+            relevant if its score reaches a threshold: the score that the best picture reaches by chance. This is
+            estimated with sentences such as "uma imagem", which describe no particular picture
             (`query.estimate_relevance_z_score_threshold`).
 
     Example:
@@ -179,7 +182,7 @@ class PictureIndex:
         """
         index = cls(table.PictureTable(_default_index_path() if where == "auto" else where), model, device)
         with suppress(DamagedIndexError):  # `add` may be able to repair a damaged index
-            index._table.exists()  # not used; the call raises errors of the index now and not at the first search
+            index._table.exists()  # the result is not used; an invalid index raises an error now, not at a later search
         return index
 
     @property
@@ -194,7 +197,7 @@ class PictureIndex:
         Raises:
             ValueError: If the model does not exist, has an architecture that the search does not support, or can't be
                 downloaded.
-            ImportError: If a package that the miniature, the small demo model, needs is not installed.
+            ImportError: If the model is the miniature (a small demo model), and a package for it is not installed.
             OSError: If there is not enough disk space for the model.
         """
         from capivara_search.models import SearchModel, resolve_search_model
@@ -225,15 +228,15 @@ class PictureIndex:
                 added on this machine before are updated.
             batch_size: Number of pictures per batch of the model, at least 1.
             on_progress: Callback that takes the number of processed pictures and the total number. If the model must be
-                loaded, the callback is called before and after this with the same numbers. An estimate of the remaining
-                time should ignore the time between two such calls.
+                loaded, the callback is called before and after loading with the same numbers. An estimate of the
+                remaining time should ignore the time between two such calls.
             exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`, relative to each folder.
                 The index stores them for later calls.
             include: What to stop ignoring: patterns that an earlier call passed as `exclude`, and paths that were
                 removed with `forget`.
             only_paths: Absolute paths of files or folders inside `folders`. Only these paths are updated. The rows of
-                paths that no longer exist are removed. None: everything in the folders is updated. This is also done
-                for more than 500 paths, because the SQL conditions for so many paths are too long.
+                paths that no longer exist are removed. None: everything in the folders is updated. If there are more
+                than 500 paths, everything is updated, too, because an SQL condition with so many paths is too long.
             real_paths: Real paths (with symbolic links resolved) that `folders_to_add` returned earlier: `{absolute
                 path: real path}`. A folder is refused if its real path has changed since then, for example because a
                 symbolic link was replaced. None: the real paths are resolved now.
@@ -272,11 +275,12 @@ class PictureIndex:
         """Return the folders that `add` would scan for pictures if it were called with these arguments.
 
         Usually these are the folders in `folders`. If `folders` is empty, these are the folders that were added on this
-        machine before and are available (`folders.is_folder_available`). A warning in the log then lists the other
-        folders of the index. A forgotten folder in `include` is scanned as well if it lies in none of these folders.
+        machine before and are available, for example because their disk is mounted (`folders.is_folder_available`). A
+        warning in the log then lists the other folders of the index. A folder in `include` that was removed with
+        `forget` is scanned as well if it lies in none of these folders.
 
         Args:
-            folders: Folders of pictures that the user names now.
+            folders: Folders of pictures that the user has given.
             exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
             include: What to stop ignoring: patterns that an earlier `exclude` stored in the index, and paths that were
                 removed with `forget`.
@@ -315,7 +319,8 @@ class PictureIndex:
             on_progress: Callback that takes the number of processed pictures and the total number.
 
         Yields:
-            One report for the initial update of all folders, then one report per burst of changes.
+            One report for the initial update of all folders. Then one report for each change, or for a group of changes
+            that follow each other quickly.
 
         Raises:
             ValueError: If a folder does not exist, was removed with `forget`, or contains no picture.
@@ -338,8 +343,13 @@ class PictureIndex:
     def repair(self) -> None:
         """Restore the newest readable version of each damaged table of the index.
 
-        If a table has no readable version, its folder is renamed, and the next `add` creates the table again. Warnings
-        in the log say what was lost. An index on object storage is not repaired.
+        LanceDB keeps some earlier versions of each table. If no version of a table can be read, the folder of the table
+        is renamed, and the next `add` creates the table again. Warnings in the log say what was lost. An index on
+        object storage is not repaired.
+
+        Raises:
+            ValueError: If the newest version of a table is complete, but the installed lancedb can't read it,
+                for example because a newer lancedb wrote it.
         """
         with self._table.locked():
             self._table.repair()
@@ -404,7 +414,8 @@ class PictureIndex:
             folder: Return only pictures in this folder and its subfolders. None: all folders.
             since: Return only pictures of this day or later (`Hit.date`). None: no earliest day.
             until: Return only pictures of this day or earlier. None: no latest day.
-            exact: True: compare the query with every vector. False: use the approximate vector index of a large index.
+            exact: True: compare the query with every vector. False: if the index is large, use its approximate vector
+                index, which is faster.
             more: One or more texts to move the query towards (Rocchio relevance feedback). A text may begin with a
                 weight, as in "0.5:praia". The default weight is 1.
             less: One or more texts to move the query away from, each with an optional weight. Pictures that show what a
@@ -425,8 +436,8 @@ class PictureIndex:
         feedback += [(-weight, words) for weight, words in map(query.parse_weighted_feedback, less)]
         if not text and like is None and not feedback:
             raise make_error_from_code(ValueError, "empty_query")
-        # The result is not used. If the index has an error, this call raises it now, before the model is loaded, which
-        # takes time.
+        # The result is not used. If the index can't be searched, this call raises the error now, before the weights of
+        # the model are loaded, which takes time.
         self._model_clause()
         vectors = [self.model.embed_texts([text])] if text else []
         if like is not None:
@@ -462,9 +473,9 @@ class PictureIndex:
     def _compute_relevance_threshold(self, vector: np.ndarray) -> float:
         """Compute the minimum cosine with a sentence that makes a picture count as relevant.
 
-        The index has one threshold for all sentences, a z-score (`query.estimate_relevance_z_score_threshold`). It is
-        converted to a cosine for this sentence. For that, the mean and the standard deviation of the cosines between
-        the sentence and a sample of the pictures are used.
+        The index has one threshold for all sentences: a z-score, which counts standard deviations above the mean
+        (`query.estimate_relevance_z_score_threshold`). The z-score is converted to a cosine for this sentence, with the
+        mean and the standard deviation of the cosines between the sentence and a sample of the pictures.
 
         Args:
             vector: Vector (width,) of the sentence, of unit length.
@@ -505,9 +516,11 @@ class PictureIndex:
             folder: Return only pictures in this folder and its subfolders. None: all folders.
             since: Return only pictures of this day or later (`Hit.date`). None: no earliest day.
             until: Return only pictures of this day or earlier. None: no latest day.
-            exact: True: compare the query with every vector. False: use the approximate vector index of a large index.
-            is_text_query: Whether the vector is the embedding of a sentence. If True, scores of SigLIP models are
-                converted to probabilities, and hits are marked as relevant or not (`relevance_threshold`).
+            exact: True: compare the query with every vector. False: if the index is large, use its approximate vector
+                index, which is faster.
+            is_text_query: True: the vector is the embedding of a sentence. Scores of SigLIP models are then converted
+                to probabilities, and hits may be marked as relevant or not (`relevance_threshold`). False: scores are
+                cosines, and no hit is marked.
             group_duplicates: True: return only the best hit of each group of near-duplicates, and count its
                 near-duplicates in `Hit.copies`. False: return near-duplicates as separate hits.
 
@@ -577,8 +590,9 @@ class PictureIndex:
     def _group_hits(self, k: int, fetch_ranked: Callable[[int], pa.Table], clause: str | None) -> list[Hit]:
         """Return the first k hits of a ranking in which each group of near-duplicates appears only once.
 
-        Each group is represented by its first hit in the ranking. `Hit.copies` counts the near-duplicates of this hit:
-        among all rows that match the clause if these rows are in memory, otherwise among the rows that were fetched.
+        Each group is represented by its first hit in the ranking. `Hit.copies` is the number of near-duplicates of this
+        hit. They are counted among all rows that match the clause if these rows are in memory, otherwise only among the
+        rows that `fetch_ranked` returned.
 
         Args:
             k: Maximum number of hits.
@@ -747,13 +761,14 @@ class PictureIndex:
             path: Path of the picture, as in `Hit.path`.
 
         Returns:
-            A WebP file whose longer side has at most 256 pixels, or None if the picture is not indexed.
+            The bytes of a WebP file. The longer side of the thumbnail has at most 256 pixels. None if the picture is
+            not indexed.
         """
         rows = self._table.rows_of_paths([table.THUMBNAIL_COLUMN], [str(path)])
         return rows[table.THUMBNAIL_COLUMN][0].as_py() if rows.num_rows else None
 
     def get_picture(self, path: str) -> Hit | None:
-        """Return the metadata of an indexed picture.
+        """Return the metadata of an indexed picture, such as its date, size and location.
 
         Args:
             path: Path of the picture, as in `Hit.path`.
@@ -871,12 +886,12 @@ class PictureIndex:
         Args:
             source: Folder of pictures, path of one picture, or an image in memory.
             labels: Words or phrases to choose from, in a language of the model.
-            template: Sentence with the placeholder `{}`, such as "uma imagem de {}". Each label in turn replaces the
-                placeholder, and the resulting sentences are compared with the pictures.
+            template: Sentence with the placeholder `{}`, such as "uma imagem de {}". For each label, a sentence is made
+                in which the label replaces the placeholder. These sentences are compared with the pictures.
 
         Returns:
             One classification per readable picture, sorted by path, with the best label and the probability of each
-            label.
+            label. The best label is None if the sentence "uma imagem" fits the picture better than every label.
 
         Raises:
             ValueError: If there is no label, or a label is empty or occurs twice. If the template does not contain `{}`
@@ -912,7 +927,7 @@ class PictureIndex:
         return paths, np.stack([vectors[path] for path in paths]) if paths else np.empty((0, self.model.width))
 
     def export(self, path: str | Path) -> int:
-        """Export the metadata of all pictures to a Parquet or CSV file.
+        """Export the metadata of all pictures, such as path, date and size, to a Parquet or CSV file.
 
         Args:
             path: Path of the file to write. The suffix selects the format: .parquet for Parquet with vectors, .csv for
@@ -926,7 +941,7 @@ class PictureIndex:
         """
         from capivara_search.index_export import export_all_rows
 
-        # The export only reads. It holds the lock so that no other process compacts the index in the meantime, because
-        # that would delete files that the export still has to read.
+        # The export only reads. It holds the lock of the index so that no other process merges data files in the
+        # meantime, because merging would delete files that the export still has to read.
         with self._table.locked():
             return export_all_rows(self._table, path)

@@ -1,7 +1,7 @@
 """Export the rows of an index to a Parquet or CSV file for other programs.
 
-Thumbnails and color signatures are not exported. In CSV files, texts that a spreadsheet would run as formulas are
-prefixed with a single quote.
+Thumbnails are not exported. Color signatures, which are used only to find near-duplicates, are not exported either. In
+CSV files, a text that a spreadsheet would treat as a formula gets a single quote at the beginning.
 """
 
 from datetime import datetime
@@ -21,7 +21,8 @@ from capivara_search.table import COLOR_SIGNATURE_COLUMN, THUMBNAIL_COLUMN, Pict
 def export_all_rows(table: PictureTable, path: str | Path) -> int:
     """Write all rows of an index to a Parquet or CSV file.
 
-    An existing file is replaced only when the new file is complete.
+    The file has one row per picture, with metadata such as the path, the date and the size of the picture. An existing
+    file is replaced only when the new file is complete.
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.
@@ -55,16 +56,19 @@ def export_all_rows(table: PictureTable, path: str | Path) -> int:
 def _to_export_columns(rows: pa.Table | pa.RecordBatch, as_csv: bool) -> pa.Table | pa.RecordBatch:
     """Convert rows of an index to the columns of an exported file.
 
-    The column `mtime_ns` (nanoseconds) is replaced by `modified` (timestamp). The columns `date` and `date_source` are
-    added, with the same meaning as in `Hit`. For Parquet, vectors become float32, because not every reader supports
-    float16. For CSV, timestamps become strings, and vectors are dropped.
+    - `modified` (timestamp) replaces `mtime_ns` (nanoseconds).
+    - `date` is added: the EXIF date of the picture if there is one, otherwise the modification time.
+    - `date_source` is added: "camera" or "file", depending on where `date` comes from.
+    - For Parquet, vectors become float32, because not every reader supports float16.
+    - For CSV, timestamps become strings, and vectors are dropped.
 
     Args:
         rows: Rows with columns of the table `pictures`, at least `mtime_ns` and `taken`.
         as_csv: True for a CSV file, False for a Parquet file.
 
     Returns:
-        The same rows with the columns of the exported file, of the same type as `rows`.
+        The same rows with the columns of the exported file. The result is a table if `rows` is a table, otherwise a
+        record batch.
     """
     modified = pa.array([datetime.fromtimestamp(ns // 10**9) for ns in rows["mtime_ns"].to_pylist()], pa.timestamp("s"))
     rows = rows.set_column(rows.schema.get_field_index("mtime_ns"), "modified", modified)

@@ -1,4 +1,4 @@
-"""Measure the progress of an index update, estimate the time left, and show both to other processes.
+"""Measure the progress of an index update, estimate the time left, and make both available to other processes.
 
 The process that updates an index holds the lock of the index and writes its progress to a small file in the folder of
 the index. Other processes, such as the server of the web page, read this file. An index on object storage has no
@@ -17,8 +17,8 @@ from capivara_common.files import locked_folder, read_json, write_json
 
 PROGRESS_FILE = ".progress.json"
 WRITE_INTERVAL_S = 0.5  # minimum seconds between two writes of the progress file, so that writing costs hardly any time
-# The speed is measured over the second half of the elapsed time, but at most over this many seconds. An average over
-# the whole update would hardly show that the speed has changed, for example because the machine has become busy.
+# The speed is measured over the second half of the time since the start, but at most over this many seconds. An average
+# over the whole update would hardly show that the speed has changed, for example because the machine has become busy.
 RATE_WINDOW_S = 120.0
 
 ProgressCallback = Callable[[int, int], None]  # arguments: number of processed files, total number of files
@@ -50,8 +50,8 @@ class RateEstimator:
     def rate(self) -> float | None:
         """Current speed of the update in pictures per second, or None while there are fewer than two measurements.
 
-        The speed is measured over the second half of the elapsed time, but at most over the last `RATE_WINDOW_S`
-        seconds.
+        Each call of `update` is a measurement. The speed is computed over the second half of the time since the first
+        measurement, but at most over the last `RATE_WINDOW_S` seconds.
         """
         if len(self._measurements) < 2:
             return None
@@ -89,7 +89,7 @@ def mirror_progress_to_file(where: str, progress: ProgressCallback | None) -> It
         if total and now - last_write >= WRITE_INTERVAL_S and "://" not in where:
             rate = estimate.rate
             left_s = round((total - done) / rate) if rate else None
-            # A full disk must not stop the update here. It is reported when the rows of pictures are written.
+            # A full disk must not stop the update here. The error is reported later, when rows of pictures are written.
             with suppress(OSError):
                 write_json(file, {"done": done, "total": total, "left_s": left_s})
                 last_write = now
@@ -105,9 +105,9 @@ def read_progress_of_running_update(where: str) -> dict[str, int | None] | None:
     """Return the progress of an index update that is running in any process.
 
     The progress is read from a small file in the folder of the index. This file alone does not prove that an update is
-    running, because a killed process leaves its file behind. Therefore the lock of the index is checked, too, which the
-    operating system releases when a process is killed. If no process holds the lock, or the file system has no locks,
-    the file is removed.
+    running, because a killed process leaves its file behind. Therefore the lock of the index is checked, too: the
+    operating system releases the lock when a process is killed. If no process holds the lock, or the file system has no
+    locks, the file is removed, and the result is None.
 
     Args:
         where: Folder or address of the index.
@@ -122,8 +122,8 @@ def read_progress_of_running_update(where: str) -> dict[str, int | None] | None:
         progress = read_json(file, done=int, total=int)
         try:
             # If the lock is free, no update is running, and a killed process has left the file behind. The file is
-            # removed, so that later calls return without taking the lock. Otherwise an update that starts at the same
-            # moment would have to wait.
+            # removed, so that later calls return without taking the lock. While a call holds the lock, an update that
+            # starts at this moment has to wait.
             with locked_folder(file.parent):
                 file.unlink()
         except BlockingIOError:

@@ -1,15 +1,18 @@
 """Update the tables of an index from folders: plan the work, then read and embed pictures and write their rows.
 
-`PictureIndex.add` calls three functions in turn. `prepare_index_update` plans the work and prepares the tables.
-`IndexWriter.run` embeds pictures and writes rows. `IndexWriter.finish` removes the rows of files that are gone, and
-optimizes the tables.
+`PictureIndex.add` calls three functions, in this order:
 
-A file is read only if it is new, if its size or modification time has changed, or if its vector is of another model. A
-file that could not even be opened in the last update (`RETRYABLE_REASONS`) is tried again. If the content of a file is
-in the index already, because the file was moved, copied or touched, the stored vector is reused.
+1. `prepare_index_update` plans the work and prepares the tables.
+2. `IndexWriter.run` embeds pictures and writes rows.
+3. `IndexWriter.finish` removes the rows of files that are gone, and optimizes the tables.
 
-New rows are committed every `COMMIT_ROWS` files or `COMMIT_INTERVAL_S` seconds. If an update is killed, it loses at
-most the rows since its last commit, and the next update does the rest.
+A file is read only if it is new, if its size or modification time has changed, or if its stored vector was made with
+another model. A file that could not be opened or read in the last update (`RETRYABLE_REASONS`) is tried again. If the
+index already has a vector for the content of a file, for example because the file was moved or copied, this vector is
+reused.
+
+New rows are committed every `COMMIT_ROWS` files or `COMMIT_INTERVAL_S` seconds. If an update is killed, at most the
+rows since its last commit are lost, and the next update does the rest.
 """
 
 import json
@@ -47,10 +50,10 @@ if TYPE_CHECKING:
 # Rows are collected in memory and written in commits of this many files (about 5 MB with thumbnails). Each commit adds
 # a data file to the index, so smaller commits would make the index slower to read.
 COMMIT_ROWS = 400
-COMMIT_INTERVAL_S = 20.0  # maximum seconds between two commits, so that a crash of a slow machine loses little work
+COMMIT_INTERVAL_S = 20.0  # maximum seconds between two commits, so that little work is lost if a slow machine crashes
 CLASSIFY_BATCH_SIZE = 32  # batch size for classifying pictures that are not in the index
-# Number of pictures in the first batch. Each later batch has twice as many pictures as the batch before it, up to the
-# batch size. The first batches are small so that the remaining time can be estimated early.
+# Number of pictures in the first batch. Each later batch has twice as many pictures as the batch before it, until the
+# batch size is reached. The first batches are small so that the remaining time can be estimated early.
 FIRST_BATCH_SIZE = 4
 
 # A file, and its decoded picture or the exception that was raised when it was read.
@@ -60,15 +63,15 @@ ReadResult = tuple[FileState, Picture | Exception]
 
 
 class StoredRows:
-    """Rows of the table `pictures` in memory, for looking up what the index knows about a path.
+    """Rows of the table `pictures` in memory, for looking up quickly what the index knows about a path.
 
     `stored_rows[path]` is a tuple (digest, is_current), or None if the path has no row. `digest` is the hexadecimal
-    digest (hash) of the file's content. `is_current` says whether the stored vector was made with the model in use. The
+    digest (hash) of the file's content. `is_current` is True if the stored vector was made with the model in use. The
     rows are stored in arrays to save memory.
 
     Args:
         rows: Rows with the columns path, size, mtime_ns, digest and model.
-        image_digest: Digest of the model in use (`SearchModel.image_digest`).
+        image_digest: Digest (hash) of the image encoder in use (`SearchModel.image_digest`).
     """
 
     def __init__(self, rows: pa.Table, image_digest: str):
@@ -84,8 +87,8 @@ class StoredRows:
             path: Absolute path of the picture.
 
         Returns:
-            Tuple (digest, is_current): the hexadecimal digest of the file's content, and whether the stored vector was
-            made with the model in use. None if the path has no row.
+            Tuple (digest, is_current). `digest` is the hexadecimal digest (hash) of the file's content. `is_current` is
+            True if the stored vector was made with the model in use. None instead of a tuple if the path has no row.
         """
         position = self.positions.get(path)
         return None if position is None else (self.digests[position].as_py(), bool(self.is_current[position]))
@@ -132,15 +135,15 @@ def plan_index_update(
     rules: IgnoreRules | None = None,
     only_paths: Collection[str] | None = None,
 ) -> IndexPlan:
-    """Plan an index update by comparing the files in folders with the rows of the table.
+    """Plan an index update by comparing the files in folders with the rows of the index.
 
     A folder may be unavailable, for example because its disk is not mounted. Usually this raises an error. But if there
-    are several folders, and all of them are in the index already, a warning is logged instead, and the plan covers the
-    other folders.
+    are several folders, and the list of folders in the index contains all of them, a warning is logged instead, and the
+    plan covers the other folders.
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.
-        image_digest: Digest of the model in use (`SearchModel.image_digest`).
+        image_digest: Digest (hash) of the image encoder in use (`SearchModel.image_digest`).
         folders: Folders to compare: `{absolute path: expected real path}`. In a real path, symbolic links are resolved.
         rules: Rules for ignoring files. None: the rules that the index stores.
         only_paths: Absolute paths of files and folders inside `folders`. Only these are compared. None: everything in
@@ -181,8 +184,8 @@ def plan_index_update(
         has_files = any(file.path.startswith(prefix) for file in files)
         removed_count = sum(path.startswith(prefix) for path in removed)
         if not has_files and 0 < removed_count == table.count(folders_clause(folder)):
-            # All pictures of the folder seem to be gone, perhaps because its disk was unmounted. Their rows must not be
-            # removed. So a plan for whole folders is made, which raises an error if a folder is empty.
+            # All pictures of the folder seem to be gone, perhaps because its disk was unmounted. Then their rows must
+            # not be removed. So a plan for whole folders is made instead, which does not accept an empty folder.
             return plan_index_update(table, image_digest, folders, rules)
     return IndexPlan(
         clause=clause,
@@ -205,8 +208,9 @@ def plan_index_update(
 class IndexWriter:
     """Object that reads the files of a plan, embeds them in batches, and updates the rows of the index.
 
-    `run` embeds the files and writes their rows. `finish` removes outdated rows and optimizes the table. If several
-    tasks share the work, each task calls `run` for its files, and one task calls `finish` when all others have ended.
+    `run` embeds the files and writes their rows. `finish` removes outdated rows and optimizes the table. Several
+    processes can share the work, for example on a cluster (`workers`). Each process then calls `run` for its files, and
+    a single process calls `finish` after all others have ended.
 
     Args:
         table: Object that reads and writes the LanceDB tables of the index.
@@ -232,8 +236,8 @@ class IndexWriter:
         self.estimate, self.write_s = RateEstimator(), 0.0
         new = sum(plan.stored_rows[file.path] is None for file in plan.files)
         self.optimize_s = table.estimate_optimize_seconds(model.width, table.count() + new)
-        # {digest of a file's content: number of files with this content that are gone}. A new file with such a content
-        # counts as moved.
+        # {digest (hash) of a file's content: number of files with this content that are gone}. A new file with the same
+        # content as a file that is gone counts as moved.
         self.removed_digests = Counter(plan.stored_rows[path][0] for path in plan.removed_paths)
         self._start_commit()
 
@@ -250,7 +254,7 @@ class IndexWriter:
         If an exception is raised, for example by Ctrl-C, the rows of finished files are committed first.
 
         Returns:
-            The report of this update. It does not count the removed rows yet; `finish` fills in their number.
+            The report of this update. Rows of files that are gone are not counted yet, because `finish` removes them.
         """
         files, read = self.plan.files, _make_reader(self.model, self.plan.roots)
         self.progress(0, len(files))
@@ -270,8 +274,8 @@ class IndexWriter:
         """Call the progress callback with a number of processed files that leaves room for the work at the end.
 
         After the last picture is embedded, the last commit and `PictureTable.optimize` still have to run. If they need
-        as much time as n pictures, the number of processed files is multiplied by total / (total + n). So the reported
-        number reaches the total only when everything is done.
+        as much time as embedding n pictures, the number of processed files is multiplied by total / (total + n). So the
+        reported number reaches the total only when everything is done.
         """
         self.estimate.update(self.done_count)
         total, remaining_s = len(self.plan.files), self.write_s + self.optimize_s
@@ -329,8 +333,8 @@ class IndexWriter:
         if new and not self.report.embedded:
             self.model.prepare_images()
             self.estimate.update(self.done_count)
-            # The same number as in the last report tells the callback that the model was loaded since then. So the
-            # callback can leave this time out of the estimated speed.
+            # The callback gets the same number as in its last call. This tells it that the model was loaded since then,
+            # so that it can leave the loading time out of the estimated speed.
             self.progress(self.reported, len(self.plan.files))
             self.embed = self.model.tune_image_embedding(len(self.plan.files), self.batch_size)
         if new:
@@ -367,7 +371,9 @@ class IndexWriter:
         setattr(self.report, kind, getattr(self.report, kind) + 1)
 
     def finish(self) -> IndexReport:
-        """Finish the update: remove outdated rows, record ignored and skipped files, and optimize the table.
+        """Finish the update: remove outdated rows, store the skipped and ignored files, and optimize the table.
+
+        Of ignored files, only the numbers are stored. Skipped files are stored with the reason.
 
         The progress callback is called with the total number of files at the end.
 
@@ -437,8 +443,9 @@ def prepare_index_update(
         only_paths: Absolute paths of files and folders inside `folders`. Only these are updated. None: everything in
             the folders is updated.
         progress: Callback that takes the number of processed files and the total number. If the index is new or was
-            built with another model, the model is loaded now, so that errors of loading come before the index is
-            changed. None: the model is not loaded, because tasks on a cluster load it later.
+            built with another model, the model is loaded now, so that an error of loading comes before the index is
+            changed. None: the model is not loaded, for example because the work is done by other machines, which load
+            it later.
 
     Returns:
         The plan: the files to read and the rows to remove.

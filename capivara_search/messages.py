@@ -122,12 +122,12 @@ class Messages:
         return self.format_number(value, 1 - math.floor(math.log10(value)) if 1e-12 < value < 0.01 else 3)
 
     def format_size(self, number: int) -> str:
-        """Format a number of bytes in megabytes, or from 1e9 bytes on in gigabytes, such as "1.2 MB"."""
+        """Format a number of bytes in megabytes (below 1e9 bytes) or gigabytes, such as "1.2 MB"."""
         unit, divisor = ("GB", 1e9) if number >= 1e9 else ("MB", 1e6)
         return f"{self.format_number(number / divisor, 1)} {unit}"
 
     def format_date(self, moment: datetime) -> str:
-        """Format the date of a moment, without the time, as "24/06/2024" (Portuguese) or "2024-06-24" (English)."""
+        """Format a date and time as a date only: "24/06/2024" in Portuguese, "2024-06-24" in English."""
         return moment.strftime("%d/%m/%Y" if self.language == "pt" else "%Y-%m-%d")
 
 
@@ -162,7 +162,8 @@ def log_message_from_code(code: str, *values: object, level: int = logging.INFO)
 
     Args:
         code: Code of the message. `messages.yaml` has its text under the key `note.CODE`. The logger is "capivara".
-        *values: Values of the placeholders `{0}`, `{1}` and so on. Secrets in strings, such as API keys, are redacted.
+        *values: Values of the placeholders `{0}`, `{1}` and so on. Secrets in values that are strings, such as API
+            keys, are redacted.
         level: Level of the log record, such as `logging.WARNING`.
     """
     values = tuple(redact_secrets(value) if isinstance(value, str) else value for value in values)

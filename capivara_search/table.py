@@ -57,22 +57,27 @@ THUMBNAIL_COLUMN = "thumbnail"
 COLOR_SIGNATURE_COLUMN = "look"  # missing in indexes of older versions
 # Columns that `convert_rows_to_hits` converts to a `Hit`.
 HIT_COLUMNS = ("path", "width", "height", "taken", "latitude", "longitude", "size", "mtime_ns")
-# Days outside of this range in a date filter are replaced by its ends. The reason: file times are stored as 64-bit
-# integers in nanoseconds since 1970, which can't represent dates before 1677 and after 2262.
+# If a date filter has a day outside of this range, the nearest day of the range is used instead. The reason: file times
+# are stored as 64-bit integers in nanoseconds since 1970, which can't represent dates before 1677 and after 2262.
 EARLIEST_DATE, LATEST_DATE = date(1800, 1, 1), date(2200, 1, 1)
 # Makes a column the primary key. If two processes then insert the same key at the same time, one of the writes fails
 # and is repeated. Without a primary key, both writes would succeed and leave two rows with this key.
 PRIMARY_KEY_METADATA = {b"lance-schema:unenforced-primary-key:position": b"1"}
 
 MAX_EXACT_ROWS = 50_000  # tables with more rows get an approximate vector index
-# The next three constants are settings of the approximate vector index. Measured with 1,000,000 clustered vectors of
-# width 512 on two busy cores: recall@10 is 0.999 for queries that resemble sentences (cosine 0.37 to their picture) and
-# 1.0 for queries that resemble pictures (cosine 0.99). The median search takes 17 ms (95th percentile: 21 ms), and the
-# memory is 0.55 GB. Other settings are worse: IVF_SQ takes 23 ms and 0.85 GB. With one bit per dimension, the recall is
-# 0.985 even with 200 probed partitions. IVF_HNSW_SQ takes 3 minutes to build for 200,000 vectors.
-BITS_PER_DIMENSION = 4
-# The vector index divides the vectors into partitions of about 8,192 similar vectors. A search looks only into this
-# many partitions: those nearest to the query.
+# The next three constants are settings of the approximate vector index, whose type is IVF-RQ. They were chosen by
+# measurements with 1,000,000 clustered vectors of width 512 on two busy CPU cores. Results of the chosen settings:
+# - recall@10: 0.999 for queries that resemble sentences (cosine 0.37 to their picture), 1.0 for queries that resemble
+#   pictures (cosine 0.99)
+# - time of a search: 17 ms (median), 21 ms (95th percentile)
+# - memory: 0.55 GB
+# Other settings are worse:
+# - The index type IVF_SQ takes 23 ms per search and 0.85 GB.
+# - With one bit per dimension, the recall is only 0.985, even with 200 probed partitions.
+# - The index type IVF_HNSW_SQ takes 3 minutes to build for 200,000 vectors.
+BITS_PER_DIMENSION = 4  # number of bits to which each number of a vector is compressed
+# The vector index divides the vectors into partitions of about 8,192 similar vectors. A search compares the query only
+# with the vectors of this many partitions, the partitions that are nearest to the query.
 PROBED_PARTITIONS = 64
 # The compressed vectors in the vector index give only approximate distances. Therefore a search for k rows takes
 # REFINE_FACTOR * k candidates from the vector index and compares their full vectors.
@@ -80,13 +85,13 @@ REFINE_FACTOR = 4
 # Estimated time to build the vector index, in seconds per row. Measured with `benchmarks.search`: 3.2e-5 for a table of
 # 100,000 rows, 6.9e-5 for 1,000,000 rows.
 TRAINING_S_PER_ROW = 5e-5
-# Each search compares the rows that are not in the vector index one by one. If there are more of them than this,
-# `PictureTable.optimize` adds them to the vector index.
+# Rows that are not in the vector index yet make searches slow, because each search compares all of their vectors with
+# the query. If there are more of these rows than this, `PictureTable.optimize` adds them to the vector index.
 MAX_UNINDEXED_ROWS = 10_000
-# Many small data files make reading slow. From this number on, `PictureTable.optimize` merges them.
+# Many small data files make reading slow. If a table has at least this many, `PictureTable.optimize` merges them.
 MAX_SMALL_FRAGMENTS = 24
-# The vector index chooses its partitions when it is trained, and they fit later rows less well. So it is trained again
-# when the table has grown by this factor.
+# The vector index chooses its partitions when it is trained. They suit rows that are added later less well, so searches
+# may miss more of these rows. Therefore, the vector index is trained again when the table has grown by this factor.
 RETRAIN_GROWTH_FACTOR = 2
 # Bytes of memory for caching the vector index. The vector index of 1,000,000 vectors of width 512 needs 520 MiB, so it
 # fits as a whole.
@@ -96,7 +101,7 @@ REMOTE_VERSION_LIFETIME = timedelta(minutes=10)
 # For a table on object storage, LanceDB checks at most once in this time whether another process has written a newer
 # version. Each check is a network request, so reads in between use the version that is already known.
 REMOTE_READ_CONSISTENCY = timedelta(seconds=1)
-MAX_PATHS_PER_CLAUSE = 500  # longer lists of paths are split into several SQL conditions
+MAX_PATHS_PER_CLAUSE = 500  # maximum number of paths in an SQL condition; longer lists are split
 MAX_WRITE_ATTEMPTS = 12  # a write that conflicts with writes of other processes is tried this many times
 
 T = TypeVar("T")
@@ -313,7 +318,7 @@ class PictureTable:
         return [column.type.list_size for column in self.columns() if pa.types.is_fixed_size_list(column.type)]
 
     def version(self) -> int:
-        """Return a number that grows with every change of the index: the sum of the versions of its tables."""
+        """Return a number that grows with every change of the index: the sum of the version numbers of its tables."""
         with storage_errors.wrap_storage_errors(self.where):
             return sum(table.version for name in TABLE_KEY_COLUMNS if (table := self.open_table(name)) is not None)
 
@@ -343,8 +348,8 @@ class PictureTable:
     def run_read(self, operation: Callable[[Any], T], table_name: str = PICTURES_TABLE) -> T:
         """Run a read operation on the newest version of a table.
 
-        If the operation fails, it is run once more. Another process may have merged the data files of the table and
-        removed the old files during the first attempt.
+        If the operation fails, it is run once more. The reason: during the first attempt, another process may have
+        merged the data files of the table and removed the old files.
 
         Args:
             operation: Function that takes the table as an object of LanceDB, and returns a result.
@@ -411,12 +416,13 @@ class PictureTable:
         Yields:
             Batches of rows.
         """
-        # `run_read` only starts the scan. Errors during the iteration come later, so this block converts them.
+        # `run_read` only starts the scan and converts errors of the start. Errors during the iteration are converted by
+        # this `with` block.
         with storage_errors.wrap_storage_errors(self.where, PICTURES_TABLE):
             yield from self.run_read(lambda table: _build_row_scan_query(table, columns, clause).to_batches())
 
     def sample(self, model: "SearchModel", max_rows: int) -> np.ndarray:
-        """Read the vectors of a sample of rows, which are spread evenly over the table `pictures`.
+        """Read the vectors of a sample of rows, taken at equal distances from the table `pictures`.
 
         Args:
             model: Model in use. Vectors of other models are not returned.
@@ -495,7 +501,8 @@ class PictureTable:
             clause: SQL condition for the rows of the table `left_out`. None: all rows.
 
         Returns:
-            Dictionary `{state of the file when it was skipped: the skipped file}`.
+            Dictionary `{state of the file when it was skipped: the skipped file}`. The state consists of the path, the
+            size and the modification time.
         """
         rows = self.rows(["path", "size", "mtime_ns", "reason"], clause, SKIPPED_FILES_TABLE).to_pylist()
         return {FileState(row["path"], row["size"], row["mtime_ns"]): SkippedFile.from_row(row) for row in rows}
@@ -548,7 +555,8 @@ class PictureTable:
     def run_write(self, operation: Callable[[Any], T], table_name: str = PICTURES_TABLE) -> T:
         """Run a write operation on a table.
 
-        If the operation conflicts with a write of another process, it is run again, up to `MAX_WRITE_ATTEMPTS` times.
+        If the operation conflicts with a write of another process, it is tried again, with at most
+        `MAX_WRITE_ATTEMPTS` attempts in total.
 
         Args:
             operation: Function that takes the table as an object of LanceDB, and writes to it. If the table does not
@@ -561,7 +569,7 @@ class PictureTable:
         Raises:
             ValueError: If a file of the index is damaged (DamagedIndexError).
             OSError: If there is no disk space left, or no permission. If the object storage does not answer. If the
-                last attempt conflicts, too.
+                last attempt also conflicts with a write of another process.
         """
         with storage_errors.wrap_storage_errors(self.where, table_name):
             for attempt in itertools.count(1):
@@ -586,17 +594,17 @@ class PictureTable:
             """Insert or replace the rows in LanceDB's table."""
             query = opened.merge_insert(TABLE_KEY_COLUMNS[table])
             query = query.when_matched_update_all().when_not_matched_insert_all()
-            # The rows have no values in the vector columns of other widths. By default, LanceDB would refuse such rows
-            # because of bad vectors.
+            # The rows have no values in the vector columns of other widths. By default, LanceDB would treat the missing
+            # values as bad vectors and refuse the rows.
             query.execute(rows, on_bad_vectors="null")
 
         self.run_write(merge, table)
 
     def delete_paths(self, paths: Sequence[str], table: str = PICTURES_TABLE) -> None:
-        """Delete the rows with the given paths, or with the given keys in the metadata table.
+        """Delete the rows of a table that have the given paths. Rows of the metadata table are deleted by their keys.
 
         Args:
-            paths: Paths of the rows to delete. For the metadata table, whose rows have no path: their keys.
+            paths: Paths of the rows to delete. If `table` is the metadata table, whose rows have no path: keys.
             table: Name of the table.
         """
         for start in range(0, len(paths), MAX_PATHS_PER_CLAUSE):
@@ -706,9 +714,9 @@ class PictureTable:
     def optimize(self, width: int) -> None:
         """Make searches fast: merge small data files, train or update the vector index, and remove old table versions.
 
-        With a vector index, a search of a large table need not compare every vector. Each step is done only if the
-        table is large enough, or has changed enough, for the step to save time. Constants of this module, such as
-        `MAX_EXACT_ROWS` and `MAX_SMALL_FRAGMENTS`, are the limits.
+        With a vector index, a search of a large table need not compare every vector. Each of these steps is done only
+        if the table is large enough, or has changed enough, for the step to save time. The limits are constants of this
+        module, such as `MAX_EXACT_ROWS` and `MAX_SMALL_FRAGMENTS`.
 
         Args:
             width: Width of the model's vectors.
@@ -869,7 +877,7 @@ class PictureTable:
         candidates = (Path(f"{folder}.damaged{number or ''}") for number in itertools.count())
         new_folder = next(candidate for candidate in candidates if not os.path.lexists(candidate))
         folder.rename(new_folder)
-        del self._connection  # the next access opens a new one, without cached files of the old folder
+        del self._connection  # the next access opens a new connection, which has not cached the renamed files
         if row_count is None:
             log_message_from_code("set_aside_unknown", folder, new_folder, level=logging.WARNING)
         else:
@@ -935,7 +943,7 @@ def newest_first_order(rows: pa.Table) -> pa.Array:
         rows: Rows with the columns path, taken and mtime_ns.
 
     Returns:
-        Indices of the rows, the latest row first. `rows.take` sorts the rows with them.
+        Indices of the rows, the index of the latest row first. `rows.take(indices)` returns the sorted rows.
     """
     # The dates of cameras are in local time, so the modification times of files (UTC) are converted to local time.
     offset_ns = time.localtime().tm_gmtoff * 10**9
@@ -966,7 +974,7 @@ def folders_clause(*folders: str | Path) -> str:
     """Return the SQL condition for rows of the given files and of all files inside the given folders.
 
     Args:
-        *folders: Absolute paths of folders or files. Without any, the condition is true for no row.
+        *folders: Absolute paths of folders or files. If no path is given, no row matches the condition.
     """
     paths = [str(folder).rstrip(os.sep) for folder in folders]
     clauses = [f"path = {quote_sql(path)} OR starts_with(path, {quote_sql(path + os.sep)})" for path in paths]
@@ -1027,8 +1035,8 @@ def _compact(table: Any, age: timedelta) -> None:
         table: LanceDB's table.
         age: Versions of the table that are older than this duration are removed.
     """
-    # LanceDB warns that other processes can't read removed versions any more. `run_read` handles this case by reading
-    # again, so the warning is hidden.
+    # LanceDB warns that other processes can't read the removed versions any more. The warning is hidden, because
+    # `run_read` handles this case: it repeats a failed read with the newest version.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         table.optimize(cleanup_older_than=age)
@@ -1057,7 +1065,7 @@ def _build_vector_query(table: Any, vector: np.ndarray, k: int, clause: str | No
         vector: Query vector (width,).
         k: Maximum number of rows.
         clause: SQL condition that the rows must match. None: all rows.
-        approximate: Whether to use the approximate vector index. If False, all vectors are compared.
+        approximate: True: use the approximate vector index. False: compare all vectors.
 
     Returns:
         LanceDB's query, which has not been run yet.

@@ -21,10 +21,10 @@ from capivara_common.privacy import escape_control_characters
 from capivara_search.messages import Messages, make_error_from_code
 from capivara_search.results import Hit, SkippedFile
 
-MAX_OPENED_PICTURES = 12  # limit of --open, whose help states this number; nobody can look at more windows at once
+MAX_OPENED_PICTURES = 12  # maximum number of pictures that the flag --open opens, because each one needs a window
 # Notices go to stderr, so that stdout contains results only and can be piped into other programs.
 print_notice = partial(click.echo, err=True)
-MIN_TILE_COLUMNS = 34  # minimum width of a drawn picture in characters; a character shows two pixels, one above another
+MIN_TILE_COLUMNS = 34  # minimum width of a drawn picture in characters; a character shows an upper and a lower pixel
 # Height of a drawn picture in characters, divided by its width. A character is twice as high as wide, so the picture
 # has the aspect ratio 4:3.
 TILE_ROWS_PER_COLUMN = 0.375
@@ -91,7 +91,7 @@ def align_columns(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = 
     """Format rows of texts as a table with aligned columns.
 
     Args:
-        rows: Cells of each row. The last column is not padded.
+        rows: Texts of the cells of each row. All rows have the same number of cells. The last column is not padded.
         right_aligned: Indices, from 0, of the columns that are aligned to the right.
 
     Yields:
@@ -122,7 +122,7 @@ def format_link(path: str, text: str) -> str:
 
 
 def supports_true_color(stream: TextIO) -> bool:
-    """Return whether a stream is a terminal with 24-bit colors. Such terminals also support links.
+    """Return whether a stream is a terminal with 24-bit colors. Such a terminal also supports links (`format_link`).
 
     Args:
         stream: Output stream.
@@ -207,7 +207,10 @@ def _render_picture(data: bytes | None, columns: int, rows: int) -> list[str]:
 
 
 def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], messages: Messages) -> None:
-    """Print search hits as a table. If the terminal supports pictures, draw as many thumbnails as fit above the table.
+    """Print search hits as a table, with thumbnails above it if the terminal can draw pictures.
+
+    The number of thumbnails is limited, so that they and the table fit on the screen together. At least one row of
+    thumbnails is drawn.
 
     Args:
         hits: Search hits, best first.
@@ -239,8 +242,8 @@ def open_valid_pictures_in_viewer(paths: Sequence[str], messages: Messages) -> N
     """Open the first `MAX_OPENED_PICTURES` pictures in the system's viewer.
 
     An index may come from other people, and its paths may lead to any file. If such a file were a program, the system
-    would start it. Therefore a file is opened only if its extension is an extension of pictures and its content can be
-    read as a picture. A notice is printed for every other file.
+    would start it. Therefore a file is opened only if its name has the extension of a picture format and its content
+    can be read as a picture. For every other file, a notice is printed.
 
     Args:
         paths: Absolute paths of pictures.

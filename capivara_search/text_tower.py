@@ -42,8 +42,8 @@ class TextTower:
     Attributes:
         REQUIRED_CONFIG: Supported values of `text_config`: `{key: the only supported value}`. A key that is missing in
             `text_config` counts as supported.
-        OTHER_TENSOR_COUNTS: Supported numbers of tensors outside of the transformer layers, which have 16 tensors each.
-            A text encoder with another number of tensors has parts that this class does not compute.
+        OTHER_TENSOR_COUNTS: Supported numbers of tensors outside of the transformer layers. (Each layer has 16
+            tensors.) A text encoder with another number of tensors has parts that this class does not compute.
         CLEAN_TEXT: Function that cleans a text before tokenization.
         weights: Memory-mapped weights of the model.
         tokenizer: Tokenizer that truncates texts. It also pads them if the encoder expects texts of fixed length.
@@ -74,8 +74,9 @@ class TextTower:
             text_config: `text_config` of the model.
 
         Returns:
-            Whether this class can encode the model's texts. False: transformers would load a tokenizer of another class
-            than `CapivaraTokenizer`, or the tokenizer and the model have different padding tokens.
+            True: the tokenizer is supported and was configured. False: this class can't encode the model's texts,
+            because transformers would load a tokenizer of another class than `CapivaraTokenizer`, or because the
+            tokenizer and the model have different padding tokens.
         """
         is_capivara = settings.get("tokenizer_class") == "CapivaraTokenizer"
         # The id of the padding token, or None if the vocabulary does not have it.
@@ -98,10 +99,10 @@ class TextTower:
         Raises:
             ValueError: If a text has no token, or an embedding is not finite.
         """
-        with wrap_tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
+        with wrap_tokenizer_errors(f"The tokenizer in the folder of {self.weights.path}"):
             encodings = self.tokenizer.encode_batch_fast([self.CLEAN_TEXT(text) for text in texts])
             ids = [encoding.ids for encoding in encodings]
-        # Texts of similar length come into the same batch, so that a batch needs little padding.
+        # Texts of similar length are put into the same batch, so that a batch needs little padding.
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
         ordered = [ids[number] for number in order]
         batches = [ordered[start : start + TEXTS_PER_BATCH] for start in range(0, len(ids), TEXTS_PER_BATCH)]
@@ -128,7 +129,7 @@ class TextTower:
         # Shape (texts, tokens): False for padding. It is also False if a text itself contains the padding token.
         mask = tokens != pad_id
         if not mask.any(axis=1).all():
-            raise ValueError("Every text needs at least one token, but the tokenizer returns none for one text.")
+            raise ValueError("Every text needs at least one token, but the tokenizer found none in one of the texts.")
         # In XLM-RoBERTa, positions of tokens begin at `pad_token_id` + 1, and padding has the position `pad_token_id`.
         positions = np.where(mask, mask.cumsum(axis=1) + pad_id, pad_id)
         hidden = self._embed_tokens(f"{EMBEDDINGS_PREFIX}word_embeddings.weight", tokens)
@@ -202,7 +203,7 @@ class TextTower:
 class ClipTextTower(TextTower):
     """The text encoder of a model like CLIP in NumPy: layer norms before each block, causal attention, pooling at EOS.
 
-    It supports the tokenizer of XLM-RoBERTa and XLM-V, which MetaCLIP 2 uses.
+    The only supported tokenizer is the tokenizer of XLM-RoBERTa and XLM-V, because MetaCLIP 2 uses it.
     """
 
     REQUIRED_CONFIG = {}
@@ -219,8 +220,9 @@ class ClipTextTower(TextTower):
             text_config: `text_config` of the model.
 
         Returns:
-            Whether this class can encode the model's texts. False: the tokenizer is of another class, or the tokenizer
-            or the model has settings that are not supported.
+            True: the tokenizer is supported and was configured. False: this class can't encode the model's texts,
+            because the tokenizer is of another class, or because settings of the tokenizer or the model are not
+            supported.
         """
         is_xlm_roberta = settings.get("tokenizer_class") in ("XLMRobertaTokenizer", "XLMRobertaTokenizerFast")
         pads_right = settings.get("padding_side", "right") == "right"
@@ -296,8 +298,8 @@ class SiglipTextTower(ClipTextTower):
             text_config: `text_config` of the model.
 
         Returns:
-            Whether this class can encode the model's texts. False: transformers would load a tokenizer of another class
-            than `Siglip2Tokenizer` or `GemmaTokenizer`.
+            True: the tokenizer is supported and was configured. False: this class can't encode the model's texts,
+            because transformers would load a tokenizer of another class than `Siglip2Tokenizer` or `GemmaTokenizer`.
         """
         if settings.get("tokenizer_class") not in ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast"):
             return False
@@ -414,7 +416,7 @@ def _quick_gelu(values: np.ndarray) -> np.ndarray:
 def _erf(values: np.ndarray) -> np.ndarray:
     """Compute the Gauss error function of each element, with an error of at most 6e-7.
 
-    This error is a few units in the last place of float32. The approximation is formula 7.1.26 of Abramowitz and
+    This error is a few times the rounding error of float32. The approximation is formula 7.1.26 of Abramowitz and
     Stegun, Handbook of Mathematical Functions.
     """
     size = np.abs(values)

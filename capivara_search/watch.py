@@ -1,8 +1,9 @@
 """Watch folders of pictures and update an index within seconds of a change.
 
-The package watchfiles reports changed paths in bursts, and an empty burst if nothing changes for a second. A changed
-file is not read immediately, because it may still be copied. The file has settled when its size and modification time
-are the same in two successive bursts. `PictureIndex.add` then updates only the paths that have settled.
+The package watchfiles reports changed paths in bursts. A burst is the list of paths that have changed within one or two
+seconds; it is empty if nothing has changed. A changed file is not read immediately, because it may still be copied. The
+file has settled when its size and modification time are the same in two successive bursts. `PictureIndex.add` then
+updates only the paths that have settled.
 """
 
 import logging
@@ -24,21 +25,22 @@ from capivara_search.index_progress import ProgressCallback
 from capivara_search.messages import log_message_from_code
 from capivara_search.results import IndexReport
 
-# A burst of changes ends after this many milliseconds without a change. If the writing of a file pauses for longer, the
-# unfinished file may be read. After its next change, it is read again.
+# watchfiles collects changes in bursts. A burst ends after this many milliseconds without a change. If the program that
+# writes a file pauses for longer, the unfinished file may be read. After its next change, it is read again.
 SETTLED_MS = 1000
 MAX_BURST_MS = 2000  # maximum duration of a burst in milliseconds, so that updates come even if changes never stop
 # Milliseconds between two scans of folders for which the operating system reports no changes, such as network folders.
 POLL_INTERVAL_MS = 2000
-# Types of file systems for which Linux does not report changes that other machines make. A dot is added to a type of
-# /proc/self/mountinfo, then the type must start with one of these texts. So "nfs." matches only the type nfs, whereas
+# File systems for which Linux does not report changes that other machines make. These texts are compared with the start
+# of the type in /proc/self/mountinfo, to which a dot is added first. So "nfs." matches only the type nfs, whereas
 # "fuse." also matches subtypes such as fuse.sshfs.
 NETWORK_FILE_SYSTEMS = ("nfs.", "nfs4.", "cifs.", "smb", "9p.", "afs.", "ceph.", "virtiofs.", "vboxsf.", "fuse.")
 MOUNTINFO_FILE = Path("/proc/self/mountinfo")  # exists on Linux only
-# The follower is a child process of the web page's server. It runs `capivara watch`, which updates the index.
+# The follower is a child process of the web page's server. It runs `capivara watch`, which updates the index. The next
+# two constants are times for starting and ending it.
 RESTART_DELAY_S = 30  # seconds before a follower that has ended is started again
 SHUTDOWN_TIMEOUT_S = 15  # seconds for a follower to finish its batch before it is killed
-# The follower is the child process that updates the index. It runs this code with `python -c`.
+# The follower, the child process that updates the index, is started with `python -c` and this code.
 FOLLOWER_PROGRAM = (
     "from capivara_search import command, watch; watch.end_with_parent_and_lower_priority(); command.run()"
 )
@@ -52,17 +54,20 @@ def watch_folders_and_iter_index_updates(
     Args:
         index: The PictureIndex to update.
         named_folders: Absolute paths of the folders to watch. Empty: the folders that were added on this machine.
-        poll: Whether to scan the folders every two seconds instead of waiting for events of the operating system. None:
-            scan only if a folder is on a network file system, which reports no events.
+        poll: True: scan the folders for changes every two seconds. False: wait for events of the operating system,
+            which report changes. None: scan only if a folder is on a network file system, which reports no events.
         stop: Event that ends the iteration when it is set. None: only an interrupt such as Ctrl-C ends the iteration.
-        progress: Callback that takes the number of processed pictures and the total number.
+        progress: Function that is called during an update with the number of processed pictures and the total number.
+            None: no function is called.
 
     Yields:
-        One report for the initial update of all folders, then one report per burst of changes.
+        One report for the initial update of all folders. Then one report per update of changed files, which happens
+        when the size and modification time of the files no longer change.
 
     Raises:
-        ValueError: If a folder does not exist, was forgotten or contains no picture when the function starts. If this
-            happens later, for example because a disk was unmounted, a warning is logged, and the index keeps its rows.
+        ValueError: If a folder does not exist, contains no picture, or was removed from the index by the user, at the
+            start of the iteration. If this happens later, for example because a disk was unmounted, a warning is logged
+            instead, and the index keeps its rows.
         OSError: If the index can't be written, or there are too many folders for the operating system to watch.
         ImportError: If watchfiles is not installed.
     """
@@ -113,11 +118,11 @@ def watch_folders_and_iter_index_updates(
         )  # fmt: skip
         for changes in all_changes:
             if available_folders(folders) != followed or known_folders() != folders:
-                # The set of folders has changed, for example because a disk was mounted. Leave the loop to watch the
-                # new set.
+                # The set of folders has changed, for example because a disk was mounted. The outer loop then watches
+                # the new set.
                 break
-            # All folders are updated once (`only_paths` is None). This happens after `watch` has started, so that no
-            # change is missed.
+            # The first pass of this loop updates all folders (`only_paths` is None). `watch` has already started then,
+            # so that no change is missed. Later passes update only the paths that have settled.
             if only_paths is not None:
                 only_paths = _pop_settled_paths_and_update_states(waiting)
             if only_paths is None or only_paths:
@@ -233,11 +238,10 @@ def keep_watch_subprocess_running(*flags: str) -> Iterator[None]:
     Args:
         *flags: Command-line flags of `capivara watch`.
     """
-    # The follower, as the child process is called here, has its own process group, because Ctrl-C in the terminal is
-    # meant for the web page's server. But it stays in the same session as the server. Linux shares the CPU equally
-    # between sessions, whatever their nice values are, so a follower in another session would delay the server by a
-    # second while the follower reads pictures.
-    # Windows ignores `process_group` and has a flag instead.
+    # The child process is called the follower. It has its own process group, because Ctrl-C in the terminal is meant
+    # for the web page's server. But it stays in the session of the server. Linux shares the CPU equally between
+    # sessions and uses nice values only inside a session. So a follower in another session would delay the server by a
+    # second while the follower reads pictures. Windows ignores `process_group` and has a flag instead.
     options = {"process_group": 0, "creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
     stopping, command = Event(), [sys.executable, "-c", FOLLOWER_PROGRAM, "watch", *flags]
 
@@ -272,7 +276,7 @@ def end_with_parent_and_lower_priority() -> None:
     """
 
     def wait() -> None:
-        """Wait until the standard input is closed, then send SIGINT to this process."""
+        """Wait until the parent process closes the standard input or ends, then send SIGINT to this process."""
         os.read(0, 1)  # blocks until the parent closes its end of the pipe or ends; the parent never writes
         if IS_WINDOWS:  # on Windows, `os.kill` would end the process without cleaning up
             signal.raise_signal(signal.SIGINT)

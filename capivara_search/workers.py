@@ -3,9 +3,9 @@ r"""Build one index with many tasks, on this machine, a Slurm cluster or a Ray c
     python -m capivara_search.workers --where s3://bucket/fotos --folders ~/Fotos --executor slurm --tasks 100 \
         --partition gpu --time 04:00:00 --logging_dir ~/logs
 
-Each task embeds its share of the picture files and writes their rows to the index. A final task removes the rows of
-deleted files and optimizes the tables. If a task is killed, the rows that it has written stay in the index. To do the
-rest, run the same command again.
+The picture files are divided among the tasks, which run in parallel. Each task embeds its files and writes their rows
+to the index. A final task removes the rows of deleted files and optimizes the tables. If a task is killed, the rows
+that it has written stay in the index. To index the remaining files, run the same command again.
 """
 
 import zlib
@@ -36,13 +36,13 @@ class WorkerArguments(ExecutorArguments):
     # `add_folders_with_workers` sets this attribute before any task starts, so that all tasks use the same real paths.
     real_paths: ClassVar[Mapping[Path, str]] = {}
 
-    where: str = flag(..., "Folder or address of the index. All machines must be able to reach it.")
+    where: str = flag(..., "Folder or object storage address of the index. All machines must be able to reach it.")
     folders: list[str] = flag([], "Folders of pictures. Default: the folders that were added on this machine before.")
     exclude: list[str] = flag([], "Patterns of files and folders to ignore from now on, in the syntax of .gitignore.")
     include: list[str] = flag([], "Exclusions to undo: --exclude patterns, and paths that `capivara forget` removed.")
     model: str | None = flag(None, "Folder or Hub id of the model. Default: the model that the index was built with.")
     device: str | None = flag(None, "Device of the model, for example cuda:1. Default: the GPU if there is one.")
-    batch_size: int = flag(32, "Pictures per batch of the model.")
+    batch_size: int = flag(32, "Number of pictures per batch of the image encoder.")
 
     def __post_init__(self) -> None:
         self.check_executor()
@@ -64,8 +64,8 @@ def add_folders_with_workers(arguments: WorkerArguments) -> bool:
         arguments: Command-line arguments. This function sets their attributes `real_paths` and `model` for the tasks.
 
     Returns:
-        True if all tasks have ended and the index is up to date. False if the tasks were submitted to Slurm as jobs and
-        have not run yet.
+        True if all tasks have ended and the index is up to date. False if the tasks were submitted to Slurm as jobs,
+        which may still be waiting or running.
 
     Raises:
         ValueError: If a folder does not exist, contains no picture or was removed from the index by the user. If a
@@ -105,7 +105,7 @@ def _embed_and_store_share_of_pictures(arguments: WorkerArguments, rank: int, wo
 
     Args:
         arguments: Command-line arguments.
-        rank: Number of the task, from 0.
+        rank: Index of the task, from 0.
         world_size: Number of tasks that share the files.
 
     Returns:
@@ -126,7 +126,7 @@ def _prune_and_optimize_index(arguments: WorkerArguments, rank: int, world_size:
 
     Args:
         arguments: Command-line arguments.
-        rank: Number of the task, always 0.
+        rank: Index of the task, always 0.
         world_size: Number of tasks, always 1.
 
     Returns:
@@ -136,7 +136,8 @@ def _prune_and_optimize_index(arguments: WorkerArguments, rank: int, world_size:
     return f"{report.removed} rows removed"
 
 
-# Phases of the command, in the order in which they run.
+# The two phases of the command, in order: many tasks embed the pictures, then one task removes the rows of deleted
+# files and optimizes the tables.
 PHASES = {
     "embed": Phase(run=_embed_and_store_share_of_pictures, is_parallel=True, uses_model=True),
     "end": Phase(run=_prune_and_optimize_index),
@@ -157,8 +158,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # The command is run from the module imported under its name. Functions of `__main__` can't be unpickled by tasks on
-    # other machines.
+    # This module is imported again under its real name, and the `main` of that import runs. Otherwise its functions
+    # would belong to `__main__`, and tasks on other machines could not unpickle them.
     from capivara_search import workers
 
     run_main_and_report_user_errors(workers.main, resumable=True)

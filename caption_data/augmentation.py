@@ -1,7 +1,8 @@
 """Augment images as in the CAPIVARA paper (arXiv 2310.13683, section 4), reproducibly.
 
-An augmented copy of an image is called a view. Views are made by training, and by `captions.embed`, which writes a
-dataset of embeddings to train on. For the same image, seed and view number, both get the same view.
+An augmented copy of an image is called a view. Training makes views of its images, and so does the command
+`captions.embed`, which writes a dataset of image embeddings to train on. For the same image, seed and view number, both
+get the same view.
 """
 
 from importlib.metadata import version
@@ -13,8 +14,8 @@ import torch
 
 from capivara_common.image_files import to_8_bit
 
-# Settings of the CAPIVARA paper (arXiv 2310.13683, section 4): image and crop sizes in pixels, range of the share of
-# the image that a crop covers, and strength of the augmentation AugMix.
+# Settings of the CAPIVARA paper (arXiv 2310.13683, section 4): length of the image's shorter side and size of the crop,
+# in pixels; smallest and largest share of the image's area that a crop covers; strength of the augmentation AugMix
 AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}
 
 
@@ -46,13 +47,13 @@ def make_augmented_view(image: PIL.Image.Image, digest: str, view: int, seed: in
     shorter side. A random crop with 90 to 100 % of the area is then resized to 224 x 224 pixels. Finally, AugMix, which
     mixes several randomly distorted copies of an image, is applied with severity 2.
 
-    The random choices depend on the content of the image, given by `digest`. They do not depend on its row number,
-    because row numbers change when other rows are skipped.
+    The random choices depend on the content of the image, given by `digest`. They do not depend on the index of its
+    row, because indices change when other rows are skipped.
 
     Args:
         image: Decoded image.
         digest: BLAKE2b-128 hex digest of the image file.
-        view: Number of the view. Each number gives another view of the image.
+        view: Index of the view. Each index gives another view of the image.
         seed: Seed of the run or dataset.
 
     Returns:

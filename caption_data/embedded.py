@@ -5,8 +5,8 @@
 - `image_embeds`: embedding of the image in float16, of unit length and shape (width,). If the dataset has several
   augmented views of each image, the shape is (views, width).
 - `image_digest`: BLAKE2b-128 hex digest of the image file, as in `Split.image_digests`.
-- `image_encoder`: digest of the image encoder that computed the embedding, the same in all rows. It is in every row, so
-  that it survives concatenation, filtering and a round trip through the Hub.
+- `image_encoder`: digest of the image encoder that computed the embedding, the same in all rows. It is stored in every
+  row, so that it is not lost when datasets are concatenated, filtered, or uploaded to the Hub and downloaded.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from capivara_common.image_files import BadRow
 
 EMBEDS_COLUMN, DIGEST_COLUMN, ENCODER_COLUMN = "image_embeds", "image_digest", "image_encoder"
 EMBEDS_DTYPE = "float16"
-MAX_NORM_ERROR = 0.01  # largest accepted distance of a norm from 1; float16 changes the norm by less than 0.001
+MAX_NORM_ERROR = 0.01  # largest accepted difference between a norm and 1; float16 changes a norm by less than 0.001
 INVALID_EMBEDDING = "invalid embedding"  # `SkippedRow.reason` of a row whose embedding can't be used
 
 
@@ -32,8 +32,8 @@ def embeds_feature(width: int, views: int = 1) -> List:
 
     Args:
         width: Width of an embedding.
-        views: Number of embeddings per row. 1: the embedding of the image itself. More than 1: the embeddings of this
-            many views, that is, augmented copies of the image.
+        views: Number of embeddings per row. 1: a row has the embedding of the image itself. More than 1: a row has the
+            embeddings of this many views, that is, augmented copies of the image.
 
     Returns:
         Feature (column type of `datasets`) for lists of shape (width,) or, for several views, (views, width).
@@ -80,9 +80,9 @@ def check_embeds_columns_and_get_shape(features: Features, name: str) -> tuple[i
 def resolve_image_encoder_digest(model: str, fingerprint: str) -> str:
     """Return the digest that identifies the image encoder of a model.
 
-    A dataset of embeddings stores the digest of the image encoder that computed them in the column `image_encoder`. A
-    model can use the embeddings only if its own digest is the same. For most models, the digest is computed from the
-    model's files. For an open_clip model, it is `fingerprint`.
+    The digest shows whether a model can use the stored embeddings of a dataset: it must be equal to the digest in the
+    dataset's column `image_encoder`. For a model in the format of transformers, the digest is computed from the model's
+    files. For a model that is loaded by open_clip, it is `fingerprint`.
 
     Args:
         model: Folder or Hub id of a model, or "open_clip:…" for a model of open_clip.
@@ -119,7 +119,7 @@ def find_invalid_embeds(chunks: Iterable[pa.ChunkedArray], width: int) -> dict[i
         width: Width of the embeddings.
 
     Returns:
-        `{row number: description of the fault}` with an entry for each invalid row. Rows are counted from 0 over all
+        `{row index: description of the fault}` with an entry for each invalid row. The index is counted from 0 over all
         chunks.
     """
     faults, start = {}, 0

@@ -20,7 +20,7 @@ from capivara_common.image_files import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, ImageA
 from caption_data import sources
 
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # possible names of the label column; WebDataset uses cls
-SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # name of a folder of images -> split
+SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # {folder name: split}
 SPLIT_FOLDERS |= {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "val", "dev"), "validation")
 
 
@@ -38,7 +38,7 @@ class LabeledImages:
     labels: list[int] | list[list[int]]
 
     def fingerprint(self) -> str:
-        """Return a hex digest (BLAKE2b-128) of the images and labels, with which results record the data they used.
+        """Return a hex digest (BLAKE2b-128) of the images and labels, so that results can record their data.
 
         The first call reads all image files.
         """
@@ -57,11 +57,11 @@ def load_images_with_prompt_class_labels(
     max_pixels: int = MAX_IMAGE_PIXELS,
     limit: int | None = None,
 ) -> LabeledImages:
-    """Load the images of a classification dataset, with labels that number the classes as the benchmark does.
+    """Load the images of a classification dataset, with labels in the class order of a benchmark's prompt file.
 
-    A benchmark has a prompt file, which lists the class names and the prompts for zero-shot classification. The dataset
-    may order its classes differently, so its class names are matched with the class names of the prompt file. If the
-    dataset has label numbers but no class names, the numbers are used as indices into `class_names`.
+    A prompt file lists the class names and the prompts for zero-shot classification. The dataset may order its classes
+    differently, so its class names are matched with the class names of the prompt file. If the dataset has label
+    numbers but no class names, the numbers are used as indices into `class_names`.
 
     Args:
         source: Folder, glob pattern or Hub id of the dataset.
@@ -81,8 +81,8 @@ def load_images_with_prompt_class_labels(
         position of the class in `class_names`.
 
     Raises:
-        ValueError: If the split or a column is missing, a label is invalid, or no image is left. If the class names of
-            the dataset and of the prompt file differ; the message lists the classes that differ.
+        ValueError: If the split or a column is missing, a label is invalid, or no image belongs to the selected
+            classes. If the class names of the dataset and of the prompt file differ; the message lists the differences.
     """
     path = Path(source)
     tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
@@ -179,8 +179,8 @@ def _read_or_download_class_names(source: str) -> list[str]:
     if not Path(source).is_dir():
         try:
             path = Path(hf_hub_download(source, path.name, repo_type="dataset"))
-        # If the Hub can't be reached, hf_hub_download raises another error. It must not be ignored: the dataset may
-        # have this file, and without it, the order of the classes would be a guess, and the labels could be wrong.
+        # This error means that the dataset has no such file. If the Hub can't be reached, hf_hub_download raises
+        # another error, which must not be ignored: without the file, the class order would be a guess.
         except RemoteEntryNotFoundError:
             return []
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

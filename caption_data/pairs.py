@@ -1,9 +1,9 @@
 """Build pair tables, which tell training and evaluation which captions of each image to use and which rows to skip.
 
 A pair is an image together with the captions that a run uses. A pair table has one row for each row of a dataset split.
-It holds the digest of the image and the chosen captions or, if the row can't be used, the reason. The table is built in
-a single pass over the split. It is stored as a memory-mapped Arrow file in the cache folder, so that a second run with
-the same data and settings starts immediately.
+A usable row has the digest of the image and the chosen captions. Any other row has the reason why it can't be used. The
+table is built in a single pass over the split, and is stored in the cache folder as an Arrow file that can be
+memory-mapped. A second run with the same data and settings therefore starts immediately.
 """
 
 import os
@@ -44,7 +44,7 @@ MAP_BATCH_ROWS = 128  # number of rows whose image files are in memory at the sa
 # The content digest of a pair table is cached only if the table has at least this many rows. For a smaller table, it
 # is computed again at every start, which takes only a second or two.
 CACHED_FINGERPRINT_ROWS = 100_000
-UNUSED_TABLE_LIFETIME_S = 30 * 24 * 3600  # seconds after which a table that no run has read is deleted
+UNUSED_TABLE_LIFETIME_S = 30 * 24 * 3600  # a table is deleted if no run has read it for this number of seconds
 PAIR_TABLE_FEATURES = Features(
     {name: Value("string") for name in ("digest", "reason", "detail")}
     | {"row": Value("int64"), "captions": CAPTIONS_FEATURE}
@@ -62,15 +62,15 @@ def load_or_build_pair_table(
 ) -> Dataset:
     """Choose the captions of all rows of a split and check all images, or load the result from the cache.
 
-    The result is called the pair table. It is built again if the rows, the image files, `caption_columns` or `settings`
-    change, or the rules that say which images are accepted (`split.image_access`). In a distributed launch, one process
-    per machine builds the table while the other processes wait.
+    The result is called the pair table. It is built again if one of these changes: the rows, the image files, the rules
+    that say which images are accepted (`split.image_access`), `caption_columns`, or `settings`. In a distributed
+    launch, one process per machine builds the table while the other processes wait.
 
     Args:
         split: Dataset split with images, or embeddings of images, and captions.
-        caption_columns: Names of the caption and similarity columns that `choose` reads. `choose` always gets lists: a
-            single text becomes a list with one text. If the split has only some of the caption columns, the others are
-            empty lists.
+        caption_columns: Names of the caption and similarity columns that `choose` reads. `choose` gets a list for each
+            of these columns: a single text becomes a list with one text, and a caption column that the split lacks
+            becomes an empty list. The split must have at least one caption column and all similarity columns.
         choose: Function that gets a row without its image, and returns the list of captions to use. It may raise
             ValueError.
         settings: All settings on which the result of `choose` depends, as JSON values. They are part of the cache key,
@@ -78,7 +78,7 @@ def load_or_build_pair_table(
 
     Returns:
         A table with one row for each row of the split, and these columns:
-            row: Number of the row in the split, counted from 0.
+            row: Index of the row in the split.
             digest: BLAKE2b-128 hex digest of the image file; "" if the row can't be used.
             captions: List of the chosen captions; empty if the row can't be used.
             reason: Why the row can't be used, as in `SkippedRow`; "" if it can be used.
@@ -120,9 +120,9 @@ def load_or_build_pair_table(
         )  # fmt: skip
 
     def has_recovered(table: Dataset) -> bool:
-        # Read those images again that could not be used when the table was built, and return True if one of them can
-        # be used now. These rows are found by the column `reason` of the table. It is compared as an Arrow column,
-        # because converting millions of rows to Python objects would take minutes at every start.
+        # Images that could not be used when the table was built are read again. Return True if one of them can be used
+        # now. The column `reason` of the table says which images these are. It is compared as an Arrow column, because
+        # converting millions of rows to Python objects would take minutes at every start.
         is_fileless = pc.is_in(table.data.column("reason"), value_set=pa.array(FILELESS_REASONS))
         bad = map(int, np.flatnonzero(pc.invert(is_fileless)))
         return any(make_pair(number, split.data[number])["reason"] in FILELESS_REASONS for number in bad)
@@ -137,13 +137,14 @@ def load_or_build_pair_table(
 
 
 def find_missing_columns(columns: Sequence[str], present: Iterable[str]) -> list[str]:
-    """Find out which columns a dataset lacks for choosing captions.
+    """Return the names of the columns that are needed to choose captions, but that a dataset lacks.
 
     At least one of the caption columns in `columns` is required, such as `captions-pt` or `generated-captions-pt`. All
     columns of similarities in `columns` are required.
 
     Args:
-        columns: Names of the columns that the caption strategy (rule that selects captions of a row) reads.
+        columns: Names of the columns that the caption strategy reads. A caption strategy is a rule that selects some
+            captions of a row.
         present: Names of the columns that the dataset has.
 
     Returns:
@@ -169,11 +170,11 @@ def filter_usable_rows(table: Dataset) -> Dataset:
 def list_skipped_rows_and_damaged_archives(table: Dataset, split: Split) -> list[SkippedRow]:
     """List all rows of a dataset split that can't be used, to report them to the user.
 
-    The list has one entry for each unusable row of the pair table, which has a row per image with its captions. Then
-    follows one entry for each damaged archive.
+    The list has one entry for each unusable row of the pair table, followed by one entry for each damaged tar or JSON
+    Lines file. The entry of a damaged file stands for all rows of the file that can't be read.
 
     Args:
-        table: Pair table from `load_or_build_pair_table`.
+        table: Pair table from `load_or_build_pair_table`, which has one row for each row of the split.
         split: Split from which the table was built.
     """
     invalid = table.select(np.flatnonzero(pc.not_equal(table.data.column("reason"), "")))
@@ -214,8 +215,8 @@ def load_or_compute_pair_content_digest(pairs: Dataset) -> str:
     stored in the cache, because computing it for millions of rows takes a minute or more.
 
     Args:
-        pairs: Pair table from `load_or_build_pair_table`, that is, a table with the image digest and the chosen
-            captions of each row; or rows selected from it.
+        pairs: Pair table from `load_or_build_pair_table`, or rows selected from it. A pair table has the image digest
+            and the chosen captions of each row.
 
     Returns:
         BLAKE2b-128 hex digest.
@@ -249,7 +250,7 @@ def _load_or_build_and_prune_cache(
     """
     state = get_or_init_distributed_state()
     with state.local_main_process_first():
-        # Only the first process of this machine checks the file. The other processes then read the valid file.
+        # Only the first process of this machine checks the file. The other processes wait, and then read it.
         is_valid = not state.is_local_main_process or matches_appended_digest(path)
         if not is_valid:
             path.unlink(missing_ok=True)
@@ -264,7 +265,7 @@ def _load_or_build_and_prune_cache(
         table._fingerprint = read_appended_digest(path)
         if state.is_local_main_process:
             os.utime(path)
-            for old in path.parent.iterdir():  # also the temporary files that killed runs have left
+            for old in path.parent.iterdir():  # includes temporary files of killed runs
                 with suppress(OSError):  # another run may delete the same file, and `unlink` fails for folders
                     if time.time() - old.stat().st_mtime > UNUSED_TABLE_LIFETIME_S:
                         old.unlink()
@@ -302,8 +303,8 @@ def _normalize_and_choose_captions(row: dict[str, Any], columns: Sequence[str], 
 
 def _has_text_after_cleaning(text: str) -> bool:
     """Return True if a text is not empty after text cleaning (`clean_text`)."""
-    # Without this shortcut, cleaning would take most of the time of a pass over the rows. A printable text that has an
-    # ASCII letter or digit, and no HTML entity ("&"), is never empty after cleaning.
+    # Cleaning is slow, so it is skipped for most texts: a printable text that has an ASCII letter or digit, and no "&",
+    # with which HTML entities begin, is never empty after cleaning.
     is_plain = text.isprintable() and "&" not in text and ASCII_ALPHANUMERIC_RE.search(text)
     return bool(is_plain or clean_text(text))
 

@@ -30,7 +30,7 @@ class ParquetSplit(Split):
     """A dataset split that reads its parquet files directly, a few rows at a time, instead of copying them to a cache.
 
     Reading rows in order is fast, but random access is slow. Opening the split reads only the metadata of the files, so
-    damaged rows raise an error only when they are read. `open_in_place` creates such a split.
+    an error in damaged rows is raised only when these rows are read. `open_in_place` creates such a split.
 
     Raises:
         ValueError: If a file is damaged, or the files have different columns or types.
@@ -46,7 +46,7 @@ class ParquetSplit(Split):
                     raise ValueError(f"{path} and {self.paths[0]} must have the same columns and types.")
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             self._row_groups += [(path, group, size) for group, size in enumerate(sizes)]
-        # Number of the first row of each row group, followed by the total number of rows.
+        # Index of the first row of each row group, followed by the total number of rows.
         self._row_group_starts = list(itertools.accumulate((size for *_, size in self._row_groups), initial=0))
         self.features = Features.from_arrow_schema(schema)
 
@@ -66,7 +66,7 @@ class ParquetSplit(Split):
         if start >= len(self):
             return
         first = bisect.bisect_right(self._row_group_starts, start) - 1
-        to_skip = start - self._row_group_starts[first]  # number of rows at the start of this group
+        to_skip = start - self._row_group_starts[first]  # rows of this group before row `start`
         columns = None if column_names is None else list(column_names)
         for path, groups in itertools.groupby(self._row_groups[first:], key=lambda group: group[0]):
             numbers = [number for _, number, _ in groups]
@@ -76,7 +76,7 @@ class ParquetSplit(Split):
                     to_skip -= len(batch) - len(rows)
                     for row in rows:
                         image = row.get(self.image_column)
-                        # Parquet files of other programs may hold plain bytes or a path. Convert it to the usual dict.
+                        # Parquet files of other programs may hold bytes or a path. Convert them to the usual dict.
                         if isinstance(image, bytes | str):
                             kind = "path" if isinstance(image, str) else "bytes"
                             row[self.image_column] = {"bytes": None, "path": None, kind: image}
@@ -105,7 +105,7 @@ def compute_split_content_digest(source: Split) -> str:
     """Return a digest of the files of a dataset split, so that changed data can be detected.
 
     The digest covers the name, size and content of each file, but not its folder. To save time, only `SAMPLE_COUNT`
-    samples of `SAMPLE_BYTES` bytes each are read from a large data file, so that small changes in it can be missed.
+    samples of `SAMPLE_BYTES` bytes each are read from a large data file, so a small change in it may go unnoticed.
 
     Args:
         source: The split.

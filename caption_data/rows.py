@@ -4,9 +4,9 @@ A row of a caption dataset is a dict with these keys:
 
 - `captions-<language>`: list of the original captions.
 - `generated-captions-<language>`: list of the captions that a model wrote.
-- `similarities-<language>`: list of cosine similarities between the embedding of the image and of each caption,
-  computed with the base model (the model before fine-tuning). The original captions come first, then the generated
-  captions.
+- `similarities-<language>`: list with one cosine similarity for each caption, between the embedding of the image and
+  the embedding of the caption. They are computed with the base model (the model before fine-tuning). The original
+  captions come first, then the generated captions.
 
 A caption strategy is a rule that selects some captions of a row, for example the captions most similar to the image.
 The strategies and their constants come from CAPIVARA, arXiv 2310.13683.
@@ -41,8 +41,8 @@ DATASET_HELP = (
 NOT_CHOSEN = "not chosen"
 STRATEGIES = ("none", "first", "all", "rank", "threshold", "diverse")
 SIMILARITY_STRATEGIES = ("rank", "threshold", "diverse")  # strategies that read the column `similarities-<language>`
-# A token is one or more characters other than white space and punctuation. The pattern `\w+` would split Hindi words at
-# their vowel signs, because Python does not count vowel signs as word characters.
+# Words of a caption for the strategy `diverse`: one or more characters other than white space and punctuation. The
+# pattern `\w+` would split Hindi words at their vowel signs, because Python does not count them as word characters.
 TOKEN_PATTERN = r"[^\s!-/:-@\[-`{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u0964\u0965\u2010-\u2027\u2030-\u205e\u3000-\u303f]+"
 
 
@@ -56,7 +56,7 @@ class SkippedRow:
     Attributes:
         source: Path, glob pattern or Hub id of the dataset.
         split: Name of the split.
-        row: Number of the row in the split, counted from 0. For a damaged archive: number of rows before the damage.
+        row: Index of the row in the split. For a damaged archive: number of rows in the split before the damage.
         reason: "not chosen", "no image", "unreadable image", "absurd image size", "invalid embedding", "no caption" or
             "damaged archive".
         detail: Description of the problem for the user.
@@ -92,7 +92,7 @@ def convert_to_caption_list(value: Any, column: str) -> list[str]:
 
 
 def compute_image_caption_rows_digest(rows: Iterable[tuple[str, list[str]]]) -> str:
-    """Compute one digest of all images and captions of a dataset, so that changed data can be detected.
+    """Compute a single digest of all images and captions of a dataset, so that changed data can be detected.
 
     Args:
         rows: One tuple (hex digest of the image, list of captions) per row of the dataset.
@@ -125,11 +125,14 @@ def write_skipped_rows(path: Path, skipped: list[SkippedRow]) -> None:
 class CaptionChoice:
     """Command-line arguments that choose captions of an image; shared by all commands that select captions.
 
-    The help text of `caption_strategy` describes the strategies. The strategy `diverse` needs more explanation: it
-    avoids captions that say the same. It goes through the captions that `threshold` would choose, from the most to the
-    least similar to the image. A caption is kept if it shares few words with each caption kept so far: the cosine of
-    their TF-IDF vectors must be at most `max_overlap`. If fewer than `min_kept` captions are kept, the dropped captions
-    that are most similar to the image are added, up to `min_kept` captions in total.
+    The help text of `caption_strategy` describes the strategies. The strategy `diverse` avoids captions that say the
+    same. It works in these steps:
+
+    1. Take the captions that the strategy `threshold` would choose, from the most to the least similar to the image.
+    2. Keep a caption if it shares few words with each caption kept so far: the cosine of their TF-IDF vectors must be
+       at most `max_overlap`. Otherwise drop it.
+    3. If fewer than `min_kept` captions are kept, add the dropped captions that are most similar to the image, up to
+       `min_kept` captions in total.
     """
 
     caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(
@@ -147,8 +150,8 @@ class CaptionChoice:
         "Pair filter: skip an image if its cosine with its first original caption is below this value. Default: no "
         "filter.",
     )
-    # The strategy `diverse` drops a caption if its overlap of words with a better caption is above `max_overlap`, but
-    # keeps at least `min_kept` captions. No flag changes these values.
+    # Constants of the strategy `diverse`; no flag changes them. `max_overlap` is the largest allowed cosine between the
+    # TF-IDF vectors of two captions. At least `min_kept` captions are kept, even if they overlap more.
     max_overlap, min_kept = 0.3, 3
 
     def check_choice(self) -> None:
@@ -165,8 +168,8 @@ class CaptionChoice:
     def strategy_columns(self, language: str) -> list[str]:
         """Return the names of the dataset columns that the caption strategy reads.
 
-        The strategy is the rule that chooses captions of an image. The filter `min_pair_similarity` also needs the
-        column of similarities. The result has this column only if the strategy itself reads it.
+        The caption strategy is the rule that chooses captions of an image. The filter `min_pair_similarity` is ignored
+        here: if it is set, callers need the column `similarities-<language>`, too.
 
         Args:
             language: Language code at the end of the column names, such as "pt" for the column `captions-pt`.
@@ -286,7 +289,7 @@ def _select_diverse(ranked: list[str], corpus: list[str], choice: CaptionChoice)
     # The vectorizer raises an error if no text has a token. Texts without tokens do not overlap, so all are returned.
     if not any(analyze(text) for text in corpus):
         return ranked
-    # Shape: (captions, terms). Each row has unit length, or is zero if the caption has no term.
+    # TF-IDF vectors of shape (captions, terms). A vector has unit length, or is zero if the caption has no term.
     vectors = vectorizer.fit(corpus).transform(ranked)
     # Floating-point error can make the cosine of two equal vectors slightly larger than 1. Without rounding, a caption
     # could then be dropped even if `max_overlap` is 1, which allows any overlap.

@@ -64,12 +64,12 @@ SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "de
 STAGE_FILE = "stage.json"
 PART_NAME_RE = re.compile(r"-(\d{9})-(\d{9})$")
 DATASET_INFO_TIMEOUT_S = 20  # seconds to wait for the Hub to answer whether a dataset exists
-PARQUET_BATCH_ROWS = 16  # rows that are decoded at the same time; few, because each may hold a large image
+PARQUET_BATCH_ROWS = 16  # rows that are decoded at the same time; few, because each row may hold a large image
 COLUMN_CHUNK_ROWS = 4096  # rows that are read at the same time if a single column without images is read
-# Protects against malicious files: parquet stores a repeated value once, so a file of 1 kB can expand to gigabytes of
-# text. Valid files stay far below this limit: captions expand to about ten times their size in the file, and images
-# hardly expand.
-MAX_PARQUET_EXPANSION = 100  # decoded bytes per byte of the parquet files
+# This limit protects against malicious files: parquet stores a repeated value once, so a file of 1 kB can expand to
+# gigabytes of text. Valid files stay far below the limit: captions expand to about ten times their size in the file,
+# and images hardly expand.
+MAX_PARQUET_EXPANSION = 100  # largest allowed number of decoded bytes per byte of the parquet files
 UNLIMITED_EXPANSION_BYTES = 100_000_000  # up to this decoded size, any expansion is allowed
 
 
@@ -83,7 +83,7 @@ class Split:
         image_column: Name of the image column.
         data: The rows as a `datasets.Dataset`. None in subclasses that read the rows without the library `datasets`.
         image_access: Rules for the image files: folders in which they may lie, and largest number of pixels.
-        paths: Files that hold the rows. Empty for saved datasets and datasets of the Hub.
+        paths: Files that hold the rows. Empty for a saved `DatasetDict` and for a dataset of the Hub.
         damaged_archives: One entry for each damaged tar or JSON Lines file. The split lacks the rows after the damage.
     """
 
@@ -141,7 +141,7 @@ class Split:
         """Iterate over the rows from row `start` to the end. The images are not decoded.
 
         Args:
-            start: Number of the first row, counted from 0.
+            start: Index of the first row.
             column_names: Columns to read. None: all columns.
 
         Returns:
@@ -172,7 +172,7 @@ class Split:
 
     @cached_property
     def invalid_embeds(self) -> dict[int, str]:
-        """Rows whose embedding is missing or not of unit length: `{row number: description of the fault}`.
+        """Rows whose embedding is missing or not of unit length: `{row index: description of the fault}`.
 
         Only for a split with embeddings instead of images. The first access reads all embeddings.
         """
@@ -180,18 +180,19 @@ class Split:
 
     @property
     def embeds_shape(self) -> tuple[int, int]:
-        """The tuple (views, width) of each row's embeddings; only for a split with embeddings instead of images.
+        """Number and width of the embeddings in each row, as a tuple (views, width).
 
-        If the number of views is 1, a row has the embedding of the image itself. If it is larger, a row has the
-        embeddings of this many views, that is, augmented copies of the image. `width` is the number of dimensions.
+        Only for a split with embeddings instead of images. If `views` is 1, a row has the embedding of the image
+        itself. If `views` is larger, a row has the embeddings of this many views, that is, augmented copies of the
+        image. `width` is the number of dimensions of an embedding.
         """
         return embedded.check_embeds_columns_and_get_shape(self.features, self.display_name)
 
     def check_embeds(self, model: str, width: int, fingerprint: str = "", views: int = 1) -> None:
-        """Check that a model can use the stored embeddings of this split in place of its own image encoder.
+        """Check that a model can use the stored embeddings of this split instead of running its own image encoder.
 
-        The split must have embeddings instead of images. The model can use them only if its own image encoder computed
-        them.
+        The split must have embeddings instead of images. The model can use the embeddings only if its own image encoder
+        has computed them.
 
         Args:
             model: Folder or Hub id of the model, or "open_clip:…" for a model of open_clip.
@@ -201,9 +202,11 @@ class Split:
                 unchanged image is needed.
 
         Raises:
-            ValueError: If another image encoder computed some of the embeddings; the message names the digests of both
-                image encoders. If the embeddings do not have the width of the model. If the split lacks the needed
-                views.
+            ValueError: In one of these cases:
+                - Another image encoder has computed some of the embeddings. The message contains the digests of the
+                  image encoders.
+                - The embeddings do not have the width of the model's embeddings.
+                - The split lacks the needed views.
         """
         self.check_views(views)
         encoders, encoder = sorted(self.image_encoders), embedded.resolve_image_encoder_digest(model, fingerprint)
@@ -221,14 +224,14 @@ class Split:
             )
 
     def check_views(self, views: int) -> None:
-        """Check that a split with embeddings has embeddings of the views that the caller needs.
+        """Check that a split with stored embeddings has the embeddings of all views that the caller needs.
 
-        A view is an augmented copy of an image. Views can't be made from embeddings, so they must be stored.
+        A view is an augmented copy of an image. It can't be made from an embedding, so its embedding must be stored.
 
         Args:
-            views: 1: the caller needs the embedding of each image itself. More than 1: the caller needs the embeddings
-                of this many views. 0: the caller needs a new view in each training step, which always fails, because
-                stored embeddings can't provide new views.
+            views: Number of views that the caller needs. 1: the caller needs the embedding of each image itself. More
+                than 1: the caller needs the embeddings of this many views. 0: the caller needs a new view in each
+                training step. The check then always fails, because stored embeddings can't provide new views.
 
         Raises:
             ValueError: If the split does not have these views.
@@ -258,7 +261,7 @@ class Split:
         return {"image_embeds": {"dtype": embedded.EMBEDS_DTYPE, "encoder": " ".join(sorted(self.image_encoders))}}
 
     def load_image(self, row: int) -> PIL.Image.Image:
-        """Return the decoded image of row number `row`, counted from 0.
+        """Return the decoded image of the row with the index `row`.
 
         Raises:
             BadImage: If the image is missing or invalid, or the split has embeddings instead of images.
@@ -268,10 +271,10 @@ class Split:
         return image_files.decode_image(self.data[row][self.image_column], self.image_access)
 
     def decode_images(self, rows: Sequence[int]) -> Iterator[PIL.Image.Image | BadImage]:
-        """Decode the images of several rows with a pool of threads.
+        """Decode the images of several rows in parallel threads.
 
         Args:
-            rows: Numbers of the rows, counted from 0.
+            rows: Indices of the rows.
 
         Returns:
             Iterator over the images, in the order of `rows`. A missing or invalid image does not end the iteration: a
@@ -285,9 +288,9 @@ class Split:
     def image_digests(self) -> list[str]:
         """Hex digests (BLAKE2b-128) that identify the content of the image files, one digest per row.
 
-        The first access reads all image files. For a missing or invalid image, the digest of the error message takes
-        the place of the digest. If the split has embeddings instead of images, the digests are read from its column
-        `image_digest`, and a missing digest is "".
+        The first access reads all image files. If an image is missing or invalid, its entry is the digest of the error
+        message. If the split has embeddings instead of images, the digests are read from its column `image_digest`, and
+        the entry of a row without a digest is "".
         """
         if self.is_embedded:
             return [digest or "" for chunk in self.iter_column(embedded.DIGEST_COLUMN) for digest in chunk.to_pylist()]
@@ -305,12 +308,12 @@ class Split:
         """Return the message of an image error without the folder of the image file, so that it can be published.
 
         Args:
-            row: Number of the row with the image, counted from 0.
+            row: Index of the row with the image.
             bad: The error that was raised for the image.
         """
         path = image_files.image_display_path(self.data[row][self.image_column])
-        # The folder is removed from the text of the error, in plain and in escaped form. The whole path can't be
-        # removed, because the file name may be escaped or shortened in the text.
+        # Remove the folder from the text of the error, in plain and in escaped form. The text may lack the whole path,
+        # because the file name may be escaped or shortened in it.
         folder = path.removesuffix(Path(path).name)
         return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")
 
@@ -468,7 +471,7 @@ def disable_decoding(data: Dataset, image_column: str) -> Dataset:
     fingerprint = data._fingerprint
     for column in [name for name in plain if plain[name] != data.features[name]]:
         data = data.cast_column(column, plain[column])
-    # The cast has changed the fingerprint, but not the rows. Restore the fingerprint: outputs of earlier runs have
+    # `cast_column` has changed the fingerprint, but not the rows. Restore the fingerprint: outputs of earlier runs have
     # recorded it, and would otherwise seem to come from other data.
     data._fingerprint = fingerprint
     return data
@@ -537,8 +540,8 @@ def load_listed_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset
         return _call_loader(dataset, _load_dataset_with_size_check, form, data_files=names, split="train")
     except ValueError:
         if form == "parquet":
-            # This error does not name a damaged file. The check reads all files again. If one of them is damaged, it
-            # raises an error that names the file.
+            # The error of `datasets` does not say which file is damaged. The check reads all files again, and raises an
+            # error with the path of the damaged file, if there is one.
             _check_decoded_size_of_parquet_files(paths)
         raise
 
@@ -677,7 +680,7 @@ def open_parquet(path: str | Path, hint: str = "") -> Iterator[pq.ParquetFile]:
 
     Args:
         path: Path of the file.
-        hint: Advice to the user, added to the end of the error message. It begins with a blank or punctuation.
+        hint: Advice to the user, added to the end of the error message. It must begin with a blank or punctuation.
 
     Yields:
         The opened file.
@@ -708,7 +711,7 @@ def _load_from_hub(dataset: str) -> Any:
     subject = f"{dataset} is not a path on this machine, and as a Hub id it"
     converted = Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___")
     if not (get_allowed_folders_of_dataset(dataset).folder.exists() or converted.exists()):
-        # Fail after one request: `datasets` would retry six times, for half a minute.
+        # If the dataset does not exist, fail after one request. `datasets` would retry six times, for half a minute.
         _call_loader(subject, HfApi().dataset_info, dataset, timeout=DATASET_INFO_TIMEOUT_S)
     return _call_loader(subject, _load_dataset_with_size_check, dataset)
 

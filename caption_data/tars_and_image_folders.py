@@ -1,9 +1,9 @@
 """Read datasets that are WebDataset tars or image folders with a metadata file, without copying their images.
 
 `caption_data.sources.open_split` calls this module to build one table of rows per split. The table has the columns of
-the JSON or CSV files. It also has an image column with the path of each image or, for a tar, its offset and size in the
-tar. The image bytes stay in the original files, and are read from there when needed. The table is stored in the cache
-of the library `datasets`, and is built again if one of the files changes.
+the JSON or CSV files. It also has an image column, with the path of each image or, for an image in a tar, its offset
+and size in the tar. The image bytes stay in the original files, and are read when an image is needed. The table is
+stored in the cache of the library `datasets`, and is built again if one of the files changes.
 """
 
 import csv
@@ -29,12 +29,12 @@ IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
 MAX_ROW_JSON_BYTES = 1_000_000  # largest size of one row; twenty captions with similarities need less than 10 kB
 # {type of a JSON value: feature (column type of `datasets`)}
 JSON_FEATURES = {str: Value("string"), bool: Value("bool"), int: Value("int64"), float: Value("float64")}
-SCHEMA_SAMPLE_ROWS = 100  # JSON and CSV have no schema, so column types are inferred from this many rows
+SCHEMA_SAMPLE_ROWS = 100  # JSON and CSV have no schema, so column types are inferred from the first 100 rows
 # Version of the tables, a part of their cache key. Increase it if a code change makes different rows from the same
 # files, so that cached tables are built again.
 FILE_TABLE_VERSION = 3
-# Column of the cached table that marks damaged files. After the last readable row of a damaged file, the table has an
-# additional row with the description of the damage in this column. In all other rows, the column is null.
+# Column of the cached table that records damaged files. After the last readable row of a damaged file, the table has an
+# additional row, whose value in this column describes the damage. In all other rows, the value is null.
 DAMAGE_COLUMN = "damaged archive"
 IMAGE_FIELDS = {"bytes": Value("binary"), "path": Value("string")}  # fields of an image that is not decoded yet
 # Additional fields of an image in a plain tar: path of the tar, and offset and size of the image in bytes.
@@ -54,7 +54,7 @@ def load_rows_and_list_damaged_files(paths: list[Path], image_column: str) -> tu
 
     Returns:
         The tuple (table, damages). The list `damages` has one tuple (row, description of the damage) for each damaged
-        file. `row` says where rows are missing: it is the number of table rows before the damage.
+        file. `row` says where rows are missing in the table: it is the number of rows before the damage.
 
     Raises:
         ValueError: If a CSV file has an error. If a tar is compressed, because images in a compressed tar can't be read
@@ -201,8 +201,8 @@ def _iter_rows(paths: list[Path], image_column: str) -> Iterator[dict[str, Any]]
                 yield {name: row[name] for name in row if name != DAMAGE_COLUMN} | {image_column: image}
         # For a damaged header, `tarfile` also raises ValueError, LookupError and OverflowError.
         except (tarfile.TarError, ValueError, LookupError, OverflowError) as error:
-            # Stop at an error in a CSV file. People write CSV files by hand, and a typo should be corrected instead of
-            # silently dropping all rows after it.
+            # Stop at an error in a CSV file. People write CSV files by hand, so they should correct a typo, instead of
+            # losing all rows after it without noticing.
             if path.suffix == ".csv":
                 raise ValueError(f"{path}: {error}.") from None
             ending = "; this line and all later lines are skipped" if path.suffix == ".jsonl" else ""
@@ -226,7 +226,7 @@ def _iter_tar_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
                 image = {"path": replace_surrogates(name), "archive": archive, "offset": offset, "size": size}
             if "json" in sample:
                 row = _read_json_at_offset(file, *sample["json"][1:])
-            if "cls" in sample:  # class index of the image; the tool clip-benchmark writes such tars
+            if "cls" in sample:  # class index of the image, in tars that the tool clip-benchmark writes
                 row = (row if isinstance(row, dict) else {}) | {"cls": _read_json_at_offset(file, *sample["cls"][1:])}
             yield row, image
 
@@ -263,7 +263,7 @@ def _iter_csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
         ValueError: If the file is not UTF-8 or not valid CSV, a line is too long, or a row has more cells than the
             first line. Also if the first line does not name the column `file_name`, or names a column twice.
     """
-    first_line = 1  # line in which the current row begins; a quoted cell may span several lines
+    first_line = 1  # number of the line in which the current row begins; a quoted cell may span several lines
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(_iter_lines_with_length_check(file), strict=True)
         try:
@@ -320,7 +320,7 @@ def _iter_tar_member_positions(path: Path) -> Iterator[tuple[str, int, int]]:
         while (member := tar.next()) is not None:
             tar.members.clear()  # otherwise tarfile would keep all members in memory
             if not member.offset_data <= member.offset_data + member.size <= length:
-                raise tarfile.ReadError(f"cut off at byte {length}, within {member.name!r}")
+                raise tarfile.ReadError(f"the tar is cut off at byte {length}, within {member.name!r}")
             if member.isreg() and not member.issparse():
                 yield member.name, member.offset_data, member.size
         tar.fileobj.seek(tar.offset)

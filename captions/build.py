@@ -6,11 +6,11 @@
     python -m captions.build … --executor slurm --tasks 400 --partition gpu --gpus_per_task 1 --time 04:00:00
     python -m captions.build … --executor ray --tasks 64 --gpus_per_task 1
 
-A build has up to five stages: generate captions, translate them, score them against their images, select the best, and
-replace the images by embeddings. The stages run in this order. A stage runs only if the config has a section for it.
-Each stage writes the folder OUTPUT/<number>-<stage>/<split>. The rows of the last stage are written to OUTPUT/dataset,
-as parquet files with a dataset card. The flag --without_images adds the stage that replaces the images by embeddings,
-so that the dataset can be published without its images.
+A stage is one step of a build. There are five kinds of stages, which run in this order: generate captions, translate
+them, score them against their images, select the best, and replace the images by embeddings. A stage runs only if the
+config has a section for it. Each stage writes the folder OUTPUT/<number>-<stage>/<split>. The rows of the last stage
+are written to OUTPUT/dataset, as parquet files with a dataset card. The flag --without_images adds the stage that
+replaces the images by embeddings, so that the dataset can be published without its images.
 
 To continue an interrupted build, run the same command again. docs/how-to/your_language.md describes the config, and
 docs/how-to/cluster.md describes how to run a build on a cluster (--executor).
@@ -70,8 +70,9 @@ from captions.stages import (
 from captions.translate import TranslateArguments
 from eval.records.tables import escape_markdown
 
-# Name of a section of the config -> class of its flags, in the order in which the stages run. `translate` may be a list
-# of sections, one per translator.
+# The stages (steps) of a build, in the order in which they run. Each key is the name of the stage's section in the
+# config, and each value is the class of the stage's flags. The section `translate` may also be a list of sections, one
+# per translator.
 STAGES = {
     "generate": GenerateArguments,
     "translate": TranslateArguments,
@@ -79,17 +80,19 @@ STAGES = {
     "select": SelectArguments,
     "embed": EmbedArguments,
 }
-# Known keys of a config besides its stages (CONFIG_KEYS), of its section `card` about the dataset card (CARD_KEYS), and
-# of each entry in the list `sources` of this section (SOURCE_KEYS). docs/how-to/your_language.md describes them.
+# Keys that the YAML config of a build may have. docs/how-to/your_language.md describes them.
+# - CONFIG_KEYS: top-level keys, in addition to the names of the stages. REQUIRED_KEYS must be in the config or flags.
+# - CARD_KEYS: keys of the section `card`, which describes the dataset for its dataset card.
+# - SOURCE_KEYS: keys of each entry in the list `sources` of the section `card`.
 REQUIRED_KEYS = ("dataset", "output", "language")
 CONFIG_KEYS = (*REQUIRED_KEYS, "source_language", "split", "evaluation_splits", "image_column", "rename", "card")
 CARD_KEYS = ("pretty_name", "description", "license", "license_name", "license_link", "sources", "attribution")
 SOURCE_KEYS = ("name", "url", "license")
 
-# Approximate size of each file of the dataset. The Hugging Face Hub recommends files of some hundred megabytes.
+# Approximate size of each parquet file of the built dataset. The Hugging Face Hub recommends some hundred megabytes.
 TARGET_FILE_BYTES = 300_000_000
 BUILD_FILE = "build.json"  # JSON file in the dataset with all values of the dataset card
-SIMILARITY_PLOT_FILE = "similarities.png"  # histogram of similarities, from the report of `captions.select`
+SIMILARITY_PLOT_FILE = "similarities.png"  # histogram of image-caption similarities from the stage select
 CARD_TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
 # Matches the names of settings that the dataset card does not show: digests, long lists, and values that do not help a
 # reader. Nested settings have dotted names, for example `translator.generation`.
@@ -103,8 +106,8 @@ class BuildArguments(ExecutorArguments):
 
     config: Path = flag(..., "YAML config of the build, for example configs/captions_pt.yaml.")
     dataset: str | None = flag(None, f"{DATASET_HELP} Default: the value in the config.")
-    output: Path | None = flag(None, "Folder of all stages and of the built dataset. Default: the value in the config.")
-    language: str | None = flag(None, "Language code of the captions. Default: the value in the config.")
+    output: Path | None = flag(None, "Folder for all stages and the built dataset. Default: the value in the config.")
+    language: str | None = flag(None, "Language code of the captions, such as pt. Default: the value in the config.")
     without_images: bool = flag(
         False,
         "Add the stage embed, which replaces the images by embeddings, so that the dataset can be published without "
@@ -123,7 +126,8 @@ class BuildPlan:
     A stage is one step of the build, for example the translation of the captions.
 
     Attributes:
-        steps: Dict `{split name: list with the flags of each stage}`, in the order in which the stages run.
+        steps: Dict `{split name: list}`. The list has one object per stage, in the order in which the stages run. The
+            object holds the flags of the stage, and has the methods that run it.
         output: Folder of the build, which contains the folders of all stages.
         language: Language code of the captions.
         card: Section `card` of the config. It states what the program can't find out, such as the license.
@@ -137,7 +141,7 @@ class BuildPlan:
     dataset: Path
 
     def all_steps(self) -> list[StageArguments]:
-        """Return the flags of all stages of all splits, in the order in which the stages run."""
+        """Return all stages of all splits, each as an object with its flags. The stages of a split are consecutive."""
         return [step for steps in self.steps.values() for step in steps]
 
 
@@ -158,8 +162,8 @@ def read_build_plan(
 
     Args:
         config: YAML file with the keys `CONFIG_KEYS` and one section per stage.
-        executor_flags: Dict `{flag name: value}` with flags of `ExecutorArguments`, which choose where the tasks of all
-            stages run. Values in the section of a stage take precedence.
+        executor_flags: Dict `{flag name: value}` with flags of `ExecutorArguments`, which choose where the processes of
+            all stages run, for example on Slurm. Flags in the config's section of a stage take precedence.
         without_images: True: the built dataset has embeddings instead of images; if the config has no stage `embed`,
             the function adds it. False: only the config decides.
         **overrides: Values that replace the config's value of the same key, for example `language="pt"`. None keeps the
@@ -246,7 +250,8 @@ def _build_steps(content: dict, chain: list[tuple[str, dict]], split: str, execu
         flag_names = {field.name for field in fields(kind)}
         logs = Path(executor_flags.get("logging_dir", output / "logs")) / title / split
         values = {**executor_flags, "dataset": dataset, "output": folder, "split": split, "logging_dir": logs}
-        # Only the first stage reads the original column names. Its output has the new names, which later stages read.
+        # Only the first stage gets the name of the image column and the renames of the config. Its output already has
+        # the new column names, which later stages read.
         shared = ["language", "source_language", *([] if steps else ["image_column", "rename"])]
         values |= {key: content[key] for key in shared if key in content and key in flag_names}
         if "memory" in flag_names:
@@ -387,8 +392,8 @@ def build_dataset(args: BuildArguments) -> Path | None:
     for steps in plan.steps.values():
         ready = list(itertools.takewhile(lambda step: not step.pending_manual_step(), steps))
         runnable, waiting = runnable + ready, waiting + steps[len(ready) :][:1]
-    # Complete stages are usually run again, and return at once. If a stage waits for a person to fill a translation
-    # table, complete stages are skipped, so that the build asks for the table without delay.
+    # Normally, complete stages are run again, too: they find that nothing is missing, and return at once. If a stage
+    # waits for a person to fill a translation table, skip complete stages, so that the build asks for the table soon.
     left = [step for step in runnable if not waiting or _get_stage_status(step) != "done"]
     logs = (args.logging_dir or plan.output / "logs") / "dataset"
     phases = [phase for step in left for phase in PhaseStep.from_phases(step, step.phases, step.title)]
@@ -402,7 +407,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
         raise
     _log_counts(plan)
     if not is_complete:
-        logger.info("The jobs were submitted. To see their progress, run the same command with --dry_run.")
+        logger.info("The Slurm jobs were submitted. To see their progress, run the same command with --dry_run.")
         return None
     if waiting:
         # A person must translate these tables. The tables of all splits are written now, so that the person can
@@ -433,9 +438,15 @@ def _check_columns_of_all_stages(steps: list[StageArguments]) -> None:
 def _apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
     """Delete outputs that depend on corrected rows of a translation table, so that the build makes them again.
 
-    In the translate stage, the parquet files with a changed row are deleted. If the next stage is score, the same
-    happens there, because both stages have the same rows. All later stages and the dataset are deleted completely. The
-    digest of the table is recorded last, so that an interrupted run finds the same corrections again.
+    The function deletes:
+
+    - in the stage translate: the parquet files with a changed row;
+    - in the next stage, if this is score: also the parquet files with a changed row, because both stages have the same
+      rows;
+    - all other later stages and the dataset: everything.
+
+    The digest (hash) of the corrected table is recorded last, so that an interrupted run finds the same corrections
+    again.
 
     Args:
         steps: Flags of the stages of a split, in order.
@@ -548,13 +559,14 @@ def _get_stage_status(step: StageArguments) -> str:
 def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
     """Write the folder of the built dataset, which contains the rows of each split and the dataset card.
 
-    The rows come from the last stage of each split. All stages must be complete. If the dataset exists already and was
-    made from the same stages, it does not change.
+    A stage is one step of the build, such as the translation. The rows come from the last stage of each split. All
+    stages must be complete. If the dataset exists already and was made from the same output of the stages, it does not
+    change.
 
     Args:
         plan: Plan of the build.
-        rank: Number of the task; not used, because a single task writes the dataset.
-        world_size: Number of tasks; not used.
+        rank: Index of the task (process). It is not used, because a single task writes the dataset.
+        world_size: Number of tasks. It is not used.
 
     Raises:
         ValueError: If a stage is not complete, or the stages have skipped all rows. If the existing dataset was made
@@ -764,7 +776,7 @@ _TextDumper.add_representer(str, _represent_text)
 def _describe_settings(settings: dict[str, Any]) -> str:
     """Return the settings of a stage as one line for the dataset card, for example "model openmoji, language pt".
 
-    The model comes first. Settings without a value, digests and long lists are omitted.
+    The name of the model is the first setting. Settings without a value, digests and long lists are omitted.
     """
     leaves = sorted(flatten_dict(settings).items(), key=lambda leaf: not leaf[0].endswith("model"))
     shown = [(k, v) for k, v in leaves if v is not None and v is not False and not HIDDEN_SETTINGS_RE.search(k)]

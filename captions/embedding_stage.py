@@ -26,7 +26,7 @@ from modeling_capivara.two_towers import load_embedder
 
 @dataclass
 class EmbedArguments(EncoderStageArguments):
-    """Flags of the stage that replaces the images of a dataset by their embeddings.
+    """Flags of the stage (step of a build) that replaces the images of a dataset by their embeddings.
 
     The class also has the methods that run this stage.
     """
@@ -35,14 +35,14 @@ class EmbedArguments(EncoderStageArguments):
     stage_name = "embed"
     # Language code -> "human" or "machine": who translated the captions in this language, for the dataset card.
     translations: ClassVar[dict[str, str]] = {}
-    # Command that writes missing rows, for error messages. If it is empty, the messages show the command of this stage.
+    # Command that error messages show if rows are missing. If it is "", they show the command of this stage.
     rerun_command: ClassVar[str] = ""
     views: int = flag(
         1,
         "Embeddings per image. 1: the embedding of the image itself. N above 1: the embeddings of N randomly augmented "
         "copies, for training with --augmented_views N.",
     )
-    seed: int = flag(0, "Seed of the augmentations (with --views).")
+    seed: int = flag(0, "Random seed of the augmented copies. It has no effect with --views 1.")
     batch_rows: int = flag(64, "Rows to process at the same time.")
 
     def __post_init__(self) -> None:
@@ -53,8 +53,8 @@ class EmbedArguments(EncoderStageArguments):
     def command(self) -> str:
         """Return the shell command that error messages tell the user to run if rows of the output are missing.
 
-        It is the command of this stage. If the stage runs as a part of the program `captions.embed`, it is the command
-        of this program, which is in `rerun_command`.
+        Normally, it is the command of this stage. If `captions.embed` runs the stage, it is the command of that
+        program, which is stored in `rerun_command`.
         """
         return self.rerun_command or super().command()
 
@@ -65,9 +65,11 @@ class EmbedArguments(EncoderStageArguments):
             stage: Access to the rows to embed.
 
         Returns:
-            A tuple (columns, settings, process) for the method `RowStage.run`. `columns` is a dict `{new column:
-            feature}`, where a feature is a column type of `datasets`. `settings` is a dict that is recorded in the file
-            `stage.json`. `process` is a function that embeds the images of a list of rows.
+            A tuple (columns, settings, process) for the method `RowStage.run`, which processes all rows.
+
+            - `columns`: dict `{new column: feature}`, where a feature is a column type of `datasets`.
+            - `settings`: dict that is recorded in the file `stage.json`.
+            - `process`: function that embeds the images of a list of rows.
 
         Raises:
             ValueError, OSError, ImportError: If the model can't be loaded.
@@ -98,7 +100,7 @@ def embed_images_of_rows(embed: Callable, args: EmbedArguments, encoder: str, ro
         embed: Function that takes a list of images and returns their embeddings.
         args: Flags of the stage. With `views` above 1, that many randomly augmented copies of each image are embedded
             instead of the image itself.
-        encoder: Digest of the model's image encoder.
+        encoder: Digest (hash) of the model's image encoder.
         rows: Rows with an image file, and its decoded image under the key `DECODED_KEY`.
 
     Returns:
@@ -132,7 +134,7 @@ def _make_view_or_bad_image(image: Image.Image, digest: str, view: int, args: Em
     Args:
         image: Decoded image of a row.
         digest: Digest of the image file.
-        view: Number of the augmented copy.
+        view: Index of the augmented copy, counted from 0.
         args: Flags of the stage.
     """
     try:

@@ -32,7 +32,7 @@ from captions.stages import RowStage, StageArguments, run_stage_command
 class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()), StageArguments):
     """Command-line arguments of `captions.generate`, which generates captions of the images of a dataset.
 
-    The class also has the methods that run this stage.
+    The class also has the methods that run the command, which is one stage (step) of building a caption dataset.
     """
 
     uses_model = decodes_images = True
@@ -45,9 +45,9 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
     )
     model: str = flag(
         DEFAULT_MODEL,
-        "Folder or Hub id of a BLIP-2 model of transformers (blip2), or the name of the model on the server (chat).",
+        "With --captioner blip2: folder or Hub id of a BLIP-2 model. With chat: name of the model on the server.",
     )
-    caption_language: str = flag("en", "Code of the language of the captions: en (blip2), or any language (chat).")
+    caption_language: str = flag("en", "Language code of the captions. blip2 writes only en, chat any language.")
 
     @property
     def backend_type(self) -> type[Captioner]:
@@ -79,11 +79,14 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
             stage: Access to the rows to caption.
 
         Returns:
-            A tuple (columns, settings, process, prepare, prepared_rows) for the method `RowStage.run`. `columns` is a
-            dict `{new column: feature}`, where a feature is a column type of `datasets`. `settings` is a dict that is
-            recorded in the file `stage.json`. `process` is a function that captions a list of rows. `prepare` is a
-            function that prepares the captioner for one parquet file of the output. `prepared_rows` is 1, so that
-            `prepare` is called before each file.
+            A tuple (columns, settings, process, prepare, prepared_rows) for the method `RowStage.run`,
+            which processes all rows.
+
+            - `columns`: dict `{new column: feature}`, where a feature is a column type of `datasets`.
+            - `settings`: dict that is recorded in the file `stage.json`.
+            - `process`: function that captions a list of rows.
+            - `prepare`: function that prepares the captioner for one parquet file of the output.
+            - `prepared_rows`: 1, so that `prepare` is called before each parquet file.
 
         Raises:
             ValueError, OSError, ImportError: If the captioner can't be used.
@@ -94,7 +97,7 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
 
     @property
     def phases(self) -> dict[str, Phase]:
-        """The steps in which the stage runs, as a dict `{name: phase}` in the order in which they run.
+        """The phases of the stage, that is, the steps in which it runs, as a dict `{name: phase}` in order.
 
         The phase "rows" generates the captions. If the captioner writes a report, the phase "report" counts the
         captions that look wrong.
@@ -106,8 +109,8 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
         """Write the file `quality.json`, which counts the generated captions that look wrong.
 
         Args:
-            rank: Number of the task; not used, because a single task writes the file.
-            world_size: Number of tasks; not used.
+            rank: Index of the task (process). It is not used, because a single task writes the file.
+            world_size: Number of tasks. It is not used.
         """
         self.backend_type.report(self)
 

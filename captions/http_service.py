@@ -25,7 +25,7 @@ MAX_TRIES = 8
 # First and longest time between two attempts, in seconds, before the random factor. One minute is long enough, because
 # most services limit the requests per minute (for Google, see cloud.google.com/translate/quotas).
 FIRST_WAIT_S, MAX_WAIT_S = 1.0, 60.0
-MAX_RETRY_AFTER_S = 600.0  # longest wait that a service may ask for with the header Retry-After
+MAX_RETRY_AFTER_S = 600.0  # upper limit in seconds for the wait that a service requests in the header Retry-After
 RETRYABLE_STATUS_CODES = {408, 429, 500, 502, 503, 504}  # HTTP status codes of failures that may be temporary
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")  # names of this machine; calls to it may be unencrypted
 
@@ -36,7 +36,7 @@ class Failure:
 
     Attributes:
         reason: Explanation that does not contain the API key.
-        is_temporary: Whether the same request may succeed later.
+        is_temporary: True if the same request may succeed later, so that it is worth repeating.
         retry_after_s: Seconds after which the service asks to repeat the request; None if it does not say.
     """
 
@@ -49,7 +49,7 @@ class Retries:
     """Retry policy of one request to an HTTP service: decides whether and when a failed request is sent again.
 
     Args:
-        service: Name of the service, with which error messages begin.
+        service: Name of the service. Error messages begin with it.
         advice: What the user should check if the service refuses the request; part of the error message.
         max_tries: Largest number of attempts. Default: `MAX_TRIES`.
     """
@@ -104,7 +104,7 @@ def parse_retry_after(value: str | None) -> float | None:
 def hide_key(text: str, key: str) -> str:
     """Replace an API key in a text by "<key>", so that messages do not reveal it.
 
-    The key is also found if it is percent-encoded or escaped as in `repr`.
+    Percent-encoded forms of the key, and forms that are escaped as in `repr`, are replaced, too.
 
     Args:
         text: The text.
@@ -121,17 +121,17 @@ def is_loopback(url: str) -> bool:
 
 
 def check_service_url(url: str, name: str, allow_http: bool = False) -> None:
-    """Check the address of an HTTP service: it must be valid, begin with https:// unless it is local, and have no key.
+    """Check that the address of an HTTP service is valid, contains no key, and is encrypted or on this machine.
 
     Args:
         url: The address.
-        name: Name of the flag, with which error messages begin.
+        name: Name of the flag that holds the address. Error messages begin with it.
         allow_http: True: also accept unencrypted addresses (http) of other machines. False: accept http only for this
             machine.
 
     Raises:
-        ValueError: If the address is not a URL. If it leads to another machine without encryption. If it contains a
-            user name, a key or a query, because addresses appear in logs.
+        ValueError: If the address is not a URL. If it leads to another machine without encryption, and `allow_http` is
+            False. If it contains a user name, a query or a fragment, which may be secret: addresses appear in logs.
     """
     parts = urllib.parse.urlsplit(url)
     # This error message does not show the address, because the address may contain an API key.

@@ -1,4 +1,4 @@
-"""Append JSON records to a journal, a file with one record per line. If the process is killed, no record is lost."""
+"""Append JSON records to a journal, a file with one record per line, so that a killed process loses no record."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ def append_to_journal(path: Path, record: dict[str, Any]) -> None:
     """Append a record to a journal, a file of JSON records with one record per line.
 
     The record is written at once, so it survives if the process is killed. Only a crash of the machine can lose it. The
-    file is created if it does not exist. Only one process appends records to a journal.
+    file is created if it does not exist. Only one process may append records to a journal.
 
     Args:
         path: Path of the journal.
@@ -21,8 +21,8 @@ def append_to_journal(path: Path, record: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
-        # Begin with a line break, because the file may end with an incomplete line, which an interrupted write has
-        # left. On the same line as this fragment, the new record could not be read.
+        # Begin with a line break, because the file may end with the incomplete line of an interrupted write. If the new
+        # record were added to this line, it could not be parsed.
         file.write(b"\n" + json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
 
 

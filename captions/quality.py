@@ -18,12 +18,12 @@ from caption_data.rows import TOKEN_PATTERN
 from captions.languages import parse_language
 
 QUALITY_FILE = "quality.json"  # file with the number of texts with each quality flag, in the output folder of a stage
-# Quality flags of a language model's unusable answers: the model refused the request, or its answer was cut off.
+# Quality flags of unusable answers of a language model: the model refused the request, or its answer was cut off.
 # `captions.chat.answers` sets them.
 REFUSED, TRUNCATED = "refused", "truncated"
 QUALITY_FLAGS = ("empty", "copy", "wrong script", "length", "markup", REFUSED, TRUNCATED)
-# Generated captions with more letters (`_count_letters`) get the flag "length", because such a text is probably not a
-# caption. CLIP reads only about 250 letters.
+# Largest length of a generated caption, as counted by `_count_letters`. A longer text gets the flag "length", because
+# it is probably not a caption. CLIP reads only about 250 letters.
 MAX_CAPTION_LETTERS = 600
 # Texts of at most this number of words may be equal to their translation, because they may be names, for example "Rio
 # de Janeiro". An equal translation of a longer text is flagged as a copy.
@@ -98,7 +98,8 @@ def find_caption_quality_flags(caption: str, language: str) -> list[str]:
         A list of problem names. It is empty if the caption looks right. The names are:
             empty: The caption has no letter or digit.
             wrong script: Less than `MIN_SCRIPT_SHARE` of the letters are in the script of the language.
-            length: The caption has more than `MAX_CAPTION_LETTERS` characters.
+            length: The caption has more than `MAX_CAPTION_LETTERS` characters. A Chinese, Japanese or Korean character
+                counts as `LETTERS_PER_DENSE_SIGN`.
             markup: The caption contains HTML, or symbols that models write by mistake.
     """
     if not _has_letters(caption):

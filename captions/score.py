@@ -32,7 +32,7 @@ from modeling_capivara.two_towers import Embedder, load_embedder
 class ScoreArguments(EncoderStageArguments):
     """Command-line arguments of `captions.score`, which computes how similar captions and their images are.
 
-    The class also has the methods that run this stage.
+    The class also has the methods that run the command, which is one stage (step) of building a caption dataset.
     """
 
     language: str = flag("pt", "Language code at the end of the names of the caption columns.")
@@ -49,7 +49,7 @@ class ScoreArguments(EncoderStageArguments):
 
         Args:
             columns: Names of the columns of the dataset, after the renaming with the flag `rename`.
-            where: Name of the dataset, with which the error message begins.
+            where: Name of the dataset. The error message begins with it.
 
         Returns:
             A list with the name of the column that the stage adds, for example ["similarities-pt"].
@@ -66,9 +66,11 @@ class ScoreArguments(EncoderStageArguments):
             stage: Access to the rows to score.
 
         Returns:
-            A tuple (columns, settings, process) for the method `RowStage.run`. `columns` is a dict `{new column:
-            feature}`, where a feature is a column type of `datasets`. `settings` is a dict that is recorded in the file
-            `stage.json`. `process` is a function that scores the captions of a list of rows.
+            A tuple (columns, settings, process) for the method `RowStage.run`, which processes all rows.
+
+            - `columns`: dict `{new column: feature}`, where a feature is a column type of `datasets`.
+            - `settings`: dict that is recorded in the file `stage.json`.
+            - `process`: function that scores the captions of a list of rows.
 
         Raises:
             ValueError, OSError, ImportError: If the model can't be loaded.
@@ -77,7 +79,7 @@ class ScoreArguments(EncoderStageArguments):
         embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
         if stage.source.is_embedded:
             stage.source.check_embeds(self.model, embedder.width, embedder.fingerprint)
-            # The rows already contain embeddings instead of images, so "embedding" them only stacks them to a tensor.
+            # The rows already contain embeddings instead of images, so "embedding" them only stacks them into a tensor.
             embedder = replace(embedder, embed_images=lambda embeds, batch_size: torch.from_numpy(np.stack(embeds)))
         settings = {"language": self.language, "model": self.model, "fingerprint": embedder.fingerprint}
         columns = {f"similarities-{self.language}": SIMILARITIES_FEATURE}

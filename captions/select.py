@@ -41,13 +41,14 @@ from eval.records.tables import make_short_plain_line, write_html_from_template
 REPORT_PAGE = Path("report") / "index.html"
 REPORT_TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
 EXAMPLES_PER_SIDE = 6  # number of dropped examples, and of kept examples, on the HTML page
-# The page shows for each of these cutoffs how many images would be kept. The CAPIVARA authors use 0.2.
+# Lowest similarities for the pair filter. The page shows how many images it would keep with each of them. The CAPIVARA
+# authors use 0.2.
 SIMILARITY_CUTOFFS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 MAX_SHOWN_CHARACTERS = 300  # longer captions are shortened on the HTML page
 DROPPED_COLOR = "#b9bec6"  # color of dropped captions in the histogram
 HISTOGRAM_BINS = 60
 EXAMPLE_IMAGE_SIDE = 240  # longest side of the example images, in pixels
-# Columns of the report's table of captions and their NumPy types. `_build_caption_similarity_frame` describes them.
+# Columns and NumPy types of the table that `_build_caption_similarity_frame` builds for the report and describes.
 CAPTION_TYPES = [("row", "int64"), ("place", "int32"), ("first", bool), ("kept", bool), ("similarity", "float64")]
 
 
@@ -55,7 +56,7 @@ CAPTION_TYPES = [("row", "int64"), ("place", "int32"), ("first", bool), ("kept",
 class SelectArguments(CaptionChoice, StageArguments):
     """Command-line arguments of `captions.select`, which selects the captions and images of a dataset for training.
 
-    The class also has the methods that run this stage.
+    The class also has the methods that run the command, which is one stage (step) of building a caption dataset.
     """
 
     language: str = flag("pt", "Language code at the end of the names of the caption columns.")
@@ -83,7 +84,7 @@ class SelectArguments(CaptionChoice, StageArguments):
         return [f"{name}-{self.language}" for name in ("captions", "generated-captions", "similarities")]
 
     def required_columns(self) -> list[str]:
-        """Return the names of the columns that the selection can work on; the dataset must have at least one of them.
+        """Return the names of the possible input columns of the selection. The dataset needs at least one of them.
 
         The list contains the columns of captions and of generated captions. If the caption strategy or the pair filter
         needs similarities, the list contains only the column of similarities instead. The pair filter skips images
@@ -100,8 +101,9 @@ class SelectArguments(CaptionChoice, StageArguments):
             row: A row of the dataset. A missing caption column is treated as empty.
 
         Returns:
-            A tuple: the dict `{caption: similarity}` with each distinct caption of the row in order (None if its
-            similarity is unknown), and the list of chosen captions. The list is empty if the image must be skipped.
+            A tuple of two elements. The first is a dict with each distinct caption of the row, in order, as a key and
+            its similarity as the value, which is None if it is unknown. The second is the list of chosen captions. It
+            is empty if the image must be skipped.
 
         Raises:
             BadRow: If the row has no caption, or the number of similarities differs from the number of captions.
@@ -127,9 +129,11 @@ class SelectArguments(CaptionChoice, StageArguments):
             stage: Not used, because no model is loaded.
 
         Returns:
-            A tuple (columns, settings, process). `columns` is a dict `{new column: feature}`, where a feature is a
-            column type of `datasets`. `settings` is a dict that is recorded in the file `stage.json`. `process` is a
-            function that selects the captions of a list of rows.
+            A tuple (columns, settings, process) for the method `RowStage.run`, which processes all rows.
+
+            - `columns`: dict `{new column: feature}`, where a feature is a column type of `datasets`.
+            - `settings`: dict that is recorded in the file `stage.json`.
+            - `process`: function that selects the captions of a list of rows.
         """
         settings = {
             "language": self.language,
@@ -147,8 +151,8 @@ class SelectArguments(CaptionChoice, StageArguments):
         The report is in the folder `report` of the output. If the report exists already, it does not change.
 
         Args:
-            rank: Number of the task; not used, because a single task writes the report.
-            world_size: Number of tasks; not used.
+            rank: Index of the task (process). It is not used, because a single task writes the report.
+            world_size: Number of tasks. It is not used.
         """
         if not (self.output / REPORT_PAGE).is_file():
             _write_selection_report(self)
@@ -242,7 +246,7 @@ def _build_caption_similarity_frame(args: SelectArguments, source: Split) -> pd.
 
     Returns:
         A table with one row per distinct caption of an image, and these columns:
-            row: Number of the image's row in the source, counted from 0.
+            row: Index of the image's row in the source, counted from 0.
             place: Index of the caption among the distinct captions of the image.
             first: True for the first original caption of the image.
             kept: True if the caption is selected.

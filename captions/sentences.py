@@ -29,7 +29,7 @@ def map_columns_to_translate(args: Any, present: Collection[str]) -> dict[str, s
 
     Args:
         args: Flags of `captions.translate`.
-        present: Names of the columns of the dataset. The renames of the flag `rename` are already applied.
+        present: Names of the columns of the dataset, after the renaming with the flag `rename`.
 
     Returns:
         A dict `{caption column: new column}`, for example `{"captions-en": "captions-pt"}`.
@@ -41,17 +41,17 @@ def map_columns_to_translate(args: Any, present: Collection[str]) -> dict[str, s
 def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range] | None = None) -> Iterator[str]:
     """Iterate over the captions that must be translated. Each distinct caption occurs only once, in row order.
 
-    Blank captions are omitted. Only the caption columns are requested from the dataset, so that most dataset formats
-    need not read the images.
+    Blank captions are omitted. Only the caption columns are read, so that the images need not be read in most dataset
+    formats.
 
     Args:
         args: Flags of `captions.translate`.
         source: The dataset split.
-        parts: Ranges of the row numbers whose captions are read. Default: all rows.
+        parts: Ranges of row indices. Only captions of these rows are read. Default: all rows.
     """
     names = {args.column_renames().get(name, name): name for name in source.columns}
     columns = [names[column] for column in map_columns_to_translate(args, names)]
-    # Digests of the sentences that were already returned. The sentences themselves would need several times the memory.
+    # Digests (hashes) of the sentences that were already returned. The sentences would need several times the memory.
     seen: set[bytes] = set()
     for part in [range(len(source))] if parts is None else parts:
         rows = itertools.islice(source.rows(part.start, column_names=columns), len(part))

@@ -54,27 +54,27 @@ from caption_data.rows import (
 )
 from caption_data.sources import STAGE_FILE, Split, check_stage_is_finished, open_parquet
 
-SPLIT_NAME_PATTERN = r"\w+([.-]\w+)*"  # valid names of splits; file names of the output begin with it
+SPLIT_NAME_PATTERN = r"\w+([.-]\w+)*"  # valid split names; output file names begin with the split name
 IMAGE_COLUMN = "image"  # name of the image column in every output, as in the datasets of the CAPIVARA authors
 DECODED_KEY = "decoded image"  # key under which a stage finds the decoded image in a row
 STAGE_VERSION = 1  # version of the format of output folders; increase it when the format of their files changes
 # Keys of the record file `stage.json` whose values must be equal for all parts (parquet files) of an output folder. If
 # a new run has other values than the file, its parts would not match the existing parts, so the stage raises an error.
 IDENTITY_KEYS = ("version", "source", "rows_per_part", "settings", "columns")
-# Keys of "source" in `stage.json` whose values may differ between runs. They contain the path of the source dataset.
-# The path may be different on each machine.
+# Keys of the dict "source" in `stage.json` whose values may differ between runs. The values contain the path of the
+# source dataset, which may be different on each machine.
 IGNORED_SOURCE_KEYS = ("name", "damaged")
 # Key of `stage.json` -> type of its value, to detect damaged files.
 RECORD_TYPES = {"version": int, "command": str, "source": dict, "rows_per_part": int}
 RECORD_TYPES |= {"settings": dict, "columns": dict, "versions": dict}
-MAX_ROWS = 10**9  # limit for datasets, because row numbers in file names have nine digits
-ROWS_PER_GROUP = 16  # number of rows in a parquet row group, the smallest unit that a reader decodes
+MAX_ROWS = 10**9  # largest number of rows of a dataset: file names state row numbers with nine digits
+ROWS_PER_GROUP = 16  # number of rows in a parquet row group, the smallest unit that a reader of the file decodes
 # Largest number of rows that a stage prepares at a time, for example by translating their captions. It limits the
-# memory.
+# memory that the results need.
 MAX_PREPARED_ROWS = 50_000
-Row = dict[str, Any]  # column name -> value
-# Function that processes a batch of rows. For each row, it returns the values of the new columns, or a BadRow if the
-# row must be skipped.
+Row = dict[str, Any]  # one dataset row: a dict `{column name: value}`
+# Function that processes a batch of rows. For each row, it returns the values of the new columns. If the row must be
+# skipped, it returns a BadRow instead, an exception object that holds the reason.
 ProcessRows = Callable[[list[Row]], list[Row | BadRow]]
 
 S = TypeVar("S", bound=Sized)
@@ -109,7 +109,8 @@ class Backend:
     def check(cls, args: Any) -> None:
         """Check that the backend can be used, for example that its server can be reached.
 
-        A build calls this method before its first stage runs, so that it does not fail hours later.
+        A build of a caption dataset calls this method for all its stages (steps) before the first of them runs, so that
+        the build does not fail hours later.
 
         Args:
             args: Flags of the stage.
@@ -169,7 +170,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     import_file = None  # path of a table that people fill with translations; only `captions.translate` has such a flag
     dataset: str = flag(..., f"{DATASET_HELP} Can be the output folder of another stage.")
     output: Path = flag(..., "Output folder. To finish an interrupted run, run the same command again.")
-    split: str = flag("train", "Split to read; output files are named after it.")
+    split: str = flag("train", "Name of the dataset split to read. Output files are named after it.")
     image_column: str = flag("image", "Name of the image column.")
     rename: list[str] = flag([], "Columns to rename, as OLD=NEW, for example caption=captions-en.")
     batch_rows: int = flag(16, "Rows to process at the same time.")
@@ -185,7 +186,8 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
                 f"{self.split!r}."
             )
         folder, output = Path(self.dataset).resolve(), self.output.resolve()
-        # With such an output folder, the stage would read its own output as if it were part of the dataset.
+        # Refuse an output folder that is the dataset folder or lies in it. The stage would read its own output as if it
+        # were part of the dataset.
         if Path(self.dataset).exists() and folder in (output, output.parent):
             raise ValueError(
                 f"The output folder {self.output} must not be the dataset folder or lie in it. Choose another --output."
@@ -206,18 +208,21 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return names
 
     def required_columns(self) -> list[str]:
-        """Return the names of the columns that the stage can work on; the dataset must have at least one of them.
+        """Return the names of the possible input columns of the stage. The dataset needs at least one of them.
 
-        These are names after the renaming with the flag `rename`. If the list is empty, the stage needs no column.
+        A stage is one step of building a caption dataset, such as the translation. The names are those after the
+        renaming with the flag `rename`. If the list is empty, the stage needs no input column.
         """
         return []
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
         """Check that the dataset has an input column for the stage, and return the names of the new columns.
 
+        A stage is one step of building a caption dataset, such as the translation.
+
         Args:
             columns: Names of the columns of the dataset, after the renaming with the flag `rename`.
-            where: Name of the dataset, with which the error message begins.
+            where: Name of the dataset. The error message begins with it.
 
         Returns:
             The names of the columns that the stage adds to the dataset.
@@ -228,17 +233,17 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         needed = self.required_columns()
         if needed and set(columns).isdisjoint(needed):
             raise ValueError(
-                f"{where} has no column {' or '.join(needed)}; there are {list(columns)}. If the column has another "
-                f"name, rename it with --rename OLD={needed[0]}."
+                f"{where} has no column {' or '.join(needed)}; its columns are {list(columns)}. If the column has "
+                f"another name, rename it with --rename OLD={needed[0]}."
             )
         return []
 
     def known_settings(self) -> dict[str, Any]:
         """Return the settings of the stage that are known without loading a model, as a dict `{"name": value}`.
 
-        With these settings, a repeated command sees that its work is done before it loads the model: `RowStage.is_done`
-        compares them with the settings in the file `stage.json` of the output folder. The base class knows no setting
-        and returns {}.
+        A stage is one step of building a caption dataset. `RowStage.is_done` compares these settings with the settings
+        in the file `stage.json` of the output folder. A repeated command therefore sees that its work is done without
+        loading a model. The base class knows no setting and returns {}.
         """
         return {}
 
@@ -252,47 +257,51 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     def pending_manual_step(self) -> str:
         """Describe what a person must do before the stage can run, such as filling a translation table.
 
-        Returns "" if there is nothing to do.
+        A translation table is a TSV file of captions that people translate. Returns "" if there is nothing to do.
         """
         return ""
 
     def is_corrected(self) -> bool:
         """Return True if a person edited the translation table after the stage had written its output from the table.
 
-        The output then contains old translations. The base class uses no translation table and returns False.
+        A translation table is a TSV file of captions that people translate. After such an edit, the output contains old
+        translations. The base class uses no translation table and returns False.
         """
         return False
 
     def corrections(self) -> "Corrections | None":
         """Find the output rows and files that are outdated because a person corrected the translation table.
 
-        Returns None if the table was not corrected. The base class uses no translation table and always returns None.
+        A translation table is a TSV file of captions that people translate. Returns None if the table was not
+        corrected. The base class uses no translation table and always returns None.
         """
         return None
 
     def prepare_processing(self, stage: "RowStage") -> tuple[Any, ...]:
-        """Load everything that the stage needs to process rows, for example a model.
+        """Load everything that the stage (a step of the build) needs to process rows, for example a model.
 
         Args:
             stage: Access to the rows that will be processed.
 
         Returns:
-            The positional arguments of `RowStage.run`, as a tuple of three to five elements:
-            (columns, settings, process[, prepare[, prepared_rows]]). `columns` is a dict `{new column: feature}`, where
-            a feature is a column type of `datasets`. `settings` is a dict that is recorded in the file `stage.json`.
-            `process` is a function that returns the new columns of a batch of rows. `prepare` is a function that is
-            called before a group of output files is written. `prepared_rows` is the largest number of rows for one call
-            of `prepare`.
+            A tuple of three to five elements for the method `RowStage.run`, which processes all rows.
+
+            - `columns`: dict `{new column: feature}`, where a feature is a column type of `datasets`.
+            - `settings`: dict that is recorded in the file `stage.json`.
+            - `process`: function that returns the new columns of a batch of rows.
+            - `prepare` (optional): function that is called before a group of output files is written.
+            - `prepared_rows` (optional): number of rows that one call of `prepare` may cover. At least one output file
+              is always covered.
         """
         return {}, {}, lambda rows: [{} for _ in rows]
 
     def write_rows(self, rank: int = 0, world_size: int = 1) -> "StageReport":
         """Write one task's share of the output files of this stage. Existing files are kept.
 
-        A stage is a step of the caption pipeline, such as translation. Its tasks are processes that share the rows.
+        A stage is a step of the caption pipeline, such as translation. Its tasks share the rows.
 
         Args:
-            rank: Number of the task, counted from 0.
+            rank: Index of the task, counted from 0.
             world_size: Number of tasks.
 
         Returns:
@@ -324,10 +333,10 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 
     @property
     def phases(self) -> dict[str, Phase]:
-        """The steps in which the stage runs, as a dict `{name: phase}` in the order in which they run.
+        """The phases of the stage, that is, the steps in which it runs, as a dict `{name: phase}` in order.
 
-        The phase "rows" writes the rows. All tasks share its work. If the class has a method `report`, there is also
-        the phase "report", in which a single task summarizes the output.
+        In the phase "rows", several tasks (processes) share the rows and write them. If the class has a method
+        `report`, there is also the phase "report", in which a single task summarizes the output.
         """
         rows = Phase(StageArguments.write_rows, is_parallel=True, uses_model=self.uses_model)
         return {"rows": rows} | ({"report": Phase(type(self).report)} if hasattr(self, "report") else {})
@@ -448,7 +457,10 @@ class StageReport:
 
     @property
     def skip_reasons(self) -> str:
-        """Reasons for skipped rows with their numbers, to append to a message, such as " (3 no caption)", or ""."""
+        """Ending for a message that counts the skipped rows by reason, such as " (3 no caption)".
+
+        It is "" if no row was skipped.
+        """
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.skipped.items())
         return f" ({reasons})" if reasons else ""
 
@@ -456,19 +468,20 @@ class StageReport:
 class RowStage:
     """One task of a stage: a process that reads its share of the dataset rows, processes them, and writes them.
 
-    The output is written in parts. A part is a parquet file with consecutive rows.
+    A stage is one step of building a caption dataset, such as the translation. The output is written in parts. A part
+    is a parquet file with consecutive rows.
 
     Args:
         args: Flags of the stage.
-        rank: Number of the task, counted from 0.
+        rank: Index of the task, counted from 0.
         world_size: Number of tasks that share the rows.
 
     Attributes:
         source: The dataset split from which the rows are read.
         features: Dict `{column name: feature}` of the columns that are copied from the source to the output. A feature
             is a column type of `datasets`.
-        record: Dict with those values of the file `stage.json` that are known before a model is loaded.
-        parts: Ranges of row numbers, one for each part that this task writes.
+        record: Dict with the content of the file `stage.json`, as far as it is known before a model is loaded.
+        parts: Ranges of row indices, one for each part that this task writes.
         path: Function that takes the row range of a part, and returns the path of the parquet file.
         bar: Progress bar that counts rows. It exists while the method `run` is running.
 
@@ -506,9 +519,9 @@ class RowStage:
     def is_done(self) -> bool:
         """True if the task has nothing left to do: all its output files exist, written with the current settings.
 
-        The settings and the flags of the command are compared with those recorded in the file `stage.json`. Only the
-        names of the other output files are checked, not their content. If the recorded settings are different, the
-        value is False, and a later call of the method `run` raises an error that names the differences.
+        The current settings and flags are compared with the settings and flags in the file `stage.json`. If they are
+        different, the value is False, and a later call of the method `run` raises an error that lists the differences.
+        For all other output files, only the existence is checked, not the content.
         """
         if not (self.args.output / STAGE_FILE).is_file():
             return False
@@ -542,20 +555,23 @@ class RowStage:
             settings: All settings that affect the values of the new columns, as JSON values for the file `stage.json`.
                 All parts of a folder must have the same settings.
             process: Function that takes a list of at most `args.batch_rows` rows. For each row, it returns a dict `{new
-                column: value}`, or a BadRow if the row must be skipped. Results must not depend on how rows are
-                batched. In a row, the image is a dict with the keys "bytes" and "path", and captions are lists of
-                texts. If `args.decodes_images` is True, the decoded image is under the key `DECODED_KEY`. If the
-                dataset has embeddings instead of images, the embedding is under this key, as a float32 array.
+                column: value}`. If the row must be skipped, it returns a BadRow instead, an exception object that holds
+                the reason. Results must not depend on how rows are batched. A row is a dict with these keys:
+
+                - the image column: dict with the keys "bytes" and "path"; missing if the dataset has no images;
+                - the caption columns: lists of texts;
+                - `DECODED_KEY`: the decoded image if `args.decodes_images` is True; if the dataset has embeddings
+                  instead of images, the embedding as a float32 array.
             prepare: Function that is called once for several parts, before they are written. It gets the list of their
                 row ranges, and can, for example, translate the captions of all these parts at once.
-            prepared_rows: Number of rows that one call of `prepare` may cover. At least one part is always covered, so
-                with the value 1, `prepare` is called before each part.
+            prepared_rows: Number of rows that one call of `prepare` may cover. A call always covers at least one part.
+                With the value 1, `prepare` is therefore called before each part.
 
         Returns:
             The numbers of written and skipped rows of the task.
 
         Raises:
-            ValueError: If the folder was written with other settings or from another source. The message names the
+            ValueError: If the folder was written with other settings or from another source. The message lists the
                 differences.
             OSError: If the disk is full. The same command can be run again to write the missing parts.
         """
@@ -576,7 +592,7 @@ class RowStage:
                     try:
                         self._write_part(part, features.arrow_schema, process)
                     except Exception as error:
-                        error.add_note(f"rows {part.start} to {part.stop - 1} of {self.source.split}")
+                        error.add_note(f"This happened in rows {part.start} to {part.stop - 1} of {self.source.split}")
                         raise
         return self.report()
 
@@ -739,8 +755,9 @@ def _skipped_path(path: Path) -> Path:
 
 
 def read_stage_record(output: Path | str) -> dict[str, Any]:
-    """Read the file `stage.json` in the output folder of a stage. It records the source and the settings of the stage.
+    """Read `stage.json`, the file in the output folder of a stage that records its source dataset and its settings.
 
+    A stage is one step of building a caption dataset, such as the translation.
     Raises ValueError if the file is missing or damaged.
     """
     path = Path(output) / STAGE_FILE
@@ -770,7 +787,7 @@ def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
         record: Content of `stage.json` for the current run.
 
     Raises:
-        ValueError: If the folder was made with other settings. The message names the differences. If the folder holds
+        ValueError: If the folder was made with other settings: the message lists the differences. If the folder holds
             parquet files that no stage wrote.
     """
     path = output / STAGE_FILE
@@ -785,8 +802,8 @@ def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
         # raises an error.
         write_json(path, record)
     recorded = read_stage_record(output)
-    # The fingerprint (hash of the source data) is None if rows of the source were corrected:
-    # `delete_parts_of_changed_rows_and_fingerprint` has then set it. The new fingerprint is accepted without an error.
+    # If rows of the source were corrected, `delete_parts_of_changed_rows_and_fingerprint` has set the fingerprint (hash
+    # of the source data) to None. The new fingerprint is then accepted without an error.
     is_invalidated = recorded["source"].get("fingerprint") is None
     if is_invalidated:
         recorded["source"]["fingerprint"] = record["source"]["fingerprint"]
@@ -826,7 +843,7 @@ class Corrections:
         output: Output folder of the stage.
         record: New content of `stage.json`, with the digest of the corrected table.
         parts: Parquet files of the stage with at least one changed row.
-        rows: Numbers of the changed rows in the output of the stage, counted from 0.
+        rows: Indices of the changed rows in the output of the stage, counted from 0.
     """
 
     output: Path
@@ -843,21 +860,21 @@ class Corrections:
         """
         for path in self.parts:
             path.unlink(missing_ok=True)
-        # Write stage.json last. It holds the digest of the corrected table. If this method is interrupted before, the
-        # file still has the digest of the old table, so the next run finds the same corrections and deletes the
-        # remaining files.
+        # Write stage.json, which holds the digest of the corrected table, after all deletions. If this method is
+        # interrupted earlier, the file still has the digest of the old table. The next run then finds the same
+        # corrections, and deletes the remaining files.
         write_json(self.output / STAGE_FILE, self.record)
 
 
 def delete_parts_of_changed_rows_and_fingerprint(output: Path, rows: Iterable[int]) -> None:
     """Delete the output files that are outdated because rows of the source changed, so that they are written again.
 
-    The fingerprint (hash) of the source in `stage.json` is set to None. In the next run, `write_or_check_stage_record`
-    then accepts the changed source, although its fingerprint is different.
+    The fingerprint (hash) of the source in the file `stage.json` is set to None. In the next run, the function
+    `write_or_check_stage_record` therefore accepts the changed source, although its fingerprint is different.
 
     Args:
         output: Output folder of the stage.
-        rows: Numbers of the changed rows in the source, counted from 0.
+        rows: Indices of the changed rows in the source, counted from 0.
     """
     record = read_stage_record(output)
     write_json(output / STAGE_FILE, record | {"source": record["source"] | {"fingerprint": None}})
@@ -901,6 +918,8 @@ def flatten_dict(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_stage_and_count_rows(output: Path | str) -> StageReport:
     """Check that the output folder of a stage is complete, and count its written and skipped rows.
 
+    A stage is one step of building a caption dataset, such as the translation.
+
     Raises ValueError if parquet files are missing or damaged. The message contains the command that writes the missing
     rows.
     """
@@ -943,7 +962,7 @@ def read_skipped_rows(part: Path) -> list[tuple[int, str]]:
         part: The parquet file. The skipped rows are listed in a JSON Lines file next to it, if there are any.
 
     Returns:
-        A list with a tuple (row number, reason) for each skipped row.
+        A list with a tuple (row index in the split, reason) for each skipped row.
 
     Raises:
         ValueError: If the list of skipped rows is damaged.
@@ -965,6 +984,8 @@ def run_stage_command(
     arguments_type: type[StageArguments], description: str, argv: list[str] | None
 ) -> StageArguments | None:
     """Run a stage as a command: parse its flags, run it, and print the numbers of written and skipped rows.
+
+    A stage is one step of building a caption dataset, such as the translation.
 
     Args:
         arguments_type: Class of the stage's flags.

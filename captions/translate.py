@@ -46,7 +46,7 @@ from captions.translators import TRANSLATORS
 from captions.translators.base import Translator
 from captions.translators.seq2seq import PAPER_MODEL
 
-EXAMPLES_PER_FLAG = 5  # number of example translations that quality.json shows for each quality flag
+EXAMPLES_PER_FLAG = 5  # number of example translations in quality.json for each quality flag (kind of problem)
 MAX_EXAMPLE_CHARACTERS = 200  # longer sentences are shortened in the examples of quality.json
 
 
@@ -54,7 +54,7 @@ MAX_EXAMPLE_CHARACTERS = 200  # longer sentences are shortened in the examples o
 class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values()), StageArguments):
     """Command-line arguments of `captions.translate`, which translates the captions of a dataset.
 
-    The class also has the methods that run this stage.
+    The class also has the methods that run the command, which is one stage (step) of building a caption dataset.
     """
 
     uses_model = True
@@ -71,8 +71,8 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
     )
     model: str | None = flag(
         None,
-        "Folder or Hub id of a Marian, NLLB, M2M100 or mBART-50 model (transformers), or the name of the model on the "
-        f"server (chat). Default for en to pt: {PAPER_MODEL}, the model of the CAPIVARA authors (transformers).",
+        "With --backend transformers: folder or Hub id of a Marian, NLLB, M2M100 or mBART-50 model. For en to pt, the "
+        f"default is {PAPER_MODEL}, the model of the CAPIVARA authors. With chat: name of the model on the server.",
     )
     memory: Path | None = flag(
         None, "Folder of finished translations; several builds can share it. Default: OUTPUT.memory."
@@ -82,12 +82,12 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         "Drop translations that look wrong. The n-th translation of an image may then not belong to its n-th caption.",
     )
     batch_size: int | None = flag(
-        None, "Sentences to translate at the same time. Default: 32 (transformers), 128 (google)."
+        None, "Sentences to translate at the same time. Default: 32 with --backend transformers, 128 with google."
     )
     batch_rows: int = flag(
         256,
-        "Rows to process at the same time. New translations are saved in batches of eight times this number of "
-        "captions (google: in batches of --batch_size; chat: after each answer).",
+        "Rows to process at the same time. New translations are saved after eight times this number of captions. "
+        "With --backend google, they are saved after --batch_size captions. With chat, each answer is saved at once.",
     )
     rows_per_part: int = flag(1024, "Rows per output file.")
 
@@ -126,7 +126,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
 
         Args:
             columns: Names of the columns of the dataset, after the renaming with the flag `rename`.
-            where: Name of the dataset, with which error messages begin.
+            where: Name of the dataset. Error messages begin with it.
 
         Returns:
             The names of the columns that the stage adds: columns of translations, and `quality-<language>`, which lists
@@ -149,7 +149,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
     def settings(self, translator: dict[str, Any]) -> dict[str, Any]:
         """Return everything that determines the translations, as a dict `{"name": value}` for the file `stage.json`.
 
-        The file is in the output folder. A new run continues an existing folder only if the settings in it are equal.
+        This file is in the output folder. A later run continues the folder only if its settings are equal to this dict.
 
         Args:
             translator: Fingerprint of the translator: a dict with everything that affects a translation, except the
@@ -162,7 +162,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
 
     @property
     def translations(self) -> dict[str, str]:
-        """Whether people or a machine translate, as a dict `{target language: "human" or "machine"}`.
+        """Who translates the captions, as a dict `{target language: "human" or "machine"}`.
 
         The dataset card, and the cards of models that are trained on the dataset, contain this information.
         """
@@ -175,10 +175,13 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
             stage: Access to the rows whose captions are translated.
 
         Returns:
-            A tuple (columns, settings, process, prepare) for the method `RowStage.run`. `columns` is a dict `{new
-            column: feature}`, where a feature is a column type of `datasets`. `settings` is a dict that is recorded in
-            the file `stage.json`. `process` is a function that returns the new columns of a list of rows. `prepare` is
-            a function that translates the captions of several output files before they are written.
+            A tuple (columns, settings, process, prepare) for the method `RowStage.run`, which processes all
+            rows.
+
+            - `columns`: dict `{new column: feature}`, where a feature is a column type of `datasets`.
+            - `settings`: dict that is recorded in the file `stage.json`.
+            - `process`: function that returns the new columns of a list of rows.
+            - `prepare`: function that translates the captions of several output files before they are written.
 
         Raises:
             ValueError, OSError, ImportError: If the translator can't be loaded, or the table is incomplete.
@@ -220,8 +223,8 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         Returns:
             A dict `{sentence: answer}`. An answer holds the translation, and its fault if it is not usable.
         """
-        # The longest sentences come first, because they need the most memory. If the memory is insufficient, the error
-        # then appears at the start instead of after hours.
+        # Translate the longest sentences first, because they need the most memory. If the memory is insufficient, the
+        # error then appears at the start instead of after hours.
         missing = sorted(sentences, key=lambda text: (-len(text), text))
         if translator.needs_table:
             return dict(zip(missing, map(Answer, translator.translate(missing)), strict=True))
@@ -248,8 +251,8 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         """Write the file `quality.json`: how many translations look wrong, and a few examples of each problem.
 
         Args:
-            rank: Number of the task; not used, because a single task writes the file.
-            world_size: Number of tasks; not used.
+            rank: Index of the task (process). It is not used, because a single task writes the file.
+            world_size: Number of tasks. It is not used.
         """
         flag_reports = {name: {"captions": 0, "examples": []} for name in QUALITY_FLAGS}
         report = {"language": self.language, "rows": 0, "captions": 0, "flagged": 0, "flags": flag_reports}

@@ -17,7 +17,7 @@ from captions.stages import atomic_parquet
 
 # Columns of the parquet files of a translation memory: a sentence and its translation.
 PAIR_SCHEMA = pa.schema({"source": pa.string(), "translation": pa.string()})
-# Columns for translators such as language models, which also report the fault and the token counts of each answer.
+# Columns for translators such as language models, which also report the problem and the token counts of each answer.
 ANSWER_SCHEMA = pa.schema([*PAIR_SCHEMA, ("fault", pa.string()), *((name, pa.int32()) for name in USAGE_FIELDS)])
 MEMORY_BATCH_ROWS = 10_000  # number of sentences that are read from a file at a time, to limit the memory
 
@@ -25,12 +25,12 @@ MEMORY_BATCH_ROWS = 10_000  # number of sentences that are read from a file at a
 class TranslationMemory:
     """Store of finished translations on disk. All runs and tasks share it, and reuse the stored translations.
 
-    Each translator has its own store. Translations are stored in parquet files that never change: `add` stores a batch
-    of translations as a new file. While a batch is incomplete, `append` can store its single answers in a temporary
-    file, the journal, so that a killed run does not lose them. `add` then deletes the journal.
+    Each translator has its own folder. Its parquet files never change: `add` stores a batch of translations as a new
+    file. While a batch is incomplete, `append` can store single answers in a temporary file, the journal, so that a
+    killed run does not lose them. When the batch is complete, `add` stores all its answers and deletes the journal.
 
     Args:
-        folder: Folder with the stores of all translators. Each translator has a subfolder.
+        folder: Folder with the translations of all translators. Each translator has a subfolder.
         fingerprint: Everything that affects a translation (translator, languages, options), except the sentence itself,
             as a dict of JSON values. The digest of this dict is the name of the translator's subfolder.
     """
@@ -44,7 +44,7 @@ class TranslationMemory:
     def find(self, sentences: set[str]) -> dict[str, Answer]:
         """Look up sentences, and return their stored answers as a dict `{sentence: answer}`, without token counts.
 
-        The dict contains only sentences with a stored answer. Each call reads all files of the store, so a single call
+        The dict contains only sentences with a stored answer. Each call reads all files of the translator, so one call
         with many sentences is faster than many calls.
         """
         records = (record for record in self._records() if record["source"] in sentences) if sentences else ()
@@ -89,7 +89,7 @@ class TranslationMemory:
         return answers
 
     def count_usage(self) -> dict[str, int]:
-        """Sum up what all stored translations have cost, over all runs that used the store.
+        """Sum up the token counts of all stored translations, over all runs that used the store.
 
         Returns:
             A dict with the keys "answers" (number of stored answers), "retried" (number of answers that were requested
@@ -104,7 +104,7 @@ class TranslationMemory:
         return usage
 
     def _write_fingerprint(self) -> None:
-        """Write the fingerprint to the file `translator.json`. Its digest is the name of the folder."""
+        """Write the fingerprint of the translator to the file `translator.json`, unless this file exists."""
         if not (self.folder / "translator.json").is_file():
             write_json(self.folder / "translator.json", self.fingerprint)
 

@@ -19,13 +19,13 @@ from capivara_common.files import write_text
 # Column names of a translation table, which people fill. In the first line of a table, a name can be followed by `:`
 # and a value, for example `translation:pt`.
 TABLE_COLUMNS = ("id", "source", "translation")
-MAX_NAMED_ROWS = 5  # largest number of rows without a translation that a message lists
+MAX_NAMED_ROWS = 5  # a message lists at most this many rows without a translation
 BLANK_CHARACTERS = " \xa0\u3000"  # a cell with only these characters looks empty
 MAX_QUOTED_CHARACTERS = 40  # largest number of characters of a sentence in an error message
 UNCHANGED_ROWS_HINT = (
     "The table must have exactly the rows that were written, in the same order. Restore missing rows, and sort by "
-    "the number in the id. If you use a spreadsheet, import the file without a text delimiter; otherwise, the source "
-    "column changes."
+    "the number in the id. If you use a spreadsheet, import the file without a text delimiter (quote character), "
+    "because quotes in the source column would change."
 )
 # Characters that are escaped in addition to the escapes of JSON:
 # - `=`, `+`, `@` and `-` at the start of a cell, because a spreadsheet would run the cell as a formula;
@@ -38,8 +38,8 @@ UNSAFE_CELL_RE = re.compile("^[=+@-]|[\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]"
 def escape_cell(text: str) -> str:
     """Escape a text so that it can be written to a cell of a translation table, which is a TSV file.
 
-    Tabs and line breaks are written as JSON escapes. So is a first character such as `=`, with which a formula of a
-    spreadsheet begins. Quotes are not escaped.
+    Tabs and line breaks are written as JSON escapes. A first character such as `=` is escaped, too, because a
+    spreadsheet would read the cell as a formula. Quotes are not escaped.
     """
     text = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"')
     # Four hex digits are enough, because `UNSAFE_CELL_RE` matches only characters up to U+FFFF.

@@ -21,7 +21,7 @@ from capivara_search.command_line import get_localized_help_record
 from capivara_search.messages import COMMAND_NAMES, Messages
 
 ROOT = Path(__file__).resolve().parent.parent
-# Name of a page of the site -> file outside `docs` that contains its text.
+# Files outside `docs` that are pages of the site, by the name of the page.
 OUTSIDE_PAGES = {
     "leiame": "LEIAME.md",
     "explanation/security": "SECURITY.md",
@@ -29,7 +29,7 @@ OUTSIDE_PAGES = {
     "reference/contributing": "CONTRIBUTING.md",
     "reference/portuguese_prompts": "eval/prompts/pt/README.md",
 }
-# Folder or file with commands -> title of its section in the command reference, in the order of the sections.
+# Titles of the sections of the command reference, in their order. The key is the folder or file with the commands.
 COMMAND_FOLDERS = {
     "train_accelerate.py": "Train",
     "training": "Change a trained model",

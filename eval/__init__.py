@@ -4,5 +4,6 @@ Import names from the modules of this package, for example `from eval.capivara_m
 not write `import eval`, because it would hide Python's builtin function `eval`.
 """
 
-# Imported only for its effect: Ctrl-C during the slow imports of a command prints one line, no traceback.
+# This import is needed only for its side effect: if the user presses Ctrl-C during the slow imports of a command, one
+# line is printed instead of a traceback.
 import capivara_common.interrupt  # noqa: F401

@@ -1,11 +1,11 @@
-"""Embed images and texts with a cache on disk, and run the command line that all evaluation commands share.
+"""Embed images and texts with a cache on disk. Define the arguments and main function of all evaluation commands.
 
     cached_embedder = CachedEmbedder(load_embedder("data/openmoji/base"), cache_home(), batch_size=32)
     images = cached_embedder.embed_images(open_split("data/openmoji/dataset", "test", "image"))
     text_embeds = cached_embedder.embed_texts(["uma foto de um gato"])
 
-A `CachedEmbedder` combines a model with a cache of its embeddings, so that each embedding is computed only once. It
-reads and writes the cache with the class `EmbeddingStore` of `capivara_common.embedding_store`. A cache file has the
+A `CachedEmbedder` combines a model with a cache of its embeddings, so that each embedding is computed only once. The
+class `EmbeddingStore` in `capivara_common.embedding_store` reads and writes the files of the cache. Each file has the
 embeddings of up to 256 images or 2048 texts.
 """
 
@@ -50,9 +50,9 @@ class EmbeddingArguments(ImageFileArguments):
     batch_size: int = flag(32, "Images in a batch. A batch of texts is twice as large.")
     precision: Literal["float32", "bf16", "auto"] = flag(
         "float32",
-        "Precision of the model. Results in bf16 differ slightly. auto = bf16 where it is faster, otherwise float32.",
+        "Precision of the model. Results in bf16 differ slightly. auto: bf16 if it is faster, otherwise float32.",
     )
-    cache_dir: str = flag("auto", "Cache folder; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = no cache is kept.")
+    cache_dir: str = flag("auto", "Cache folder. auto: $CAPIVARA_CACHE or ~/.cache/capivara. off: no cache is kept.")
     device: str | None = flag(None, "Device: cpu, cuda, or one GPU such as cuda:1. Default: the GPU if there is one.")
     limit: int | None = flag(
         None, "Use only LIMIT images of each dataset, evenly spaced, for a quick trial. Default: all images."
@@ -88,8 +88,8 @@ class EmbeddedImages:
 class CachedEmbedder:
     """Model that embeds images and texts, with a cache of the embeddings on disk.
 
-    The evaluation commands create it with `CachedEmbedder.load`. It also writes their result files, which describe the
-    model.
+    The evaluation commands create it with `CachedEmbedder.load`. It also writes the result files of these commands, and
+    adds a description of the model to them.
     """
 
     embedder: Embedder
@@ -129,7 +129,7 @@ class CachedEmbedder:
             Embeddings of the images that can be read, and the reasons why other images can't be read.
 
         Raises:
-            ValueError: If no image can be read. Also if the split has precomputed embeddings of another image encoder.
+            ValueError: If no image can be read, or if the split has precomputed embeddings of another image encoder.
         """
 
         def load(batches: Iterator[list[Place]]) -> Iterator[list[PIL.Image.Image | BadImage]]:

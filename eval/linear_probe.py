@@ -37,7 +37,7 @@ MAX_ITERATIONS = 1000  # largest number of iterations of scikit-learn's solver
 class LinearProbeArguments(LabeledImageArguments):
     """Command-line arguments of `eval.linear_probe`, which fits a linear classifier to frozen image embeddings."""
 
-    shots: list[int] = flag([], "Training images per class. Several numbers: a measurement for each. Default: all.")
+    shots: list[int] = flag([], "Training images per class. Several numbers: one result each. Default: all images.")
     draws: int = flag(3, "Random draws of training images to average over (with --shots).")
     seed: int = flag(0, "Seed of the random draws, and of the choice of training images for validation.")
     train_split: str = flag("train", "Split to fit the logistic regression to.")
@@ -131,7 +131,7 @@ def tune_probe_and_score_images(
     if can_select:
         regression = GridSearchCV(regression, {"C": INVERSE_PENALTIES.tolist()}, cv=PredefinedSplit(fold))
     regression.fit(*fit_data)
-    # Classes without training images get no score from the classifier. They keep -1e9, so that they are never
+    # The classifier gives no score to classes without training images. Their score stays -1e9, so that they are never
     # predicted.
     scores = torch.full((len(test[1]), class_count), -1e9, dtype=torch.double)
     decision = regression.decision_function(test[0])
@@ -152,7 +152,7 @@ def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[R
         args: Command-line arguments: model, benchmark, images, and the JSON file to write.
 
     Returns:
-        One record per metric and number of training images on the main process; an empty list on other processes.
+        On the main process, one record per metric and number of training images. On other processes, an empty list.
 
     Raises:
         ValueError: If an image has several labels, two splits hold the same images, or an argument is invalid.

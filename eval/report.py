@@ -51,7 +51,7 @@ class ReportArguments:
 class ResultsFolder:
     """Content of a results folder for the report: result files, training runs, and files that can't be shown.
 
-    The content of the files is not trusted.
+    The content of the files is not trusted, because another person may have written them.
     """
 
     folder: Path  # absolute path, with symbolic links resolved
@@ -92,8 +92,8 @@ class ResultsFolder:
                 copies.append((self.choose_image_name(".jpg"), title))
                 opaque = Image.new("RGB", image.size, "white")
                 opaque.paste(image, mask=image)
-                # The new image has only the pixels of the old one, so metadata such as the place of a photo are left
-                # out.
+                # The new image has only the pixels of the old one. Metadata, such as the place where a photo was taken,
+                # are not copied.
                 opaque.save(output / copies[-1][0], quality=85)
         return copies
 
@@ -146,15 +146,18 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
     Args:
         results: Folder with result files, which is searched with its subfolders.
         output: Folder to write the report to: index.html and its images.
-        overwrite: Whether to replace an output folder that is not empty.
+        overwrite: True: replace an output folder that is not empty. False: such a folder is an error.
 
     Returns:
         The result files and training runs that were read. Its field `faults` lists all files that are not shown, with
         reasons.
 
     Raises:
-        ValueError: If there is no result file. If the output folder is not empty and `overwrite` is False. If the
-            output folder contains the results.
+        ValueError: In one of these cases:
+
+            - There is no result file.
+            - The output folder is not empty, and `overwrite` is False.
+            - The output folder contains the results.
     """
     files.check_output_folder_and_clean_leftovers(output, overwrite)
     files.check_inputs_outside(output, results)
@@ -169,7 +172,7 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
                 chart = content.choose_image_name(".png")
                 plot_training_curves(curve, language, folder / chart)
             except (TypeError, KeyError, ValueError, AttributeError) as error:
-                fault = f"its training curve is malformed: {make_short_plain_line(repr(error), 80)}"
+                fault = f"its training curve is invalid: {make_short_plain_line(repr(error), 80)}"
                 content.faults.append((name, fault))
                 continue
             sheets, title = [Path(name).with_name(RUN_SHEET_FILE)], "Test captions with the images found for them"
@@ -215,7 +218,7 @@ def _build_report_block_and_write_images(
     is_retrieval = first["task"] == "retrieval"
     conflicts = tables.find_conflicting_records(measured, "folder", REPORT_TOLERANCE)
     for row in conflicts.drop_duplicates(["name", "dataset", "folder"]).itertuples():
-        fault = f"contradicts an earlier file about {row.dataset} with {row.folder}; the earlier values are shown"
+        fault = f"contradicts an earlier file (results of {row.folder} on {row.dataset}); the earlier values are shown"
         results_folder.faults.append((row.name, fault))
     pairs = tables.pair_with_baselines(tables.average_over_seeds(measured, "folder"))
     gains = rows[rows["metric"] == GAIN_METRIC].to_dict("records")

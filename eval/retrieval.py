@@ -286,7 +286,7 @@ class RetrievalData:
     def fingerprint(self) -> str:
         """Return a digest of all images and captions. Two results with the same digest were measured on the same data.
 
-        Training computes the digest in the same way, so its validation results can be compared, too.
+        Training computes the digest in the same way, so its results can be compared with these results.
         """
         return compute_image_caption_rows_digest(zip(self.images.image_digests, self.captions, strict=True))
 
@@ -295,7 +295,7 @@ def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
     """Open the dataset split that the arguments name, and read its captions. No image is decoded yet.
 
     Raises:
-        ValueError: If a column is missing, or an archive is damaged. Also if a caption is missing, empty or not text.
+        ValueError: If a column is missing, an archive is damaged, or a caption is missing, empty or not a text.
     """
     source = open_split(args.dataset, args.split, args.image_column, **args.image_options()).limited(args.limit)
     column = args.caption_column.replace("{language}", args.language)
@@ -314,8 +314,8 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
 
     Args:
         args: Command-line arguments: model, dataset, and the JSON file to write.
-        draw_sheet: Whether to draw OUTPUT.queries.png, an image that shows the best and worst queries, each with the
-            images that the model ranks first.
+        draw_sheet: True: also draw OUTPUT.queries.png, an image that shows the best and worst queries, each with the
+            images that the model ranks first. False: write only the result file.
 
     Returns:
         The measured values, one record per direction and metric.
@@ -353,9 +353,10 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
 
 
 def select_captions_by_position(value: Any, column: str, positions: str, row: int) -> list[str]:
-    """Return those captions of a dataset row that stand at the selected positions.
+    """Return those captions of a dataset row that are at the selected positions in the list of captions.
 
-    In the data of CAPIVARA's paper, the position tells which program translated a caption.
+    In the data of CAPIVARA's paper, the position of a caption shows which program translated it. Selecting positions
+    therefore selects the translations of one program.
 
     Args:
         value: Content of the caption column in this row: a text or a list of texts.

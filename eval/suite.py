@@ -55,7 +55,7 @@ class SuiteArguments(EmbeddingArguments):
     )
     runs: list[str] = flag(
         [],
-        "Models trained with different seeds, or the folder that holds them. The table has mean ± standard deviation.",
+        "Models trained with different seeds, or their folder. The table shows their mean ± standard deviation.",
     )
     baseline: str | None = flag(
         None, "Baseline: folder or Hub id, open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER."
@@ -228,8 +228,8 @@ def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
             except Exception as error:
                 # Every error is caught, so that one benchmark that fails does not end the others.
                 error_type = ""
-                # Errors of all other types, such as too little memory or a bug, are unexpected. Their message may not
-                # be clear on its own, so their type and traceback are shown.
+                # ValueError, OSError and ImportError have messages for users. Other errors, such as too little memory
+                # or a bug, may have unclear messages, so their type and traceback are shown.
                 if not isinstance(error, ValueError | OSError | ImportError):
                     error_type = f"{type(error).__name__}: "
                     traceback.print_exc()
@@ -298,13 +298,15 @@ def build_suite_rows_and_remarks(
             ("baseline" or "capivara") and "run" (0 for the first model of this role, 1 for the second, and so on).
         model_counts: Number of models of each role, `{role: number}`.
         protocol: Source of class names and prompts, "ours" or "authors".
-        published: `{role: name of the model whose published results are shown, or None to show none}`, as in
-            `Benchmark.get_published_figure`. It has the roles of the table.
+        published: `{role: name}`, with an entry for each role of the table. The name says which model's published
+            results are shown, see `Benchmark.get_published_figure`. None: no published results are shown.
 
     Returns:
-        A tuple (rows, remarks). A row is a dict with keys that describe the benchmark, and with the keys "baseline" and
-        "capivara", whose values have the measured result, the published result and their difference. A remark is a text
-        about an average that is omitted because a dataset is missing.
+        A tuple (rows, remarks):
+
+        - A row is a dict. Some of its keys describe the benchmark. The values of its keys "baseline" and "capivara"
+          have the measured result, the published result and their difference.
+        - A remark is a text. It says that an average is omitted, because results of some datasets are missing.
     """
     metrics = [(benchmark.key, language, benchmark.metric) for benchmark, language in pairs]
     metrics = pandas.DataFrame(metrics, columns=["benchmark", "language", "metric"])
@@ -314,8 +316,8 @@ def build_suite_rows_and_remarks(
     average, averages_left_out = read_benchmark(BENCHMARKS_FOLDER / "elevater.json"), []
     members = [benchmark.key for benchmark, _ in pairs if average.key in benchmark.suite]
     member_values = frame[frame["benchmark"].isin(members)]
-    # The benchmark's average is shown only if each model was measured on all datasets of the benchmark. The column
-    # `seeds` has the number of averaged rows, and each row is one dataset, so `seeds` is the number of datasets here.
+    # The average over the ELEVATER datasets is shown only if each model was measured on all of them. The column `seeds`
+    # has the number of averaged rows. Here each row is one dataset, so `seeds` is the number of datasets.
     run_means = compute_means_and_deviations(member_values, ["role", "run"]).reset_index()
     if len(members) == average.count and (run_means["seeds"] == average.count).sum() == sum(model_counts.values()):
         run_means = run_means.assign(value=run_means["mean"], benchmark=average.key, language="pt", direction="", n=0)
@@ -365,8 +367,8 @@ def _build_suite_table_row(
     """
     title = benchmark.title + ("" if benchmark.languages == (language,) else f" ({language})")
     section = "beyond" if "beyond" in benchmark.suite else "paper"
-    # `n` is the number of images, with two exceptions: from text to image it is the number of captions, and for the
-    # average over benchmarks it is 0.
+    # `n` is the number of images, with two exceptions: in text-to-image retrieval, it is the number of captions, and
+    # for the average over benchmarks, it is 0.
     counts = [int(measured["n"]) for measured in means.values() if measured and direction != "text_to_image"]
     images = next(filter(None, counts), None)
     same_number = None in (benchmark.test_images, images) or images == benchmark.test_images
@@ -388,9 +390,13 @@ def _build_suite_table_row(
 def render_suite_table(summary: dict[str, Any]) -> str:
     """Render the results of a suite as Markdown tables, with remarks below them.
 
-    There is a table for the benchmarks of the paper and a table for the other benchmarks. Remarks below the tables list
-    three things: benchmarks that were not run, with the reasons; images that could not be read; and benchmarks whose
-    data or protocol differ from those of the published results.
+    There is a table for the benchmarks of the paper and a table for the other benchmarks. The remarks below them tell:
+
+    - which benchmarks have another number of images than the published split;
+    - how many images could not be read;
+    - how the measurement of a benchmark differs from the published one, and other notes about it;
+    - which averages are omitted;
+    - which benchmarks were not run, and why.
 
     Args:
         summary: The content of suite.json, as a dict. It has the models, the measurements, and the rows of the tables.

@@ -1,10 +1,13 @@
-"""Demo of CAPIVARA on OpenMoji, and examples of training, evaluation and search. Most modules are commands."""
+"""Examples of training, evaluation and search, and a demo that trains a small model on emoji drawings (OpenMoji).
+
+Most modules are commands. Run a command by its module name, such as `python -m examples.caption`.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# Imported only for its effect: Ctrl-C during the slow imports of a command prints one line, no traceback.
+# Imported only for its effect: Ctrl-C during the slow imports of a command prints one line instead of a traceback.
 import capivara_common.interrupt  # noqa: F401
 from capivara_common.environment import describe_device, package_versions, resolve_mixed_precision
 from capivara_common.privacy import shorten_absolute_paths

@@ -1,4 +1,4 @@
-r"""Caption images in Portuguese by retrieval: choose the sentences of a caption bank that fit an image best.
+r"""Caption images in Portuguese by retrieval: choose the most similar sentences of a caption bank for each image.
 
     python -m examples.caption --model runs/openmoji-pt-001
     python -m examples.caption --model MODEL --pictures ~/Fotos --bank frases.txt --top_k 3 > legendas.csv
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     bank = list(dict.fromkeys(filter(None, map(str.strip, sentences))))
     if not bank:
         source = args.bank or f"the training split of {args.dataset}"
-        raise ValueError(f"There is no sentence to choose from: {source} has no captions.")
+        raise ValueError(f"There is no sentence to choose from: {source} has no captions. Change --bank or --dataset.")
     model, processor = load_model(args.model).eval().to(resolve_device(args.device)), load_processor(args.model)
     names: list[str] = [] if args.pictures else [f"test/{row}" for row in range(len(data["test"]))]
     pictures = _iter_pictures(args.pictures, names) if args.pictures else data["test"]["image"]

@@ -38,8 +38,8 @@ class ChatServer:
     def handle(self, handler: "ChatHandler", body: dict[str, Any]) -> None:
         """Answer one request for a chat completion, after a delay of `delay_s` seconds.
 
-        The delay simulates a language model that needs time. A request for a single token, with which the caption
-        commands check the connection, is answered without delay.
+        The delay simulates a language model that needs time. The caption commands check the connection with a request
+        for a single token. Such a request is answered without delay.
 
         Args:
             handler: The connection that the answer is sent to.

@@ -50,7 +50,7 @@ VECTOR_TOLERANCE = 1e-6
 
 @dataclass
 class ExchangeArguments:
-    """Command-line arguments of `examples.exchange_text_side`, which replaces only the text encoder."""
+    """Command-line arguments of `examples.exchange_text_side`, which replaces the text encoder of a picture search."""
 
     text_side: Path = flag(..., "Folder with a text encoder, written by `hub_upload.export --formats drop_in`.")
     base: str = flag("data/openmoji/base", "Folder of the model that embeds the images.")
@@ -66,7 +66,7 @@ class QdrantPictures:
 
     Args:
         folder: Folder to create the collection in.
-        vectors: Image embeddings, (images, width). The row number of an image becomes the id of its vector.
+        vectors: Image embeddings, (images, width). The row index of an image becomes the id of its vector.
     """
 
     def __init__(self, folder: Path, vectors: np.ndarray):
@@ -82,13 +82,13 @@ class QdrantPictures:
             query: Query embedding, (width,).
 
         Returns:
-            Row numbers of the `SEARCH_DEPTH` most similar images, the most similar first.
+            Row indices of the `SEARCH_DEPTH` most similar images, the most similar first.
         """
         response = self.client.query_points(COLLECTION_NAME, query=query.tolist(), limit=SEARCH_DEPTH)
         return [hit.id for hit in response.points]
 
     def vectors(self) -> np.ndarray:
-        """Read all stored image embeddings, (images, width), in the order of their row numbers."""
+        """Read all stored image embeddings, (images, width), in the order of their row indices."""
         count = self.client.count(COLLECTION_NAME).count
         points, _ = self.client.scroll(COLLECTION_NAME, limit=count, with_vectors=True)
         return np.array([point.vector for point in sorted(points, key=lambda point: point.id)], dtype=np.float32)
@@ -99,7 +99,7 @@ class LancePictures:
 
     Args:
         folder: Folder to create the table in.
-        vectors: Image embeddings, (images, width). The row number of an image becomes the id of its vector.
+        vectors: Image embeddings, (images, width). The row index of an image becomes the id of its vector.
     """
 
     def __init__(self, folder: Path, vectors: np.ndarray):
@@ -116,12 +116,12 @@ class LancePictures:
             query: Query embedding, (width,).
 
         Returns:
-            Row numbers of the `SEARCH_DEPTH` most similar images, the most similar first.
+            Row indices of the `SEARCH_DEPTH` most similar images, the most similar first.
         """
         return self.table.search(query).distance_type("cosine").limit(SEARCH_DEPTH).to_arrow()["id"].to_pylist()
 
     def vectors(self) -> np.ndarray:
-        """Read all stored image embeddings, (images, width), in the order of their row numbers."""
+        """Read all stored image embeddings, (images, width), in the order of their row indices."""
         return np.array(self.table.to_arrow().sort_by("id")["vector"].to_pylist(), dtype=np.float32)
 
 
@@ -133,7 +133,7 @@ def search_vector_store_and_compute_recall(
     Args:
         pictures: Vector store of image embeddings.
         queries: Text embeddings of the queries, (queries, width).
-        picture_of_query: For each query, the row number of the only relevant image.
+        picture_of_query: For each query, the row index of the only relevant image.
 
     Returns:
         `{"recall@1": …, "mean_recall": …}`, all from 0 to 1. There is one key "recall@k" for each k in

@@ -33,7 +33,7 @@ from examples import build_trainer_options, collect_run_conditions
 from modeling_capivara import CapivaraForImageClassification
 from modeling_capivara.loading import load_model, load_processor
 
-DIGITS_BENCHMARK = "mnist"  # has the class names and templates for the digits of scikit-learn
+DIGITS_BENCHMARK = "mnist"  # its class names and prompt templates also describe the digits of scikit-learn
 TEST_DIGITS = 450  # number of test images, a quarter of scikit-learn's 1,797 digits
 
 CARD_TEMPLATE = """---
@@ -59,7 +59,7 @@ class ClassifierArguments:
     """
 
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
-    benchmark: str = flag(DIGITS_BENCHMARK, "Name of a file in eval/prompts/pt with class names and templates.")
+    benchmark: str = flag(DIGITS_BENCHMARK, "Name of a file in eval/prompts/pt with class names and prompt templates.")
     images: str | None = flag(None, "Labeled images: folder, saved dataset or Hub id. Default: scikit-learn's digits.")
     output_dir: Path = flag(Path("runs/classifier"), "Folder for model and processor.")
     overwrite_output_dir: bool = flag(False, "Replace the output folder if it exists.")
@@ -67,7 +67,7 @@ class ClassifierArguments:
     split: str = flag("test", "Split of --images for evaluation.")
     image_column: str | None = flag(None, "Name of the image column. Default: detected.")
     label_column: str | None = flag(None, "Name of the label column. Default: detected.")
-    head_only: bool = flag(False, "Freeze the image tower and train only the head.")
+    head_only: bool = flag(False, "Freeze the image tower and train only the classification head.")
     image_size: int | None = flag(
         None, "Side of the images in pixels. Only for convolutional towers. Default: the processor's size."
     )

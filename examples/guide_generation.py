@@ -3,9 +3,10 @@
     python -m examples.guide_generation --sentence "sol amarelo" --output_dir runs/guided
 
 The image starts as faint noise. If every pixel is optimized (`--cells` equal to `--size`, `--views 0`), the result is
-an adversarial example: the model finds it similar to the sentence, but people see only noise. By default, coarse color
-cells are optimized, and at each step the model sees random noisy views of the image. This sometimes gives shapes that
-people recognize, too. The result is hardly ever a natural image, because there is no generative model.
+an adversarial example: the model finds it similar to the sentence, but people see only noise. By default, a coarse grid
+of colors is optimized, and at each step the model sees random views (rotated, cropped and noisy copies) of the image.
+This sometimes gives shapes that people recognize, too. The result is hardly ever a natural image, because there is no
+generative model.
 
 The output folder gets `picture.png` (the optimized image), `steps.png` (images during the optimization, side by side)
 and `results.json`. The JSON file has the cosine similarities of the image to the sentence and to other sentences,
@@ -36,7 +37,7 @@ STRIP_IMAGES = 8  # number of images side by side in steps.png, which shows the 
 STRIP_SIDE = 128  # side of each image in steps.png, in pixels
 # Standard deviation of the initial values. It is small, so that the sigmoid turns all into almost the same gray.
 INITIAL_NOISE = 0.02
-# Largest random changes in a view. A view is a randomly transformed copy of the image.
+# Largest random changes of the image in a view, that is, in a randomly transformed copy of the image.
 MAX_ROTATION = 0.15  # radians
 MAX_ZOOM = 0.5  # fraction of the image's side that is cropped away
 MAX_SHIFT = 0.25  # shift of the crop's center, as a fraction of half the image's side
@@ -135,7 +136,7 @@ def convert_tensor_to_pil_image(pixels: Tensor) -> PIL.Image.Image:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: optimize an image to fit a sentence, and save it with its similarities to sentences.
+    """Run the command: optimize an image to match a sentence, and save it with its similarities to sentences.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

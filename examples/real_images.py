@@ -27,7 +27,7 @@ from capivara_common.files import atomic_folder, read_json, write_json
 from eval import classification, linear_probe, prompts, retrieval
 from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
 
-# Name of a photograph in a PyPI package -> its short name and a sentence about it, each in English and Portuguese.
+# Photographs in PyPI packages, by name. Each has a short name and a sentence about it, in English and Portuguese.
 PHOTOGRAPHS = read_json(Path(__file__).parent / "photographs.json")
 # The photographs of scikit-image. Each of them is a class in the dataset `photos`. Only their entries have the gender
 # of the Portuguese name, which the prompt templates need for the right article.

@@ -63,7 +63,7 @@ class SentenceTuningArguments:
     overwrite_output_dir: bool = flag(False, "Replace the output folder if it exists.")
     train_split: str = flag("train", "Split for training.")
     split: str = flag("test", "Split for evaluation, before and after training.")
-    epochs: float = flag(3.0, "Passes over the training images, each with one caption.")
+    epochs: float = flag(3.0, "Number of passes over the training images. Each image has one caption.")
     batch_size: int = flag(256, "Batch size of the contrastive loss, in image-caption pairs.")
     mini_batch_size: int = flag(32, "Pairs that are encoded at the same time. Changes memory use, not the result.")
     learning_rate: float = flag(1e-5, "Peak learning rate.")
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         encoder = SentenceTransformer(str(args.model))
         encoder[0].auto_model.freeze_image_encoder()  # as in the CAPIVARA paper (arXiv 2310.13683)
-        # A last batch with a single pair would have a CLIP loss of 0 and teach nothing, so it is dropped.
+        # If the last batch had a single pair, its CLIP loss would be 0. An incomplete last batch is therefore dropped.
         training = Arguments(dataloader_drop_last=True, **build_trainer_options(args, folder, encoder.device))
         loss = build_clip_loss(encoder, args.mini_batch_size)
         trainer = SentenceTransformerTrainer(encoder, training, rows, loss=loss, callbacks=[ClampLogitScaleCallback()])

@@ -39,8 +39,8 @@ TEMPLATE_VERSION = 6
 # HTML comment in which a card stores, as JSON, the options that it was rendered with, so that `--check` can render it
 # again. Cards of template version 1 store no version.
 OPTIONS_COMMENT_RE = re.compile(r"<!-- made by hub_upload\.card with (\{[^\n]*\}) -->")
-# Users may add lines to a card, but not with this markup, which could hide other lines or change their meaning: HTML,
-# code blocks, tables, headings, and links to anything but web pages.
+# Markup that could hide other lines of a card or change their meaning: HTML, code blocks, tables, headings, and links
+# to anything but web pages. Users may add lines to a card, but `--check` refuses added lines with such markup.
 REFRAMING_MARKUP_RE = re.compile(r"<|^\s*(```|~~~|\||#|=+$|-+$)|\]\((?!https?://)")
 # Values that `--check` compares even if a card was written with another version of the templates: table cells with
 # numbers, signed numbers in lists, and digests of files (32 hexadecimal digits).
@@ -63,7 +63,7 @@ HUB_TASKS = {
 class CardArguments:
     """Command-line arguments of `hub_upload.card`, which writes the model card of a training run or checks it."""
 
-    model: Path | None = flag(None, "Folder of a finished training run or its export, whose model card is written.")
+    model: Path | None = flag(None, "Folder of a finished training run, or of its export. Its model card is written.")
     repo_id: str | None = flag(
         None, "Hub id (owner/name) that the code examples in the card load. Default: the current folder."
     )
@@ -74,7 +74,7 @@ class CardArguments:
         "licenses of base model and training data.",
     )
     output: Path | None = flag(None, "File to write. Default: README.md in the folder.")
-    check: Path | None = flag(None, "Folder whose card is compared with its other files. Nothing is written.")
+    check: Path | None = flag(None, "Folder whose card is compared with the folder's other files. Nothing is written.")
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.check is None):
@@ -181,12 +181,12 @@ def find_differences_between_card_and_files(folder: Path) -> list[str]:
     """Find outdated or changed lines in a model card, by comparing the card with the files in its folder.
 
     A new card is rendered from the files, and the two cards are compared line by line. The options for rendering, such
-    as the language, are read from an HTML comment at the end of the existing card. Lines that a user has added are no
-    difference, if they have no numbers and no markup that could hide or change other lines.
+    as the language, are read from an HTML comment at the end of the existing card. A line that a user has added counts
+    as a difference only if it contains a number, or markup that could hide or change other lines.
 
-    If the card was rendered from another version of the card template, its sentences can't be compared. In this case,
-    only the front matter (YAML header), the numbers in tables and lists and the file digests are compared, and each
-    line with HTML counts as a difference.
+    If the card was rendered from another version of the card template, its sentences can't be compared. Only these
+    parts are compared: the front matter (YAML header), the numbers in tables and lists, and the hashes of files. In
+    addition, each line with HTML counts as a difference.
 
     Args:
         folder: Folder of a training run or of its export, with the card README.md.
@@ -205,8 +205,8 @@ def find_differences_between_card_and_files(folder: Path) -> list[str]:
     if not (options := _read_render_options_from_card_comment(text)):
         return [f"{CARD_FILE}: the card was not written by `python -m hub_upload.card`, so it can't be verified."]
     try:
-        # A user may have changed the options in the card to values of the wrong type. `wrap_format_errors` turns the
-        # errors that result, such as a TypeError, into a ValueError.
+        # A user may have changed the options in the card to values of the wrong type, which cause errors such as a
+        # TypeError. `wrap_format_errors` turns these errors into a ValueError.
         with values.wrap_format_errors(folder):
             render_options = {name: options.get(name) for name in ("language", "repo_id", "license")}
             expected = str(render_card(values.collect_run_metadata(folder), **render_options))
@@ -219,7 +219,7 @@ def find_differences_between_card_and_files(folder: Path) -> list[str]:
         return [*faults, *_iter_line_differences(expected_body, body, allow_additions=True)]
     # The last line is left out, because it is the HTML comment with the options of the card.
     html_lines = [line for line in body.rstrip().split("\n")[:-1] if "<" in line]
-    faults += [f"{CARD_FILE}: the card has {line[:MAX_SHOWN_CHARACTERS]!r}." for line in html_lines]
+    faults += [f"{CARD_FILE}: the card has {line[:MAX_SHOWN_CHARACTERS]!r}, unlike its files." for line in html_lines]
     expected_values, card_values = ("\n".join(sorted(CARD_VALUE_RE.findall(part))) for part in (expected_body, body))
     return [*faults, *_iter_line_differences(expected_values, card_values)]
 
@@ -271,7 +271,7 @@ def _split_front_matter(text: str) -> tuple[str, str]:
 
 
 def _iter_line_differences(expected: str, text: str, allow_additions: bool = False) -> Iterator[str]:
-    """Yield a message for each line that the card lacks, and for each line that it should not have.
+    """Yield a message for each line that a card lacks, and for each line that it should not contain.
 
     Args:
         expected: Text that was rendered from the files of the run.
@@ -288,7 +288,7 @@ def _iter_line_differences(expected: str, text: str, allow_additions: bool = Fal
             added = [line for line in added if REFRAMING_MARKUP_RE.search(line) or any(map(str.isnumeric, line))]
         for line in missing:
             yield f"{CARD_FILE}: the files give {line[:MAX_SHOWN_CHARACTERS]!r}, which the card lacks."
-        yield from (f"{CARD_FILE}: the card has {line[:MAX_SHOWN_CHARACTERS]!r}." for line in added)
+        yield from (f"{CARD_FILE}: the card has {line[:MAX_SHOWN_CHARACTERS]!r}, unlike its files." for line in added)
 
 
 def _read_text(path: Path) -> str:

@@ -43,8 +43,8 @@ TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 # and translations of the texts in result files.
 CARD_WORDS = read_json(TEMPLATE_FOLDER / "card_words.json")
 LANGUAGES = tuple(CARD_WORDS)
-# The output is Markdown, so Jinja's HTML escaping is off; `escape_value_for_markdown` and
-# `format_as_markdown_code_or_escaped_text` escape texts from files instead.
+# Jinja's HTML escaping is off, because the output is Markdown. Instead, `escape_value_for_markdown` and
+# `format_as_markdown_code_or_escaped_text` escape the texts that come from files.
 MARKDOWN_TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER), autoescape=False, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -52,7 +52,7 @@ MARKDOWN_TEMPLATES = jinja2.Environment(
 # The license identifiers that the Hub accepts, from https://huggingface.co/docs/hub/repositories-licenses. "unknown"
 # and "other" are left out, because they name no license.
 HUB_LICENSES = frozenset((Path(__file__).parent / "licenses.txt").read_text(encoding="utf-8").split())
-FORMAT_FILES = {  # Hub tag of an export format -> files that a folder with this format contains
+FORMAT_FILES = {  # maps the Hub tag of an export format to the files that a folder in this format contains
     "open_clip": ("open_clip_config.json", "open_clip_model.safetensors"),
     "sentence-transformers": ("modules.json",),
     "onnx": ("onnx/text_model.onnx", "onnx/vision_model.onnx"),
@@ -145,7 +145,8 @@ def collect_run_metadata(folder: Path) -> dict[str, Any]:
     paths = [path for run_folder in run_folders for path in sorted((run_folder / "results").glob("*.json"))]
     results = [_read_result_recording_digest(path, folder, digests) for path in paths]
     values = _check_and_average_results([result for result in results if result])
-    # Imported here and not at the top of the file, because this module imports torch, which would slow down --help.
+    # Imported here and not at the top of the file, because `processing_capivara` imports torch, which would slow down
+    # --help.
     from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 
     tokens, model_class = CONTEXT_LENGTH, run.get("model_class", CAPIVARA_CLASS)
@@ -167,7 +168,7 @@ def collect_run_metadata(folder: Path) -> dict[str, Any]:
         "model_class": model_class,  # class of the model; runs that did not store it trained `CapivaraModel`
         "loss": run.get("loss", "contrastive"),  # "contrastive" (CLIP) or "sigmoid" (SigLIP)
         "origins": origins,
-        "titles": {evaluation_dataset["name"]: evaluation_dataset["title"]},  # dataset name -> title on its card
+        "titles": {evaluation_dataset["name"]: evaluation_dataset["title"]},  # {dataset name: title on its card}
         "license": license if license in HUB_LICENSES else None,
         "is_inherited": license in HUB_LICENSES,  # whether base model and data determine the license
         "values": [value for value in values if not value.dim],  # results of full-width embeddings, averaged over seeds
@@ -178,7 +179,7 @@ def collect_run_metadata(folder: Path) -> dict[str, Any]:
         "graphs": contents.get("onnx/quantisation.json", {}).get("graphs", {}),  # size and accuracy of each ONNX graph
         "formats": [tag for tag, files in FORMAT_FILES.items() if all((folder / file).is_file() for file in files)],
         "pictures": pictures,  # relative paths of the plots in `RUN_PLOT_FILES` that exist
-        "digests": dict(sorted(digests.items())),  # relative path -> SHA-256 of each file that was read for the card
+        "digests": dict(sorted(digests.items())),  # {relative path: SHA-256} of each file that was read for the card
     }
 
 
@@ -202,7 +203,7 @@ def _find_model_and_runs(folder: Path, digests: dict[str, str]) -> tuple[Path, d
     Raises:
         ValueError: If there is no `run.json`, or a file is malformed or has another schema version.
     """
-    runs = {}  # folder -> content of its run.json
+    runs = {}  # {folder: content of its run.json}
     for path in filter(Path.is_file, [parent / "run.json" for parent in (folder, *list_seed_run_folders(folder))]):
         run = runs[path.parent] = _read_json_recording_digest(path, folder, digests)
         if (version := run["schema_version"]) != result_files.SCHEMA_VERSION:
@@ -285,7 +286,7 @@ def _check_and_average_results(results: list[ResultFile]) -> list[Any]:
     """
     if all(record.dim for result in results for record in result.records):
         raise ValueError(
-            "The folder's results contain no measurements, which a card requires. Evaluate the model first."
+            "The folder has no results of full-width embeddings, which a card requires. Evaluate the model first."
         )
     frame = build_records_frame(results)
     baseline_tolerance = (BASELINE_TOLERANCE_QUERIES / frame["n"]).clip(lower=CARD_TOLERANCE)
@@ -387,7 +388,7 @@ def _pair_model_with_baseline(values: Iterable[Any]) -> list[dict[str, Any]]:
 def _compare_recall_by_embedding_width(group: list[Any]) -> list[dict[str, Any]]:
     """Compare the baseline and the trained model at each embedding width: full embeddings and truncated embeddings.
 
-    The metric is mean recall. A group without mean recall, because there are too few images, is compared by recall@1.
+    The metric is mean recall. If a group has no mean recall, because it has too few images, recall@1 is used instead.
 
     Args:
         group: Results of `average_over_seeds` that have the same dataset, protocol and precision.
@@ -475,7 +476,8 @@ def select_code_example_inputs(language: str, fallback_texts: Sequence[str]) -> 
 
     Args:
         language: Language code of the model.
-        fallback_texts: Example texts and labels for languages other than Portuguese, which has its own examples.
+        fallback_texts: Example texts and labels for all languages except Portuguese. For Portuguese, the examples are
+            fixed (`PORTUGUESE_EXAMPLES`).
 
     Returns:
         A dict of strings with these keys:
@@ -529,7 +531,7 @@ class CardWriter:
 
         Args:
             share: A fraction, or a difference of two fractions. A difference of 0.015 gives "1.50" percentage points.
-            sign: Whether to write a plus sign.
+            sign: Whether to write a plus sign before a number that is not negative.
 
         Raises:
             ValueError: If `share` is not a number.
@@ -549,10 +551,10 @@ class CardWriter:
         return f"{self.number(seconds / part, 1)} {unit}"
 
     def language(self, key: str) -> str:
-        """Translate a language code to the name of the language, written in the card's language.
+        """Translate a language code to the name of the language. The name is written in the card's language.
 
         Args:
-            key: Code of the language to name, such as "pt". An unknown code is returned as it is, escaped for Markdown.
+            key: Language code, such as "pt". An unknown code is returned as it is, escaped for Markdown.
         """
         return self.words["languages"].get(key) or escape_value_for_markdown(key)
 
@@ -587,8 +589,8 @@ class CardWriter:
             more: Further arguments of `write`.
 
         Returns:
-            The formatted values in the order of seeds. If the formatted values of all seeds are equal, the result has
-            only one.
+            The formatted values in the order of seeds. If the formatted values of all seeds are equal, the value is
+            written only once.
         """
         texts = [write(reduce(getitem, name.split("."), run), *more) for run in self.run_metadata["runs"]]
         return texts[0] if len(set(texts)) == 1 else "; ".join(texts)

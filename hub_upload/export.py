@@ -46,7 +46,7 @@ logger = logging.getLogger("capivara")
 class ExportArguments:
     """Command-line arguments of `hub_upload.export`, which writes a model in the formats of other libraries."""
 
-    model: Path = flag(..., "Folder of a two-tower model, written by a training run or `save_pretrained`.")
+    model: Path = flag(..., "Folder of a two-tower (CLIP-like) model, written by a training run or `save_pretrained`.")
     output: Path = flag(..., "Folder to write. It must be empty or not exist yet.")
     formats: str = flag(
         ",".join(DEFAULT_FORMATS),
@@ -107,7 +107,7 @@ def export_model(
     tokens and keys). If the export fails, nothing is written.
 
     Args:
-        model: Folder of a two-tower model, written by a training run or `save_pretrained`.
+        model: Folder of a two-tower (CLIP-like) model, written by a training run or `save_pretrained`.
         output: Folder to write. It must be empty or not exist yet, unless `overwrite` is True.
         formats: Names of formats: "transformers" (always written), "open_clip", "sentence_transformers", "onnx",
             "transformers_js", "drop_in" (only the text encoder) and "immich" (for the photo server). The last two can't
@@ -198,7 +198,7 @@ def _read_and_check_model_config(folder: Path, formats: Sequence[str] = ()) -> P
             training run with several seeds, the message names the subfolders that hold a model.
     """
     if not folder.is_dir():
-        raise ValueError(f"The model folder {folder} does not exist.")
+        raise ValueError(f"The model folder {folder} does not exist. Check --model.")
     if not (folder / "config.json").is_file():
         seeds = ", ".join(path.name for path in list_seed_run_folders(folder))
         hint = f" It is a run with several seeds; choose one of its folders {seeds}." if seeds else ""
@@ -223,7 +223,7 @@ def _write_formats_with_both_towers(
 ) -> None:
     """Write both towers of the model in all requested formats except drop_in and immich.
 
-    The formats are checked before the weights are read, so that an error appears before the long work.
+    The formats are checked before the weights are read, so that an error is raised before the slow steps.
 
     Args:
         model: Folder of the model.
@@ -294,7 +294,7 @@ def _write_and_verify_model_weights(model: Path, folder: Path, config: PreTraine
     if with_open_clip:
         written = to_capivara_state_dict(loading.load_memory_mapped_tensors([open_clip_file]))
         shared_formats.check_tensors(open_clip_file, written, expected)
-        logger.info("transformers and open_clip: %d tensors compared, all equal.", len(written))
+        logger.info("transformers and open_clip: all %d written tensors equal the model's.", len(written))
 
 
 def _write_processor_with_code_if_needed(model: Path, folder: Path, processor: ProcessorMixin) -> None:
@@ -302,8 +302,8 @@ def _write_processor_with_code_if_needed(model: Path, folder: Path, processor: P
 
     Absolute paths of this machine are removed from the files.
 
-    A CAPIVARA processor cleans texts with Python code. Programs that don't run this code read only tokenizer.json. This
-    file gives the same tokens, except for damaged texts, which only the code repairs.
+    A CAPIVARA processor cleans texts with Python code. Programs that don't run this code read only tokenizer.json. With
+    this file, they get the same tokens, except for texts with wrongly decoded characters, which only the code repairs.
 
     Args:
         model: Folder of the model.
@@ -315,7 +315,8 @@ def _write_processor_with_code_if_needed(model: Path, folder: Path, processor: P
             write_json(folder / path.name, shared_formats.read_publishable_settings(path))
         elif path.is_file():
             shutil.copyfile(path, folder / path.name)
-    # Only CapivaraProcessor needs Python code in the model folder. Processors of transformers need only their files.
+    # Only CapivaraProcessor needs Python code in the model folder. Processors of transformers need only their settings
+    # and vocabulary files.
     if not isinstance(processor, CapivaraProcessor):
         # The tokenizer files of the model may have wrong settings: maximum text length, names of the model inputs,
         # handling of capital letters. `load_processor` has corrected them, so the files are written again.

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-# Hub identifiers of licenses that require no more of a derived work than to keep the copyright notices: a model that is
-# made from a work with such a license may have any other license.
+# Hub identifiers of licenses whose only condition for a derived work is that it keeps the copyright notices. A model
+# that is made from a work with such a license may have any other license.
 PERMISSIVE_LICENSES = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
 PERMISSIVE_LICENSES |= {"postgresql", "unlicense", "zlib"}
-# Licenses that require only that the author is named. A derived work may have a license for non-commercial use only.
+# Licenses whose only condition for a derived work is that it names the author. The derived work may have a stricter
+# license, such as a license for non-commercial use only.
 ATTRIBUTION_LICENSES = {"cc-by-2.0", "cc-by-3.0", "cc-by-4.0"}
 
 

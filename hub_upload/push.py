@@ -11,9 +11,9 @@ Without --push, the changes are only listed, and nothing is changed on the Hub. 
 or from the file that `hf auth login` saves. Only files that belong to a model, dataset or Space are uploaded (see
 `hub_upload/upload_checks.py`).
 
-Files that are on the Hub but not in the folder stay there. Only in a Space, files in the uploaded subfolders are
-deleted if the local folder no longer has them. To delete other files or to create tags, use the `hf` command. If the
-connection breaks, run the same command again.
+Files that are on the Hub but not in the folder stay on the Hub. A Space is an exception: files in the uploaded
+subfolders are deleted from the Hub if the local folder no longer has them. To delete other files or to create tags, use
+the `hf` command. If the connection breaks, run the same command again.
 """
 
 import inspect
@@ -52,8 +52,8 @@ RETRY_HINT = (
     "check on the repository's page whether the pull request exists already."
 )
 RETRYABLE_STATUS_CODES = {408, 429, 500, 502, 503, 504}  # HTTP statuses of failures that may be temporary
-# HTTP status of an answer from the Hub -> error message for the user. For all other statuses, the message quotes the
-# explanation that the Hub gave.
+# Maps the HTTP status of an answer from the Hub to the error message for the user. For all other statuses, the message
+# quotes the explanation that the Hub gave.
 REFUSAL_MESSAGES = {
     401: "The Hub rejected the token (401): it is wrong or has expired. Create one with write access at {tokens}, then "
     "save it with `hf auth login` or set HF_TOKEN.",
@@ -62,7 +62,7 @@ REFUSAL_MESSAGES = {
     412: "{repo_id} was changed by somebody else in the meantime (412), so nothing was committed. Run the command "
     "without --push to see what the repository holds now, then with --push.",
 }
-REPOSITORY_FOLDER = "repository"  # subfolder of a training run, for the exported model until it has been uploaded
+REPOSITORY_FOLDER = "repository"  # subfolder of a training run that holds the exported model until it is uploaded
 # Formats in which a training run publishes its model. ONNX is left out, because its export takes minutes and needs
 # additional packages.
 PUBLISHED_FORMATS = ("transformers", "open_clip", "sentence_transformers")
@@ -99,7 +99,7 @@ class PushArguments:
             check_text_is_publishable(getattr(self, name) or "", f"--{name}")
         check_repo_id(self.repo_id)
         if not self.model.is_dir():
-            raise ValueError(f"The folder {self.model} does not exist.")
+            raise ValueError(f"The folder {self.model} does not exist. Check --model.")
         if self.pull_request and self.revision != "main":
             raise ValueError(
                 f"A pull request always targets main, got --revision {self.revision}. Leave out --revision."
@@ -331,7 +331,7 @@ def _has_same_content(file: CommitOperationAdd, remote_file: RepoFile | None) ->
 
 
 def _check_visibility(repo_id: str, remote: RemoteRepository, private: bool) -> None:
-    """Check that a push that must be private does not go to a public repository.
+    """Check that a push with --private does not go to a public repository.
 
     Args:
         repo_id: Repository on the Hub, owner/name, for the error message.

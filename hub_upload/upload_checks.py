@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
     *("sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt"),
 )
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES)
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")  # patterns
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")  # name patterns
 RUN_PLOT_FILES = ("curves.png", "retrieval.png")  # plots that a training run writes
 # Patterns of all model files that `hub_upload.export` may write and `hub_upload.push` may upload, relative to the model
 # folder. A star matches any characters of one file or folder name, but never a slash.
@@ -69,6 +69,8 @@ def check_repo_id(repo_id: str) -> None:
 def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
     """List the files of a folder that may be uploaded to the Hub, and check that they contain no secrets.
 
+    A secret is an access token or a key. In files that describe a model or dataset, absolute paths are refused too.
+
     Exactly the listed files are committed. `HfApi.upload_folder` is not used for two reasons: a star in its patterns
     also matches slashes, and it follows symbolic links that lead out of the folder.
 
@@ -106,7 +108,7 @@ def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
 def list_uploadable_model_files(folder: Path) -> list[Path]:
     """List the files of a model folder that may be uploaded, according to the allow-list `ALLOWED_FILES`.
 
-    All other files are skipped, and symbolic links too.
+    All other files and all symbolic links are skipped.
 
     Args:
         folder: Folder of the model.
@@ -297,7 +299,7 @@ DATASET_FILE_NAMES = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md"}
 MAX_METADATA_JSON_BYTES = 2**21
 BATCH_ROWS = 256  # rows that are read and checked at a time; even with images, they need only a few megabytes
 PARQUET_BUFFER_BYTES = 2**20  # bytes of a column that are read at a time
-OUTSIDE_PATH_PATTERN = r"^(/|~|[A-Za-z]:[\\/]|file:)|(^|/)\.\.(/|$)"  # matches image paths that leave the dataset
+OUTSIDE_PATH_PATTERN = r"^(/|~|[A-Za-z]:[\\/]|file:)|(^|/)\.\.(/|$)"  # image paths that lead out of the dataset
 SECRET_MESSAGE = "contains what looks like an access token or key. Remove it, and revoke it if it is real"
 
 

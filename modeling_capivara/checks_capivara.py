@@ -16,8 +16,8 @@ WIDTH_KEYS = ("hidden_size", "hidden_sizes", "intermediate_size", "hidden_dim", 
 EPSILON_KEYS = ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "rms_norm_eps")
 DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "hidden_dropout", "dropout",
             "classifier_dropout", "dropout_rate", "drop_path_rate")  # fmt: skip
-# Smallest and largest accepted value of each setting. No published model comes near the largest. A file with a larger
-# value is damaged or malicious: building its model would take hours or all memory.
+# Smallest and largest accepted value of each setting. The largest values are far above those of all published models. A
+# file with a larger value is damaged or malicious: building its model would take hours or all memory.
 SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(LAYER_KEYS, (0, 1000)),
     **dict.fromkeys(HEAD_KEYS, (1, 1000)),

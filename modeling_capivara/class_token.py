@@ -34,7 +34,7 @@ def last_layer_for_class_token_only(model: nn.Module) -> Iterator[None]:
         yield
         return
     layer = model.vision_model.encoder.layers[-1]
-    layer.forward = partial(_compute_class_token, layer)  # an attribute of the object hides the method of the class
+    layer.forward = partial(_compute_class_token, layer)  # the attribute of the object overrides the class's method
     try:
         yield
     finally:

@@ -24,9 +24,11 @@ TEXT_DEFAULTS = {
 }
 
 # Keys of `trimmed_vocabulary`, the record of how the vocabulary was reduced to some languages, and the types of their
-# values. `languages` lists the languages whose tokens were kept. `words` lists how many of the most frequent words of
-# each language were used to choose them. `tokenizer` and `table` are digests of the original vocabulary and of the
-# original table of token embeddings. `of` is the number of rows of the original table.
+# values:
+# - `languages`: languages whose tokens were kept.
+# - `words`: how many of the most frequent words of each language were used to choose the tokens.
+# - `tokenizer` and `table`: digests of the original vocabulary and of the original table of token embeddings.
+# - `of`: number of rows of the original table.
 TRIM_RECORD_TYPES = {"languages": list, "words": list, "tokenizer": str, "table": str, "of": int}
 
 
@@ -44,8 +46,9 @@ class CapivaraConfig(PreTrainedConfig):
         text_config: Text tower: configuration or dictionary of any encoder-only transformers model. A dictionary
             without `model_type`, or with the default "xlm-roberta", is completed with the values of XLM-RoBERTa base.
         projection_dim: Width of the embeddings of images and texts, at least 1.
-        text_projection_type: "mlp" (the published model) projects text width -> (text width + projection_dim) // 2 ->
-            GELU -> projection_dim. "linear" is a single matrix. Neither has a bias.
+        text_projection_type: Layers between the text tower and the embedding. "mlp" (the published model): two linear
+            layers with a GELU between them. The hidden layer has the width (text width + projection_dim) // 2.
+            "linear": a single linear layer. No layer has a bias.
         logit_scale_init_value: Initial value of `logit_scale`, the natural logarithm of the factor that multiplies the
             cosine similarities. The default corresponds to a temperature of 0.07.
         logit_bias_init_value: Initial value of the bias that SigLIP's sigmoid loss adds to the scaled cosines. SigLIP
@@ -168,7 +171,8 @@ def _build_tower_config(name: str, config: dict | PreTrainedConfig | None, defau
         check_config_ranges(collect_config_values_to_check(config), f"{name}.")
         return config
     config = dict(config or {})
-    # This must run before `from_dict`, which creates `num_labels` names of labels: a huge number would fill the memory.
+    # This check must run before `from_dict`, which creates a name for each of `num_labels` labels. A huge number would
+    # fill the memory.
     check_config_ranges(config, f"{name}.")
     model_type = config.setdefault("model_type", defaults["model_type"])
     if model_type not in CONFIG_MAPPING:

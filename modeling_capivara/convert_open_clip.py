@@ -99,7 +99,7 @@ POSITION_IDS_NAME = "text.transformer.embeddings.position_ids"
 def to_capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert the state dict of an open_clip model to the state dict of a `CapivaraModel`.
 
-    Tensors are renamed, split or transposed. Their numbers and dtypes do not change. A tensor with an unknown name
+    Tensors are renamed, split or transposed. Their values and dtypes do not change. A tensor with an unknown name
     keeps this name, so that `load_state_dict(strict=True)` later refuses the tensor.
 
     Args:
@@ -127,7 +127,7 @@ def to_capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, T
 def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     """Convert the weights of a transformers model to the state dict of the same model in open_clip.
 
-    Tensors are renamed, joined, split or transposed, as open_clip stores them. Their numbers and dtypes do not change.
+    Tensors are renamed, joined, split or transposed, as open_clip stores them. Their values and dtypes do not change.
 
     Args:
         model: A `CapivaraModel`, or a `SiglipModel` of transformers.
@@ -187,7 +187,7 @@ def _rename_parameter(name: str, names: dict[str, str]) -> str:
 def new_open_clip_model(config: CapivaraConfig) -> nn.Module:
     """Build an open_clip model with the architecture of a CAPIVARA configuration and random weights.
 
-    Comparisons with open_clip use it, for example a check of tensor names and shapes. Nothing is downloaded. The
+    The model is used for comparisons with open_clip, for example of tensor names and shapes. Nothing is downloaded. The
     package open_clip must be installed.
 
     Args:
@@ -632,7 +632,7 @@ def _load_checkpoint(path: Path) -> Any:
 
 
 def _load_and_check_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBase:
-    """Load a tokenizer and check that it fits the text tower.
+    """Load a tokenizer, and check that its vocabulary size and padding token agree with the text tower.
 
     Args:
         name: Folder or Hub id of the tokenizer.
@@ -650,7 +650,7 @@ def _load_and_check_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTo
     try:
         with wrap_tokenizer_errors("it"):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types for damaged folders
+    except Exception as error:  # for damaged folders, transformers raises errors of many types
         problem = f"The tokenizer {name!r} can't be loaded ({_first_error_line(error)})"
         raise ValueError(f"{problem}. Give another tokenizer with --tokenizer.") from error
     text_config = config.text_config
@@ -731,7 +731,7 @@ class ConvertArguments:
 
     source: str = flag(
         ...,
-        "Model in open_clip's format: hf-hub:OWNER/NAME, a folder, or a checkpoint file of the published architecture.",
+        "Model in open_clip's format: hf-hub:OWNER/NAME, a folder, or a checkpoint file with CAPIVARA's architecture.",
         positional=True,
     )
     output: Path = flag(..., "Folder to create. If it exists, it must be empty.", positional=True)

@@ -42,8 +42,8 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
     their crop differs by one pixel if the margin is 3 modulo 4.
 
     An array or tensor gives the same result as a PIL image with the same pixels. 16-bit images are scaled to 8 bits,
-    because PIL alone would clip them to white. Images from files keep their color mode and are rotated according to
-    their EXIF data. Images from URLs are converted to RGB when they are loaded.
+    because PIL alone would clip all values above 255 to white. Images from files keep their color mode and are rotated
+    according to their EXIF data. Images from URLs are converted to RGB when they are loaded.
     """
 
     valid_kwargs = CapivaraImageProcessorKwargs
@@ -121,7 +121,7 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
         return image.convert("LA") if image.mode == "La" else image
 
     def _preprocess(self, images: list[Image.Image], **kwargs: Unpack[CapivaraImageProcessorKwargs]) -> BatchFeature:
-        # transformers passes all options of the call; options that the call does not set have their default values.
+        # transformers passes all options. Options that the caller did not set have their default values.
         size, crop_size, factor = kwargs["size"], kwargs["crop_size"], kwargs["rescale_factor"]
         batch = []
         for image in images:
@@ -164,13 +164,13 @@ def _resize_short_side(image: Image.Image, short_side: int, resample: int, max_p
     """
     width, height = image.size
     if not width or not height:
-        raise ValueError(f"The image is empty: {width} x {height} pixels.")
+        raise ValueError(f"An image must have at least 1 x 1 pixels, got {width} x {height}.")
     long_side = int(short_side * max(width, height) / min(width, height))
     new_size = (short_side, long_side) if width <= height else (long_side, short_side)
     if new_size[0] * new_size[1] > max_pixels:
         sizes = f"{width} x {height} pixels would be resized to {new_size[0]} x {new_size[1]}"
         rule = f"over the limit of {max_pixels} pixels"
-        raise ValueError(f"An image of {sizes}, {rule}. Crop it first or raise `max_resized_pixels`.")
+        raise ValueError(f"An image of {sizes}, {rule}. Crop it first or increase `max_resized_pixels`.")
     return image if image.size == new_size else image.resize(new_size, resample)
 
 

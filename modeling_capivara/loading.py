@@ -62,13 +62,13 @@ def load_transformers_config(source: str, **options: Any) -> PreTrainedConfig:
         check_config_ranges(collect_config_values_to_check(config))
     except OSError:
         raise
-    except Exception as error:  # damaged files make transformers raise many types, even RecursionError
+    except Exception as error:  # damaged files make transformers raise errors of many types, even RecursionError
         raise ValueError(f"The config.json of {source} can't be used: {' '.join(str(error).split())}") from error
     return config
 
 
 def load_model(source: str | Path) -> PreTrainedModel:
-    """Load a two-tower model (text encoder and image encoder) in float32, and check that all weights fit.
+    """Load a two-tower model (text encoder and image encoder) in float32, and check that its weights are complete.
 
     Args:
         source: Folder or Hub id.
@@ -103,7 +103,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
 
 @contextmanager
 def _silence_load_report() -> Iterator[None]:
-    """Return a context manager that keeps transformers from printing a report of weights that do not fit the model.
+    """Return a context manager that keeps transformers from printing a report of weights that do not match the model.
 
     The report is not needed, because the error of `_raise_on_weight_mismatch` names the first of these weights. The
     logger is disabled, and its level is not set, because at a level of WARNING or higher transformers prints a plan of
@@ -145,8 +145,8 @@ def load_memory_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrain
 
     The weights can be mapped only if they have the same names in the file and in the model. In some model types, such
     as AltCLIP, transformers renames weights while it loads them, for example `layer.0` to `layers.0`. For such a model,
-    this function calls `load_model`, which copies the weights into memory as float32. CAPIVARA is not renamed, so other
-    names are an error.
+    this function calls `load_model`, which copies the weights into memory as float32. Weights of CAPIVARA models are
+    not renamed, so for these models other names are an error.
 
     Args:
         folder: Folder with the weights.
@@ -156,7 +156,7 @@ def load_memory_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrain
         The model in evaluation mode.
 
     Raises:
-        ValueError: If the weights can't be read or do not fit the configuration.
+        ValueError: If the weights can't be read or do not match the configuration.
     """
     tensors = load_memory_mapped_tensors(find_weight_files(folder))
     try:
@@ -246,8 +246,8 @@ def load_processor(source: str | Path) -> ProcessorMixin:
         source: Folder or Hub id.
 
     Returns:
-        The processor, which fits the model. It is a `CapivaraProcessor` for a CAPIVARA model, otherwise the class that
-        transformers has for this model type. Its tokenizer truncates texts to the number of tokens that the model
+        The processor: a `CapivaraProcessor` for a CAPIVARA model, otherwise an object of the class that transformers
+        has for this model type. The tokenizer of the processor truncates texts to the number of tokens that the model
         accepts.
 
     Raises:
@@ -276,7 +276,7 @@ def load_processor(source: str | Path) -> ProcessorMixin:
 
 
 def _check_tokenizer(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
-    """Check that the tokenizer of a processor fits the vocabulary of a model, and that its padding token is valid.
+    """Check that a model has all tokens of its processor's tokenizer, and that the padding token is valid.
 
     Args:
         processor: The model's processor.
@@ -317,7 +317,7 @@ def pads_to_max_length(processor: ProcessorMixin) -> bool:
 
 
 def _check_and_adapt_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
-    """Check that a processor fits a model, and limit the processor's tokenizer to the model's maximum text length.
+    """Check that a processor belongs to a model, and limit its tokenizer to the model's maximum text length.
 
     Args:
         processor: Processor of transformers. The `model_max_length` of its tokenizer is changed. For a SigLIP model,
@@ -325,7 +325,7 @@ def _check_and_adapt_processor(processor: ProcessorMixin, config: PreTrainedConf
         config: Configuration of the model.
 
     Raises:
-        ValueError: If the type, the tokenizer or the image size of the processor does not fit the model. Also if the
+        ValueError: If the type, the tokenizer or the image size of the processor does not match the model. Also if the
             tokenizer returns no attention mask, but the model needs an attention mask.
     """
     tokenizer, kind = processor.tokenizer, KINDS[config.model_type]
@@ -341,11 +341,12 @@ def _check_and_adapt_processor(processor: ProcessorMixin, config: PreTrainedConf
     if (size.get("height"), size.get("width")) != (side, side) or side is None:
         raise ValueError(f"its images have {size}, but the image tower takes {side} x {side} pixels")
     positions = config.text_config.max_position_embeddings
-    # These text towers number positions from `pad_token_id` + 1, so fewer positions are left for tokens.
+    # Text towers of these types number the positions of tokens from `pad_token_id` + 1. The positions below this number
+    # are not available for tokens.
     if config.text_config.model_type in PADDING_MODEL_TYPES:
         positions -= config.text_config.pad_token_id + 1
-    # SigLIP models were trained without an attention mask, so padding changes their embeddings. To get the embeddings
-    # of training, the tokenizer returns no attention mask here either.
+    # SigLIP models were trained without an attention mask, so padding changes their embeddings. To get the same
+    # embeddings as in training, the tokenizer must not return an attention mask.
     if kind.pads_to_max_length:
         tokenizer.model_input_names = ["input_ids"]
     elif "attention_mask" not in tokenizer.model_input_names:
@@ -401,14 +402,14 @@ def load_two_towers_config(source: str | Path) -> PreTrainedConfig:
         config = load_transformers_config(str(source))
         get_supported_model_kind(config.to_dict())
         return config
-    except Exception as error:  # damaged files make transformers raise many types, even RecursionError
+    except Exception as error:  # damaged files make transformers raise errors of many types, even RecursionError
         reason = " ".join(str(error).split())
         text = "The config.json of {model} does not describe a two-tower model: {reason}"
         raise make_coded_error(ValueError, "no_two_towers", text, model=source, reason=reason) from error
 
 
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
-    """Compute a digest of a model's weights, so that two models can be compared by a short string.
+    """Compute a digest (hash) of a model's weights, so that two models can be compared by a short string.
 
     The BLAKE2b digest covers the names, dtypes, shapes and values of the tensors in the state dict.
 

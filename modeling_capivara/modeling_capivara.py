@@ -205,8 +205,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
         """Load a model that is stored in open_clip's format, and convert it. The package open_clip is not needed.
 
         The first call downloads the model, converts it, verifies the conversion and stores the converted model in the
-        cache `$CAPIVARA_CACHE` (default: ~/.cache/capivara). Later calls read the converted model from the cache. Later
-        calls need a network only if `revision` is a branch or tag. Load the matching processor with
+        cache `$CAPIVARA_CACHE` (default: ~/.cache/capivara). Later calls read the converted model from the cache, and
+        need a network only if `revision` is a branch or tag. Load the matching processor with
         `AutoProcessor.from_pretrained(model.name_or_path)`.
 
         Args:
@@ -369,7 +369,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
             pixel_values: (images, 3, height, width), or None to embed only texts.
             attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: padding tokens are masked.
             position_ids: (texts, tokens), positions of the tokens. Default: the text tower counts them.
-            return_loss: Whether to compute the contrastive loss. Text i must belong to image i.
+            return_loss: True: the contrastive loss is computed, for which text i must belong to image i. None or False:
+                no loss is computed.
             token_type_ids: Ignored. Accepted because BERT's tokenizers return them; a single text has only one type.
             **kwargs: Options of both towers, such as `output_hidden_states` and `output_attentions`. With
                 `return_dict=False` a tuple is returned.
@@ -415,8 +416,8 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
 
     The head is applied to unit-length image embeddings times exp(`logit_scale`). `from_zero_shot` initializes the rows
     of the head's weight matrix with the text embeddings of the classes. The model then starts as a zero-shot classifier
-    (CLIP, arXiv 2103.00020, section 3.1.2). The factor exp(`logit_scale`) multiplies the embeddings instead of the
-    rows. It would make the rows up to a hundred times longer, and Adam's steps would hardly change their direction.
+    (CLIP, arXiv 2103.00020, section 3.1.2). The factor exp(`logit_scale`) multiplies the embeddings and not the rows.
+    Otherwise, the rows would be up to a hundred times longer, and Adam's steps would hardly change their direction.
 
     `from_pretrained` also accepts the folder of a `CapivaraModel`. It then ignores the text encoder and creates a head
     with random weights.
@@ -543,7 +544,7 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
             An output with `logits`, (images, num_labels), float32, and `loss` in nats (None without `labels`).
 
         Raises:
-            ValueError: If `pixel_values` does not have four dimensions, or the shape of `labels` does not fit.
+            ValueError: If `pixel_values` does not have four dimensions, or `labels` has a wrong shape.
         """
         outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
         image_embeds = l2_normalize(outputs.pooler_output)  # float32
@@ -614,7 +615,7 @@ def clip_loss(
 
 
 def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
-    """Average the token states of each text, without the states of padding tokens.
+    """Average the token states (outputs of the last layer) of each text, without the states of padding tokens.
 
     Args:
         last_hidden_state: Token states, (texts, tokens, width), output of the text tower.

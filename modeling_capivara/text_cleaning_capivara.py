@@ -11,9 +11,10 @@ import ftfy
 from ftfy.fixes import unescape_html
 
 CONTEXT_LENGTH = 77  # largest number of tokens of a text, with begin and end token; the default of open_clip
-# Only this many characters and lines of a text are used, and the rest is cut off, because the time of ftfy grows with
-# the square of the number of characters, and with the number of lines. Long white space is shortened first. A quarter
-# of the characters is enough for 77 tokens, even if every letter is written as an HTML entity.
+# Largest numbers of characters and lines of a text that are used. The rest is cut off to save time: the time of the
+# library ftfy, which repairs texts, grows with the square of the number of characters, and with the number of lines.
+# Long white space is shortened first. A quarter of the characters is enough for 77 tokens, even if every letter is
+# written as an HTML entity.
 MAX_CHARACTERS = 4096
 MAX_LINES = 512
 LONG_WHITESPACE_RE = re.compile(r"\s{6,}")
@@ -29,8 +30,8 @@ def clean_text(text: str) -> str:
     """Clean a text: repair mojibake (wrongly decoded characters), resolve HTML entities and collapse white space.
 
     Nested entities such as "&amp;amp;" are resolved too. The `HFTokenizer` of open_clip 3.3 takes the same steps if its
-    option `clean` is "whitespace". Only the first 4096 characters and 512 lines are read. A run of white space counts
-    as at most five of these characters.
+    option `clean` is "whitespace". Only the first 4096 characters and 512 lines are used. In longer texts, each run of
+    white space is first shortened to at most five characters.
 
     Args:
         text: Text of any length.
@@ -56,8 +57,8 @@ def _truncate_text(text: str) -> str:
     Returns:
         The start of the shortened text, with at most `MAX_CHARACTERS` characters and `MAX_LINES` lines.
     """
-    # After `MAX_CHARACTERS` replacements, the text is long enough, because each replacement leaves at least four
-    # characters. The rest would be cut off anyway.
+    # The number of replacements is limited to save time. Each replacement leaves at least four characters, so the text
+    # after the last replacement is beyond the first `MAX_CHARACTERS` characters and would be cut off anyway.
     shortened = LONG_WHITESPACE_RE.sub(_shorten_whitespace, text, count=MAX_CHARACTERS)
     truncated = "\n".join(shortened[:MAX_CHARACTERS].split("\n")[:MAX_LINES])
     if truncated == shortened:

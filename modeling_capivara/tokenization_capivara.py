@@ -79,7 +79,7 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         if max_length is None and (truncation or padding == "max_length"):
             max_length = min(self.model_max_length, CONTEXT_LENGTH)
             # Hide `pad_to_multiple_of` from a check of transformers. The check would fail, because the maximum length,
-            # 77 by default, is usually not a multiple. The padding itself still uses `pad_to_multiple_of`.
+            # 77 by default, is usually not a multiple of it. The padding itself still uses `pad_to_multiple_of`.
             pad_to_multiple_of = None
         return super()._get_padding_truncation_strategies(padding, truncation, max_length, pad_to_multiple_of, **kwargs)
 

@@ -41,7 +41,7 @@ from . import loading
 # numbers, one in 400 long Portuguese sentences contains a removed token, and the model has less than 215 million
 # parameters. docs/reference/benchmarks.md compares other numbers.
 DEFAULT_WORD_COUNTS = (150_000, 50_000)
-MAX_CHECKED_WORDS = 10_000  # words per language for comparing the trimmed with the original tokenizer
+MAX_CHECKED_WORDS = 10_000  # words per language with which trimmed and original tokenizer are compared
 TOKENIZER_BATCH_SIZE = 10_000  # texts per call of a tokenizer
 WORD_START_MARKER = "▁"  # first character of every token that starts a word
 BYTE_TOKEN_PATTERN = "<0x[0-9A-F]{2}>"  # token for a single byte, such as "<0xC3>"
@@ -200,7 +200,7 @@ def select_token_ids_to_keep(
 
     The selection has three kinds of tokens:
 
-    - tokens of the most frequent words of each language, in lower case, in upper case and with a capital letter;
+    - tokens of the most frequent words of each language, in lower case, in upper case and capitalized;
     - tokens of the given texts;
     - tokens that any text may need, such as digits and punctuation.
 
@@ -257,8 +257,8 @@ def frequent_words(language: str, number: int) -> list[str]:
 def word_variants(word: str) -> str:
     """Return a text with a word in several spellings, because each spelling may consist of different tokens.
 
-    The spellings are lower case, capital letter and upper case. Each spelling follows once a space and once a bracket:
-    "gato (gato Gato (Gato GATO (GATO".
+    The spellings are lower case, capitalized and upper case. Each spelling is written once after a space and once after
+    a bracket: "gato (gato Gato (Gato GATO (GATO".
 
     Args:
         word: Word in lower case.
@@ -421,7 +421,7 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) 
     """
     state, new_id = _check_and_get_tokenizer_json(tokenizer), {old_id: new for new, old_id in enumerate(kept_ids)}
     model, tokens = state["model"], _list_tokens_in_id_order(state)
-    # `model["vocab"]` does not contain added tokens, whose ids may be higher. So their ids are left out here.
+    # `model["vocab"]` does not contain the added tokens, whose ids may be higher. So their ids are left out.
     model_ids = [old_id for old_id in kept_ids if old_id < len(tokens)]
     if model["type"] == "Unigram":
         model["vocab"] = [model["vocab"][old_id] for old_id in model_ids]

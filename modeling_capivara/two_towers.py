@@ -70,7 +70,7 @@ def describe_model(model: nn.Module) -> dict[str, str]:
 
 
 def embedding_width(config: PreTrainedConfig) -> int:
-    """Return the number of dimensions of a two-tower model's embeddings, the same for images and texts.
+    """Return the number of dimensions of a two-tower model's embeddings, which is the same for images and texts.
 
     Args:
         config: Configuration of the model.
@@ -264,7 +264,7 @@ def load_embedder(
             precision = choose_fastest_precision(loaded, processor, record)
         return build_embedder(model, loaded, processor, precision)
     if not baseline:
-        hint = "Pass --role baseline, or --baseline of eval.suite"
+        hint = "Pass it with --role baseline, or to eval.suite with --baseline"
         raise ValueError(f"{model} is a model of open_clip, which can only be used as a baseline. {hint}.")
     return _load_open_clip_embedder(open_clip_name, torch_device, "float32" if precision == "auto" else precision)
 
@@ -307,9 +307,8 @@ def choose_fastest_precision(model: PreTrainedModel, processor: ProcessorMixin, 
 
     Returns:
         "bf16" or "float32". A GPU that supports bf16 gets "bf16". A CPU that supports bf16 gets "bf16" only if a
-        measurement shows that bf16 is faster there, and that the embeddings are close to the float32 embeddings.
-        `MIN_COSINES` in `capivara_common.embedding_speed` defines how close. In all other cases the result is
-        "float32".
+        measurement shows that bf16 is faster there, and that the embeddings are close to the float32 embeddings (see
+        `MIN_COSINES` in `capivara_common.embedding_speed`). In all other cases, the result is "float32".
     """
     supports_bf16 = environment.resolve_mixed_precision("auto", model.device) == "bf16"
     if not supports_bf16 or model.device.type != "cpu":
@@ -356,7 +355,7 @@ def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin,
 
 
 def image_encoder_fingerprint(model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> str:
-    """Compute a digest of everything that image embeddings depend on: weights, settings and precision.
+    """Compute a digest (hash) of everything that image embeddings depend on: weights, settings and precision.
 
     Two models with the same digest compute the same embedding for the same image, so their image embeddings can be
     shared.
@@ -400,7 +399,7 @@ def _find_open_clip_model(source: str) -> tuple[str, str | None, str]:
         if not settings and not Path(pretrained).is_file():
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             hint = f"write open_clip:{name}:TAG. Tags of {name}: {tags}"
-            raise ValueError(f"open_clip:{source} names no weights; {hint}.")
+            raise ValueError(f"open_clip:{source} has no known weights; {hint}.")
         repository = settings.get("hf_hub", "").strip("/")
     elif not Path(source.removeprefix("local-dir:"), OPEN_CLIP_CONFIG).is_file():
         raise ValueError(f"open_clip:{source} is not the folder of an open_clip model ({OPEN_CLIP_CONFIG} is missing).")
@@ -434,15 +433,15 @@ def _load_open_clip_embedder(source: str, device: torch.device, precision: str) 
 
     digest = _digest_parts("open_clip", source, weights_digest(model), repr(preprocess), precision)
     embed_texts = partial(_embed_in_batches, encode_texts)
-    # The fingerprint of the image embeddings could cover only the image tower, but it is not known which parameters of
-    # an open_clip model belong to it. So both fingerprints are the digest of the whole model.
+    # The image fingerprint should cover only the image tower, but it is not known which parameters of an open_clip
+    # model belong to this tower. So both fingerprints are the digest of the whole model.
     return Embedder(
         name=f"open_clip:{source}",
         device=device,
         precision=precision,
         fingerprint=digest,
         image_fingerprint=digest,
-        width=embed_texts(["a"]).shape[-1],  # not every open_clip model states its width in the same attribute
+        width=embed_texts(["a"]).shape[-1],  # open_clip models state the width in different attributes
         metadata=describe_model(model),
         embed_images=partial(_embed_in_batches, encode_images),
         embed_texts=embed_texts,
@@ -468,7 +467,7 @@ def embed_texts(
     batch_size: int = 64,
     progress: ProgressOption = None,
 ) -> Tensor:
-    """Embed texts with a two-tower model, in batches of similar length so that short texts need little padding.
+    """Embed texts with a two-tower model. Texts of similar length share a batch, so that they need little padding.
 
     Args:
         model: Two-tower model in evaluation mode.
@@ -532,7 +531,7 @@ def embed_images(
         with ThreadPoolExecutor(PREPROCESSING_THREADS) as threads:
             pixel_values = [*threads.map(preprocess, parts)]
         if len(sizes := {tuple(part.shape[1:]) for part in pixel_values}) > 1:
-            rule = "The image processor must give all images one size. Check do_resize in preprocessor_config.json"
+            rule = "The image processor must give all images the same size. Check do_resize in preprocessor_config.json"
             raise ValueError(f"{rule}, got images of {sorted(sizes)} (channels, height, width).")
         return compute_image_embeds_in_chunks(model, torch.cat(pixel_values), model.device, chunk_images)
 

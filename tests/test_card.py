@@ -129,7 +129,7 @@ def test_a_card_from_an_older_template_is_checked_by_its_values(run, capsys):
     assert "older template" in output and "All values" not in output
     for added in ("<script>", "| <b>a | b |", "<!-- made by hub_upload.card with {} -->"):
         (run / "README.md").write_text(text.replace(MARKER, f"{added}\n\n{MARKER}"), encoding="utf-8")
-        assert find_differences_between_card_and_files(run) == [f"README.md: the card has {added!r}."]
+        assert find_differences_between_card_and_files(run) == [f"README.md: the card has {added!r}, unlike its files."]
     for old in (r"interval ([-+])", r"(`run.json` \| `)", r"(R@1 \| \**)", r"(license: )"):
         changed = re.sub(old, r"\g<1>9", text, count=1)
         assert changed != text
@@ -174,7 +174,7 @@ def test_only_harmless_lines_may_be_added_by_hand_and_none_removed(run):
     (run / "README.md").write_text(text.replace(MARKER, f"We thank our annotators.\n\n{MARKER}"), encoding="utf-8")
     assert find_differences_between_card_and_files(run) == []
     (run / "README.md").write_text(text.replace("- multilingual\n", "- multilingual\n- best\n"), encoding="utf-8")
-    assert find_differences_between_card_and_files(run) == ["README.md: the card has '- best'."]
+    assert find_differences_between_card_and_files(run) == ["README.md: the card has '- best', unlike its files."]
     for removed in ("| Text → image, R@1 ", "- The figures hold", "## Results"[3:], "license: "):
         lines = [line for line in text.split("\n") if removed not in line]
         (run / "README.md").write_text("\n".join(lines), encoding="utf-8")

@@ -622,7 +622,7 @@ def test_a_model_that_is_not_listed_is_only_a_warning(service, dataset, tmp_path
     service.names = ("alias",)
     flags = translation_flags(service, dataset, tmp_path / "pt", "--model", "alias")
     translate([*flags, "--dry_run"])
-    assert "does not list the model alias, but: stand-in" in caplog.text
+    assert "does not list the model alias. It lists: stand-in" in caplog.text
     translate(flags)
     check_rows(tmp_path / "pt")
     fingerprint = read_json(tmp_path / "pt" / "stage.json")["settings"]["translator"]

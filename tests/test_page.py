@@ -471,7 +471,7 @@ def sees_the_index_grow(visitor: Visitor, folder: Path, model: Path) -> None:
     made_index(folder.parent / "fotos.lance", folder, model)
     visitor.sees("#results li:first-child .same", "2 iguais")
     assert visitor.page.evaluate("document.activeElement.title") == second
-    visitor.sees("#facts", "36 imagens, 1 vídeo não entra")
+    visitor.sees("#facts", "36 imagens, 1 vídeo não é indexado")
     visitor.page.fill("#text", "")
     visitor.page.locator("#results li:first-child > .tile[title='novissima'] + .same").wait_for(timeout=30_000)
     shows_near_duplicates(visitor.page)

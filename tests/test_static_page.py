@@ -178,7 +178,7 @@ def check_indexing(visitor: Visitor, files: list[Path]) -> None:
     Image.new("RGB", (1, 30_000)).save(thread := io.BytesIO(), "PNG")  # refused because of its aspect ratio
     broken += [{"name": "fio.png", "mimeType": "image/png", "buffer": thread.getvalue()}]
     page.set_input_files("#files", broken)
-    visitor.sees("#collected", "Nenhuma imagem nova. 3 não puderam ser lidas: ilegivel.png, bomba.png, fio.png")
+    visitor.sees("#collected", "Nenhuma imagem nova. 3 imagens não puderam ser lidas: ilegivel.png, bomba.png, fio.png")
     page.set_input_files("#files", [{"name": "notas.txt", "mimeType": "text/plain", "buffer": b"nada"}])
     visitor.sees("#collected", "Nenhum dos arquivos escolhidos é uma imagem")
     visitor.picks(files)

@@ -3,5 +3,6 @@
 The command `train_accelerate.py` runs the training.
 """
 
-# Imported only for its effect: Ctrl-C during the slow imports of a command prints one line, no traceback.
+# This import is needed only for its side effect: if the user presses Ctrl-C during the slow imports of a command, one
+# line is printed instead of a traceback.
 import capivara_common.interrupt  # noqa: F401

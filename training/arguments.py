@@ -33,7 +33,7 @@ class DataArguments:
     _argument_group_name = "data"
 
     language: str = flag(
-        "pt", "Code of the language to train on, such as pt: captions are read from the column captions-pt."
+        "pt", "Code of the language to train on. With pt, captions are read from the column captions-pt."
     )
     eval_languages: list[str] = flag([], "Codes of languages for the final evaluation, in addition to `language`.")
     evaluation_dataset: str | None = flag(None, "Dataset to evaluate on. Default: the first of `dataset`.")
@@ -65,7 +65,7 @@ class BatchArguments:
 
     _argument_group_name = "batch"
 
-    effective_batch_size: int = flag(2816, "Pairs in the batch of a step; each pair is a negative for all others.")
+    effective_batch_size: int = flag(2816, "Pairs in the batch of a training step; each is a negative for all others.")
     micro_batch_size: int = flag(
         128, "Captions that go through the text tower at once. Fewer need less memory, with the same result."
     )
@@ -80,7 +80,7 @@ class BatchArguments:
         "draws one of them. 0: a new augmentation at every step, as in the paper; needs --image_embedding_cache off.",
     )
     loading_workers: int | None = flag(None, "Processes that decode images. Default: up to 12 with a GPU, otherwise 0.")
-    max_steps: int = flag(5863, "Optimizer steps.")
+    max_steps: int = flag(5863, "Number of optimizer steps of the run.")
 
 
 @dataclass
@@ -96,9 +96,9 @@ class OptimizationArguments:
     min_learning_rate: float = flag(
         1e-7, "Learning rate at the start of the warm-up and at the end of the cosine decay."
     )
-    warmup_steps: int = flag(500, "Steps of the linear warm-up.")
-    weight_decay: float = flag(0.2, "L2 penalty of adam, or weight decay of adamw.")
-    adam_epsilon: float = flag(1e-8, "Adam's epsilon.")
+    warmup_steps: int = flag(500, "Steps in which the learning rate rises linearly to its peak.")
+    weight_decay: float = flag(0.2, "Strength of the L2 penalty (adam) or of the weight decay (adamw).")
+    adam_epsilon: float = flag(1e-8, "Adam's epsilon, a small number that prevents a division by zero.")
     seed: int = flag(0, "Seed of the order of the pairs, the choice of captions, augmentation and dropout.")
     num_threads: int | None = flag(None, "CPU threads. Default: all. Their number affects the last bits of the result.")
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = flag(
@@ -106,23 +106,23 @@ class OptimizationArguments:
         "Precision of autocast; no is float32. auto: bf16 if the device supports it natively, otherwise no. fp16 needs "
         "a GPU. Pooling, loss, weights and the final evaluation are always in float32.",
     )
-    # Whether the user chose "auto" for `mixed_precision`. `train_accelerate.py` records this before it replaces "auto"
-    # by the precision that suits the device.
+    # True if the user chose "auto" for `mixed_precision`. `train_accelerate.py` sets this before it replaces "auto" by
+    # the precision that suits the device.
     has_auto_precision: ClassVar[bool] = False
     frozen_parameters: list[str] = flag(
         [],
         "Regular expressions for names of parameters to freeze; a whole name must match, as in "
-        r"'text_model\.embeddings\..*'. With a sigmoid loss, logit scale and bias are frozen, too, because they fit "
-        "the batch size of the base model's training; include `none` to train them.",
+        r"'text_model\.embeddings\..*'. With a sigmoid loss, logit scale and bias are frozen, too, because they suit "
+        "the batch size of the base model's training. Add `none` to train them.",
     )
     lora_rank: int = flag(0, "Rank of LoRA adapters (peft); the text projection is trained, too. 0: full fine-tuning.")
-    lora_alpha: float = flag(8, "LoRA's alpha; updates are scaled by alpha / rank.")
+    lora_alpha: float = flag(8, "LoRA's alpha. The output of an adapter is scaled by alpha / rank.")
     lora_targets: str = flag(
         r"text_model\..*\.(query|value)",
         "Regular expression for names of linear layers that get an adapter; a whole name must match.",
     )
     interpolate: float = flag(
-        1.0, "Weight of the trained model, 0 to 1. The weighted mean with the base model is saved (WiSE-FT)."
+        1.0, "Weight of the trained model, 0 to 1, in the saved mean of base and trained model (WiSE-FT)."
     )
 
 
@@ -133,10 +133,10 @@ class OutputArguments:
     _argument_group_name = "output"
 
     output_dir: Path | None = flag(None, "Folder of the run. Default: a new numbered folder below runs/.")
-    overwrite_output_dir: bool = flag(False, "Replace an existing `output_dir` when the run is complete.")
+    overwrite_output_dir: bool = flag(False, "Replace an existing `output_dir` at the end of the run.")
     eval_steps: int = flag(100, "Steps between evaluations on the validation split.")
-    save_steps: int = flag(100, "Steps between checkpoints. A run of at most this many steps writes none.")
-    keep_last: int = flag(2, "Latest checkpoints to keep, in addition to the one with the best validation recall.")
+    save_steps: int = flag(100, "Steps between checkpoints. A run of at most this many steps writes no checkpoints.")
+    keep_last: int = flag(2, "Number of latest checkpoints to keep, besides the one with the best validation recall.")
     resume: str | None = flag(
         None,
         "auto: resume the unfinished run of `output_dir`, or start a run if there is none. Otherwise the folder of a "
@@ -214,8 +214,9 @@ class RunArguments(
 def resolve_loading_workers(args: RunArguments, device: torch.device) -> int:
     """Return how many worker processes should decode images.
 
-    It is `args.loading_workers` if this is set. Otherwise, it is 12 on a GPU, but at most the number of CPU cores. On a
-    CPU it is 0, which means no worker process, because the model itself needs all cores.
+    - If `args.loading_workers` is set: this number.
+    - Otherwise, on a GPU: 12, but at most the number of CPU cores.
+    - Otherwise, on a CPU: 0. The training process then decodes the images itself, because the model needs all cores.
     """
     if args.loading_workers is not None:
         return args.loading_workers

@@ -87,8 +87,8 @@ def apportion_batch_to_datasets(batch_size: int, dataset_sizes: Sequence[int]) -
         Pairs that each dataset contributes to every batch; they sum to `batch_size`.
 
     Raises:
-        ValueError: If all datasets together have fewer than 2 pairs, or fewer than `batch_size` pairs. Also if a
-            dataset is too small to contribute a pair to every batch.
+        ValueError: If all datasets together have fewer than 2 pairs or fewer than `batch_size` pairs, or if a dataset
+            is too small to contribute a pair to every batch.
     """
     pairs = sum(dataset_sizes)
     if pairs < 2:
@@ -104,8 +104,8 @@ def apportion_batch_to_datasets(batch_size: int, dataset_sizes: Sequence[int]) -
         )
     exact = [batch_size * size / pairs for size in dataset_sizes]
     counts = [int(share) for share in exact]
-    # The shares were rounded down, so some pairs of the batch are not assigned yet. The datasets whose shares lost the
-    # largest fractions get one of them each.
+    # The shares were rounded down, so some pairs of the batch are not assigned yet. Each of these pairs goes to one of
+    # the datasets whose shares lost the largest fractions.
     by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
     for i in by_remainder[: batch_size - sum(counts)]:
         counts[i] += 1
@@ -118,7 +118,7 @@ def apportion_batch_to_datasets(batch_size: int, dataset_sizes: Sequence[int]) -
 
 
 def batch_indices(step: int, batch_size: int, dataset_size: int, seed: int) -> np.ndarray:
-    """Return the numbers of the dataset rows that a training step uses.
+    """Return the indices of the dataset rows that a training step uses.
 
     The rows are shuffled again in each epoch and divided into batches. An incomplete batch at the end of an epoch is
     dropped. If it were filled up with rows of the next epoch, it could hold an image twice, and the image would be its
@@ -131,7 +131,7 @@ def batch_indices(step: int, batch_size: int, dataset_size: int, seed: int) -> n
         seed: Seed of the permutations.
 
     Returns:
-        Row numbers without repetition, (batch_size,).
+        Row indices without repetition, (batch_size,).
     """
     batches_per_epoch = dataset_size // batch_size
     epoch, position = divmod(step, batches_per_epoch)
@@ -180,7 +180,7 @@ def sample_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, 
 
     Args:
         captions: The captions of every row of a dataset: a list, or a column of a `datasets.Dataset`.
-        rows: Numbers of the rows that the step uses, (rows,).
+        rows: Indices of the rows that the step uses, (rows,).
         step: Optimizer step, counted from 0.
         seed: Seed of the draws.
 
@@ -265,7 +265,7 @@ class BatchPlanner:
         """Return the plan of the optimizer step with the number `step`, counted from 0."""
         rows, texts = [], []
         for number, count in enumerate(self.pairs_per_dataset):
-            seed = self.seed + (number << 32)  # the first dataset has the seed of the run, every other its own
+            seed = self.seed + (number << 32)  # the first dataset has the seed of the run, all others different seeds
             rows.append(batch_indices(step, count, len(self.captions[number]), seed))
             texts += sample_captions(self.captions[number], rows[-1], step, seed)
         batches, order = tokenize_into_sorted_micro_batches(self.processor, texts, self.micro_batch_size)
@@ -285,7 +285,7 @@ class BatchPlanner:
 
         Args:
             plan: Plan of a step. It is not changed.
-            places: Positions in the batch of the pairs to replace.
+            places: Positions of the pairs to replace, counted from 0 in the batch.
 
         Returns:
             A new plan. Each replacement comes from the same dataset as the pair that it replaces.

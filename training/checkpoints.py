@@ -5,8 +5,8 @@ bit-identical results, because everything random depends only on the seed and th
 name only when the checkpoint is complete. It contains SHA-256 checksums of all files, which are compared before a file
 is loaded.
 
-Accelerate saves the files, but its option `ProjectConfiguration(automatic_checkpoint_naming=True)` is not used: it does
-not keep the best checkpoint, and a killed process would leave an incomplete checkpoint.
+Accelerate saves the files. Its option `ProjectConfiguration(automatic_checkpoint_naming=True)` is not used, because it
+does not keep the best checkpoint, and because a process that is killed would leave an incomplete checkpoint.
 """
 
 import hashlib
@@ -150,8 +150,8 @@ class Checkpoints:
             The state of the run as it was when the checkpoint was saved.
 
         Raises:
-            ValueError: If the checkpoint is damaged, or holds pickled objects other than tensors. Also if it belongs to
-                a run with other settings or data.
+            ValueError: If the checkpoint is damaged, holds pickled objects other than tensors, or belongs to a run with
+                other settings or data.
         """
         saved = verify_checkpoint_and_read_state(path)
         check_same_run(saved, current.config, current.data, path)
@@ -226,8 +226,8 @@ def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str,
         path: Folder of the checkpoint or the finished run, for messages.
 
     Raises:
-        ValueError: If a digest differs, or if a setting that affects the weights differs. Also if the checkpoint or
-            finished run has a setting that this version does not know. The message names all such settings and data.
+        ValueError: If a digest or a setting that affects the weights differs, or if the checkpoint or finished run has
+            a setting that this version does not know. The message lists all such settings and data.
     """
     if unknown := sorted(state.config.keys() - SETTING_DEFAULTS.keys() - CHANGEABLE_SETTINGS):
         raise ValueError(

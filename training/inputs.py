@@ -55,7 +55,7 @@ from training.trainable import freeze_parameters_and_add_adapters
 # Part of the key of the embedding cache. Increase it when a change of preprocessing or augmentation changes the pixels,
 # so that embeddings of the old pixels are not used any more.
 PIXELS_VERSION = 1
-# Number of images per file of the cache. A process that is killed loses at most one unfinished file.
+# Number of images per file of the image-embedding cache. A process that is killed loses at most one unfinished file.
 SHARD_ROWS = 2048
 logger = logging.getLogger("capivara")
 DATA_FLAGS_HINT = (
@@ -70,13 +70,13 @@ Splits = dict[tuple[str, str], Split]  # {(dataset, split name): opened split}
 class PairDataset:
     """Pairs of one dataset split. A pair is an image with its captions.
 
-    Indexing with the number of a pair decodes and returns the image of this pair.
+    `pairs[i]` decodes and returns the image of the pair with index i.
     """
 
     source: Split  # the opened split, which reads and decodes images
-    # One row for each pair. `row` is its row number in the split, `digest` identifies the image, and `captions` is a
-    # list of texts. `reason` and `detail` say why the pair can't be used; they are empty for usable pairs. With an
-    # embedding cache, the column `vectors` has the embeddings of all views, (views x width,), float16.
+    # One row for each pair. Columns: `row` is the row number of the pair in the split, `digest` is a hash of the image,
+    # and `captions` is a list of texts. `reason` and `detail` say why the pair can't be used; they are empty for usable
+    # pairs. With an embedding cache, the column `vectors` has the embeddings of all views, (views x width,), float16.
     table: Dataset
     processor: ProcessorMixin | None  # the model's processor; None if only the number of pairs is needed
     # Views of every image. 1: the image itself. V above 1: V augmentations that stay the same during the whole run. 0:
@@ -106,16 +106,17 @@ class PairDataset:
     def load_pixels(self, pair: int, view: int) -> Tensor | BadImage:
         """Load the image of a pair, augment it if the run uses augmentation, and preprocess it for the model.
 
-        The random augmentation depends on the digest of the image, not on the number of its pair, because the number
+        The random augmentation depends on the digest of the image, not on the index of its pair, because the index
         changes when other rows are skipped.
 
         Args:
-            pair: Number of the pair in this dataset.
-            view: Number of the augmented version of the image; ignored if `augmented_views` is 1.
+            pair: Index of the pair in this dataset.
+            view: Number that selects the augmented version of the image. It is ignored if `augmented_views` is 1.
 
         Returns:
-            Pixels, (3, height, width), or a `BadImage` if the image can't be decoded or the processor rejects it. This
-            exception is returned, not raised, because raising it in a worker process would lose its attributes.
+            Pixels, (3, height, width), or a `BadImage` if the image can't be decoded or the processor rejects it.
+            `BadImage` is an exception. It is returned, because it would lose its attributes if it were raised in a
+            worker process.
         """
         try:
             image = self.source.load_image(self.table[pair]["row"])
@@ -159,8 +160,8 @@ class TrainingInputs:
         """
         captions = [pairs.table["captions"] for pairs in self.training]
         counts = apportion_batch_to_datasets(args.effective_batch_size, list(map(len, self.training)))
-        # The planner runs in another thread, so it gets its own copy. A tokenizer stores padding and length of its last
-        # call, which calls from two threads would overwrite.
+        # The planner runs in another thread, so it gets its own copy of the processor. A tokenizer stores the padding
+        # and length settings of its last call, and calls from two threads would overwrite these settings.
         processor = copy.deepcopy(self.processor)
         return BatchPlanner(captions, counts, processor, args.micro_batch_size, args.augmented_views, args.seed)
 
@@ -194,8 +195,11 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
         The usable training pairs, the validation and test pairs with image embeddings, and the skipped training rows.
 
     Raises:
-        ValueError: If data, columns or model are missing or invalid. If the usable pairs do not fill a batch. If a
-            dataset has embeddings instead of images, and they were computed with another image encoder.
+        ValueError: In one of these cases:
+
+            - Data, columns or the model are missing or invalid.
+            - There are too few usable pairs for a batch.
+            - A dataset has embeddings instead of images, and they were computed with another image encoder.
     """
     # The data are opened before a model is loaded, so that missing data, the most common error, is reported at once.
     splits = _open_and_check_splits(args)
@@ -298,8 +302,8 @@ def _open_and_check_splits(args: RunArguments) -> Splits:
             "--image_embedding_cache auto."
         )
     if sum(map(len, training)) < args.effective_batch_size:
-        # This call raises an error whose message names the largest possible batch. It reads all rows to count the
-        # usable pairs, which is quick, because there are fewer rows than one batch has pairs.
+        # There are fewer rows than pairs in a batch. This call raises an error whose message says how large a batch can
+        # be. It reads all rows to count the usable pairs, which is quick for so few rows.
         _split_usable_and_skipped_pairs(load_training_pairs(args, splits, None), args)
     apportion_batch_to_datasets(args.effective_batch_size, list(map(len, training)))
     return splits
@@ -382,7 +386,7 @@ def _get_nonempty_captions(column: str, row: dict) -> list[str]:
     texts = row[column]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         # The caller adds the number of the row to this message.
-        raise ValueError(f"an empty caption in {texts!r}")
+        raise ValueError(f"a caption is empty or not a text: {texts!r}")
     return texts
 
 
@@ -529,7 +533,8 @@ def open_image_embedding_store(
             embeddings; it records which precision was chosen.
 
     Returns:
-        The store. The key that identifies it depends on everything that affects the embeddings, except the image files.
+        The store, an interface to the folder. The name of the folder depends on everything that affects the embeddings,
+        except the images. Inside the folder, embeddings are found by the digests of the images.
     """
     settings = {
         "pixels_version": PIXELS_VERSION,
@@ -576,7 +581,7 @@ def embed_images_into_column(
     """Add the image embeddings of a dataset to its table, as the column `vectors`.
 
     The image encoder is frozen, so every image is embedded only once, before training. Embeddings are read from the
-    cache on disk. If some are missing there, each process computes a share of them.
+    cache on disk. The processes of the run share the work of computing those that are missing there.
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
@@ -607,7 +612,7 @@ def embed_images_into_column(
     cached = store.load_or_embed(digests, load, embed, title, rows_per_shard=SHARD_ROWS, views=views)
     table = pairs.table.data.table
     # For each row, the table of pairs and the table of embeddings both have a text that says why the row can't be used.
-    # At most one of the two texts is not empty, so joining them keeps the reason.
+    # At least one of the two texts is empty, so joining them keeps the reason.
     for name in ("reason", "detail"):
         joined = pc.binary_join_element_wise(table[name], cached[name], "")
         table = table.set_column(table.column_names.index(name), name, joined)

@@ -2,10 +2,10 @@
 
     python -m training.interpolate models/base runs/pt --share 0.7 --output models/between
 
-The new model is the weighted mean of both. In languages that were not trained on, it keeps more of the base model's
-quality than the fine-tuned model does. `--share` is the weight of the fine-tuned model; docs/explanation/recipe.md
-recommends 0.7. Compare other values with `python -m eval.retrieval`. Processor and configuration are copied from the
-fine-tuned model.
+The weights of the new model are the weighted mean of both models. Fine-tuning on one language can make a model worse in
+other languages; the new model loses less there. `--share` is the weight of the fine-tuned model, and
+docs/explanation/recipe.md recommends 0.7. Use `python -m eval.retrieval` to compare other values. Processor and
+configuration are copied from the fine-tuned model.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class InterpolateArguments:
     base: str = flag(..., "Base model: folder or Hub id.", positional=True)
     trained: str = flag(..., "Model that was fine-tuned from the base: folder or Hub id.", positional=True)
     output: Path = flag(..., "Folder for the new model; it must be new or empty.")
-    share: float = flag(0.5, "Weight of the trained model, 0 (base) to 1 (trained).")
+    share: float = flag(0.5, "Weight of the trained model, from 0 (only the base model) to 1 (only the trained model).")
 
     def __post_init__(self) -> None:
         check_between(self, 0, 1, "share")
@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Raises:
-        ValueError: If the models differ in the names or shapes of their tensors. Also if `training.rotate` was applied
-            to the trained model, and the file rotation.safetensors is missing from its folder.
+        ValueError: If the models differ in the names or shapes of their tensors, or if the trained model was rotated
+            with `training.rotate` but the file rotation.safetensors is missing from its folder.
     """
     args = parse_arguments(InterpolateArguments, __doc__, argv)
     check_output_folder_and_clean_leftovers(args.output)
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     images_differ = weights_digest(base_model, IMAGE_ENCODER_PREFIXES) != weights_digest(model, IMAGE_ENCODER_PREFIXES)
     if rotation is None and getattr(model.config, "matryoshka_dims", None) and images_differ:
         raise ValueError(
-            f"{args.trained} was rotated, and its rotation.safetensors is missing. Copy the file into the folder again."
+            f"{args.trained} was rotated by training.rotate, but rotation.safetensors is missing. Copy it back."
         )
     interpolate_weights(model, base, args.share)
     save_model_folder(args.output, model, load_processor(args.trained), rotation)

@@ -39,8 +39,8 @@ logger = logging.getLogger("capivara")
 # Number of consecutive steps whose gradients may overflow in fp16. The gradient scaler halves its scale at each of
 # these steps. If gradients still overflow after 20 steps, the loss itself has diverged.
 MAX_CONSECUTIVE_OVERFLOWS = 20
-# Number of step plans (`StepPlan`) to keep in memory. Worker processes load images several steps ahead, and the loop
-# needs the plans of these steps again later.
+# Number of step plans to keep in memory. A `StepPlan` lists the images and captions of one optimizer step. Worker
+# processes load images several steps ahead, and the loop needs the plans of these steps again later.
 CACHED_PLANS = 16
 
 
@@ -52,7 +52,7 @@ class TrainingLoop:
     inputs: TrainingInputs  # pairs with their images, and the validation split
     model: PreTrainedModel  # the model without peft's wrapper; LoRA adapters, if any, are inside of its linear layers
     wrapped_model: nn.Module  # peft's wrapper around the model if there are LoRA adapters, otherwise `model` itself
-    checkpoints: Checkpoints  # checkpoints of the run; their accelerator also has device, precision and processes
+    checkpoints: Checkpoints  # checkpoints of the run; their `accelerator` has device, precision and processes
     state: TrainingState  # progress of the run
     overflows: int = field(default=0, init=False)  # number of consecutive steps whose gradients have overflowed in fp16
 
@@ -68,14 +68,14 @@ class TrainingLoop:
         Raises:
             KeyboardInterrupt: After SIGTERM or Ctrl-C, when the current step is complete and saved. The arguments of
                 the exception are the number of the signal and a message.
-            FloatingPointError: If the loss, a gradient or an embedding is not finite. The message names the step.
+            FloatingPointError: If the loss, a gradient or an embedding is not finite. The message has the step number.
             ValueError: If the checkpoint does not belong to this run, or too many images can't be used.
             OSError: If a checkpoint can't be written.
         """
         args, accelerator = self.args, self.checkpoints.accelerator
         self.accelerator = accelerator
         # `WholeBatch` sums the gradients of all processes itself, once per step. evaluation_mode=True keeps Accelerate
-        # from adding the wrapper DistributedDataParallel, which would average them at every micro-batch.
+        # from adding the wrapper DistributedDataParallel, which would average the gradients at every micro-batch.
         self.prepared_model = accelerator.prepare_model(self.wrapped_model, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped_model, args))
         if resume:
@@ -121,8 +121,8 @@ class TrainingLoop:
                     self.checkpoints.save(state)
                     number = self.received_signals[0][0] if self.received_signals else signal.SIGTERM
                     raise KeyboardInterrupt(number, f"Stopped after step {state.step}, which is saved.")
-        # Accelerate has made `forward` use mixed precision (autocast). This is undone, so that base and trained model
-        # are evaluated in the same precision.
+        # Accelerate has replaced `forward` by a version with mixed precision (autocast). The original `forward` is
+        # restored, so that base and trained model are evaluated in the same precision.
         accelerator.unwrap_model(self.prepared_model, keep_fp32_wrapper=False).eval()
         accelerator.free_memory()
         return state
@@ -206,11 +206,11 @@ class TrainingLoop:
         norm = torch.nn.utils.get_total_norm(gradients).item()
         self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
         if self.overflows and self.accelerator.scaler is None:
-            raise FloatingPointError(f"The norm of the gradient is {norm}.")
+            raise FloatingPointError(f"The norm of the gradient is {norm}, not a finite number.")
         if self.overflows > MAX_CONSECUTIVE_OVERFLOWS:
             raise FloatingPointError(f"The gradient overflowed in fp16 for {self.overflows} steps in a row.")
         self.optimizer.step()  # with fp16, the scaler skips the step if a gradient is not finite
-        # With a sigmoid loss (SigLIP), the scale is not clamped, because it can exceed CLIP's limit of 100.
+        # With a sigmoid loss (SigLIP), the logit scale is not clamped, because it can exceed CLIP's limit of 100.
         if self.model.logit_scale.requires_grad and not uses_sigmoid_loss(self.model):
             clamp_logit_scale(self.model.logit_scale)
         return None if self.overflows else norm
@@ -313,7 +313,7 @@ class TrainingLoop:
             if asdict(skipped) not in recorded:
                 recorded.append(asdict(skipped))
                 inputs.skipped.append(skipped)
-                logger.warning("%s, row %d: %s. Other pairs replace it.", pairs.source.display_name, row, image)
+                logger.warning("%s, row %d: %s. Other pairs are used instead.", pairs.source.display_name, row, image)
         self._write_skipped()
         # Rows whose image turned out to be unusable during training are in both `inputs.training` and `inputs.skipped`.
         # `recorded` lists them, so subtracting its length counts each row once.

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 # of limits are not detected.
 CONTAINER_MEMORY_FILE = Path("/sys/fs/cgroup/memory.max")
 # Options of glibc's function `mallopt`, see mallopt(3): {name: (number of the option, value in bytes)}.
-# M_TRIM_THRESHOLD makes glibc keep freed memory of the heap. M_MMAP_THRESHOLD makes glibc take blocks below 32 MiB, the
-# largest allowed value, from the heap.
+# M_TRIM_THRESHOLD makes glibc keep freed memory of the heap. M_MMAP_THRESHOLD makes glibc allocate blocks of less than
+# 32 MiB on the heap; a larger value is not allowed.
 MALLOC_OPTIONS = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_MMAP_THRESHOLD": (-3, 2**25)}
 
 

@@ -31,8 +31,8 @@ from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images
 
 ROTATION_FILE = "rotation.safetensors"  # name of the file in the folder of the rotated model
-# Largest number of images from which the axes are computed. This number is enough to estimate the second moments (mean
-# products of two dimensions) for 1000 dimensions; more images would only take longer.
+# Largest number of images from which the new axes are computed. It is enough to estimate the second moments (the mean
+# products of two dimensions) of embeddings with 1000 dimensions; more images would only take longer.
 MAX_ROTATION_IMAGES = 2**14
 
 
@@ -44,7 +44,7 @@ class RotateArguments:
     dataset: str = flag(..., "Dataset whose images determine the axes, in any format that training accepts.")
     output: Path = flag(..., "Folder for the rotated model; it must be new or empty.")
     dims: list[int] = flag(..., "Widths of truncated embeddings, such as 256 128 64. Each must divide the full width.")
-    split: str = flag("train", "Split of the dataset.")
+    split: str = flag("train", "Split of the dataset whose images are used.")
     image_column: str = flag("image", "Name of the image column.")
 
 
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.model} has been rotated before: it has a {ROTATION_FILE}. Give the original model.")
     if not hasattr(model, "visual_projection"):
         raise ValueError(
-            f"{args.model} is a {model.config.model_type} model, which has no projections to fold a rotation into. "
+            f"{args.model} is a {model.config.model_type} model, which has no projections that could be rotated. "
             "Give a CAPIVARA or CLIP model."
         )
     width = model.config.projection_dim
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = np.linspace(0, len(source) - 1, min(len(source), MAX_ROTATION_IMAGES)).astype(np.int64)
     source.data = source.data.select(rows)
     images = (image for image in source.decode_images(range(len(source))) if not isinstance(image, BadImage))
-    # `embed_images` must get at least one image, so the first one is decoded to see whether there is one.
+    # `embed_images` must get at least one image. The first image is decoded here to find out whether there is any.
     first = list(islice(images, 1))
     embeds = embed_images(model, processor, chain(first, images), progress="Images") if first else torch.empty(0)
     if len(embeds) <= width:
@@ -108,10 +108,10 @@ def compute_principal_rotation(image_embeds: Tensor) -> Tensor:
         image_embeds: Unit-length embeddings, (images, width). There should be more images than dimensions.
 
     Returns:
-        An orthogonal matrix, (width, width), float32; `embeds @ rotation.T` rotates embeddings.
+        An orthogonal matrix, (width, width), float32. To rotate embeddings, compute `embeds @ rotation.T`.
 
     Raises:
-        ValueError: If there are no embeddings, or a number is not finite.
+        ValueError: If there are no embeddings, or an embedding is NaN or infinite.
     """
     if not len(image_embeds) or not torch.isfinite(image_embeds).all():
         raise ValueError(

@@ -55,9 +55,12 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
         Folder in which the finished run will be.
 
     Raises:
-        ValueError: If the folder is not empty and may not be overwritten. If it may be overwritten, but has files that
-            the run reads. If there is an unfinished run, and neither `resume` nor `overwrite_output_dir` is set. If
-            `resume` is set, but the folder has finished runs of several seeds.
+        ValueError: In one of these cases:
+
+            - The folder is not empty, and `args.overwrite_output_dir` is not set.
+            - `args.overwrite_output_dir` is set, but the folder has files that the run reads.
+            - There is an unfinished run, and neither `args.resume` nor `args.overwrite_output_dir` is set.
+            - `args.resume` is set, but the folder has finished runs of several seeds.
     """
     if args.output_dir is None:
         name = f"{Path(args.dataset[0]).parent.name or 'capivara'}-{args.language}"
@@ -65,8 +68,8 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
         chosen = unfinished[-1].with_suffix("") if unfinished else find_free_numbered_folder(Path("runs"), name)
         return broadcast_object_list([chosen])[0]
     if state.is_main_process:
-        # If a run was killed while its folder was renamed, temporary folders are left over. They are removed or renamed
-        # back here, before any process checks the folder.
+        # A run that was killed while it renamed its folder has left temporary folders. They are removed or renamed back
+        # here, before any process checks the output folder.
         files.remove_or_restore_leftovers(args.output_dir)
     state.wait_for_everyone()
     if args.resume and (seeds := files.list_seed_run_folders(args.output_dir)):
@@ -79,8 +82,8 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
         files.check_output_folder_and_clean_leftovers(args.output_dir, args.overwrite_output_dir)
     if args.overwrite_output_dir:
         needed = [args.model, args.evaluation_dataset, *args.dataset]
-        # The parent folders are checked as well. An input can be a file pattern such as `shards/*.tar`, whose files are
-        # in its parent folder.
+        # The parent folders are checked as well, because an input can be a file pattern such as `shards/*.tar`. The
+        # files that match this pattern are in the folder `shards`.
         files.check_inputs_outside(args.output_dir, *needed, *(Path(name).parent for name in needed))
     partial = get_partial_folder_path(args.output_dir)
     if args.resume is None and not args.overwrite_output_dir and _can_resume(partial):
@@ -94,7 +97,8 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
 def find_free_numbered_folder(parent: Path, name: str) -> Path:
     """Return the first free folder of the sequence `parent/name-001`, `parent/name-002`, and so on.
 
-    A folder is free if it does not exist, and if no unfinished run works in the folder `parent/name-001.partial`.
+    `parent/name-001` is free if neither this folder nor `parent/name-001.partial` exists. The second folder would
+    belong to an unfinished run.
     """
     folders = (parent / f"{name}-{number:03d}" for number in itertools.count(1))
     return next(folder for folder in folders if not folder.exists() and not get_partial_folder_path(folder).exists())
@@ -172,8 +176,8 @@ def lock_run_folder_and_exit_on_interrupt(
         with handle_signals_temporarily(_raise_interrupt, signal.SIGTERM):
             yield folder
     except KeyboardInterrupt as stop:
-        # The training loop adds the number of the signal and a message to the exception. Before and after training, the
-        # exception of Ctrl-C has neither.
+        # During training, the exception has two arguments: the number of the signal and a message. Before and after
+        # training, Ctrl-C raises an exception without arguments.
         number, message = stop.args or (signal.SIGINT, "Stopped.")
         hint = "Nothing has been trained yet; run the same command again."
         if _can_resume(folder):

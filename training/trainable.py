@@ -22,8 +22,8 @@ ADAM_BETAS = (0.9, 0.98)  # as in every recipe of CAPIVARA (arXiv 2310.13683)
 # (arXiv 2310.13683), and `text_model.head`, which is the text projection of SigLIP.
 FULLY_TRAINED_MODULES = ["text_projection", "text_model.head"]
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-# Parts that peft inserts into the names of parameters. They are removed from a name before it is compared with the
-# regular expressions of a user, so that these work with and without LoRA adapters.
+# Texts such as ".base_layer" that peft inserts into the names of parameters. They are removed from a name before it is
+# compared with a user's regular expressions, so that the same expressions work with and without LoRA adapters.
 _PEFT_INFIX_RE = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)")
 
 
@@ -56,8 +56,8 @@ def freeze_parameters_and_add_adapters(model: PreTrainedModel, args: RunArgument
                 f"frozen_parameters must match names of parameters, got {expression!r}. Examples: {examples}."
             )
     wrapped = _add_adapters(model, args) if args.lora_rank else model
-    # Parameters are frozen only after adapters are added. In the opposite order, peft would make the parameters of the
-    # fully trained modules trainable again.
+    # Parameters are frozen only after adapters are added. In the opposite order, peft would make the parameters of
+    # `FULLY_TRAINED_MODULES` trainable again.
     for name, parameter in model.named_parameters():
         if any(re.fullmatch(expression, _PEFT_INFIX_RE.sub("", name)) for expression in frozen):
             parameter.requires_grad_(False)

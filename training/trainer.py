@@ -67,7 +67,7 @@ class ExactBatchTrainer(Trainer):
             num_items_in_batch: Not used; `Trainer` passes it.
 
         Returns:
-            For the last micro-batch, the loss of the whole batch. For all other micro-batches zero, because `Trainer`
+            For the last micro-batch, the loss of the whole batch. For all other micro-batches, zero, because `Trainer`
             sums the losses of all micro-batches.
 
         Raises:
@@ -84,7 +84,7 @@ class ExactBatchTrainer(Trainer):
         names = [name for name, p in self.accelerator.unwrap_model(model).named_parameters() if p.requires_grad]
         if not any(name.startswith(IMAGE_ENCODER_PREFIXES) for name in names):
             image_embeds = torch.cat([embed_pixels(model, batch.pixel_values, self.accelerator) for batch in batches])
-            # The pixels are removed, so that `WholeBatch` does not embed the images again, with gradients.
+            # The images are already embedded. Their pixels are removed, so that `WholeBatch` does not embed them again.
             for batch in batches:
                 batch.pixel_values = None
         report = self._whole_batch(self.state.global_step, batches, pairs, image_embeds)

@@ -36,7 +36,7 @@ MAX_TILE_LOGITS = 2**24
 # remaining 40 %.
 GRAPH_MEMORY_SHARE = 0.6
 # Function that returns this process's share of the loss as a scalar. Arguments: text embeddings and image embeddings of
-# the whole batch, logit scale, and the numbers of the rows whose loss this process computes.
+# the whole batch, logit scale, and the indices of the pairs whose loss this process computes.
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -81,7 +81,7 @@ class WholeBatch:
     """
 
     model: nn.Module  # model with two encoders, in training mode, see `modeling_capivara.two_towers`
-    accelerator: Accelerator  # knows the device, the precision and the number of processes
+    accelerator: Accelerator  # Accelerate's object with device, precision and number of processes
     seed: int  # seed of dropout
     # Memory in bytes for autograd graphs that are kept until the backward pass. None: the first step sets it to the
     # share `GRAPH_MEMORY_SHARE` of the free memory.
@@ -96,7 +96,7 @@ class WholeBatch:
     ) -> StepReport:
         """Compute the gradients of an optimizer step, and add them to the attribute `grad` of the model's parameters.
 
-        Before the call, `grad` should be None or zero. With several processes, all of them must make the call.
+        Before the call, `grad` should be None or zero. In a distributed run, every process must make the call.
 
         Args:
             step: Optimizer step, counted from 0. It is part of the seed of dropout.
@@ -125,8 +125,8 @@ class WholeBatch:
             parts, graphs_kept = self._embed_batches(step, batches)
             if graphs_kept == len(batches):
                 keep_freed_memory()
-            # The loss is computed from detached copies of the embeddings, so its backward pass ends at them. Their
-            # gradients are then passed on through the encoders, one micro-batch at a time.
+            # The loss is computed from detached copies of the embeddings, so its backward pass ends at these copies.
+            # The gradients of the copies are then propagated through the encoders, one micro-batch at a time.
             leaves = [[embeds.detach().requires_grad_(embeds.requires_grad) for embeds in part] for part in parts]
             texts = self._gather([leaf[0] for leaf in leaves], local_rows, pairs)
             if image_embeds is None:
@@ -134,9 +134,7 @@ class WholeBatch:
             loss = select_loss(self.model)(texts, image_embeds, self.model.logit_scale, local_rows)
             whole = self.accelerator.reduce(loss.detach(), "sum")
             if not torch.isfinite(whole):
-                raise FloatingPointError(
-                    f"The loss is {whole.item()} in step {step}. Use a lower learning rate, or bf16 instead of fp16."
-                )
+                raise FloatingPointError(f"The loss is {whole.item()}. No gradients were computed for this step.")
             with torch.autocast(local_rows.device.type, enabled=False):
                 self.accelerator.backward(loss)
                 # Each micro-batch has its own backward pass. All micro-batches share the bfloat16 copy of a weight, so
@@ -263,7 +261,7 @@ def compute_contrastive_loss_share(
         text_embeds: Text embeddings of the whole batch, (pairs, width), unit length.
         image_embeds: Image embeddings of the whole batch, (pairs, width), unit length; row i belongs to text i.
         logit_scale: Scalar, the natural logarithm of the factor by which cosines are multiplied.
-        local_rows: Row numbers of the pairs whose cross-entropies this process computes, (rows,).
+        local_rows: Indices of the pairs whose cross-entropies this process computes, (rows,).
 
     Returns:
         A scalar in nats. Its dtype is float32, or float64 if the inputs are float64.
@@ -287,12 +285,12 @@ def compute_sigmoid_loss_share(
     Args:
         text_embeds: Text embeddings of the whole batch, (pairs, width), unit length.
         image_embeds: Image embeddings of the whole batch, (pairs, width), unit length; row i belongs to text i.
-        logit_scale: Natural logarithm of the scale, a scalar.
-        local_rows: Row numbers of the texts that this process compares with all images, (rows,).
-        logit_bias: Number added to every scaled cosine, a scalar.
+        logit_scale: Scalar, the natural logarithm of the factor by which cosines are multiplied.
+        local_rows: Indices of the texts that this process compares with all images, (rows,).
+        logit_bias: Scalar that is added to every scaled cosine.
 
     Returns:
-        A scalar in nats, in float32 or the higher precision of the inputs.
+        A scalar in nats. Its dtype is float32, or float64 if the inputs are float64.
     """
     texts, images, scale, bias = _to_common_device_and_precision(text_embeds, image_embeds, logit_scale, logit_bias)
 
@@ -368,8 +366,8 @@ def look_up_token_embeddings_once(table: nn.Embedding, input_ids: Sequence[Tenso
     # With `sparse`, the gradient has only the rows that were looked up. A dense gradient would be as large as the
     # table.
     was_sparse, table.sparse = table.sparse, True
-    # Call the table instead of indexing its weight: some tables scale their rows, and the row of the padding token must
-    # get no gradient.
+    # The table is called instead of indexing its weight, because some tables scale their rows, and because the row of
+    # the padding token must get no gradient.
     looked_up = table(ids)
     table.sparse = was_sparse
     # All micro-batches look up their tokens in this detached copy of the rows. Autograd sums their gradients in
@@ -378,9 +376,9 @@ def look_up_token_embeddings_once(table: nn.Embedding, input_ids: Sequence[Tenso
     ended = False
 
     def check_context(gradient: Tensor) -> None:
-        # The gradient of `rows` is passed on to the table when the block ends, so a later gradient would be lost.
-        # Besides, lookups after the block use the whole table again. If a micro-batch is recomputed then, its row
-        # numbers are those of the table, but the backward pass would apply them to `rows`.
+        # The gradient of `rows` is added to the gradient of the table when the block ends, so a later gradient would be
+        # lost. Besides, a micro-batch that is recomputed after the block uses the indices of the whole table, which are
+        # wrong for `rows`.
         if ended:
             raise RuntimeError("The backward pass of the texts must run within `look_up_token_embeddings_once`.")
 

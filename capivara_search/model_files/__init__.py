@@ -1,6 +1,7 @@
 """Import files of `modeling_capivara` without importing that package, which loads torch and takes seconds.
 
-Only files that do not need torch can be imported in this way:
+The search path of this package is the folder of `modeling_capivara`, so each file there is a module of this package,
+too. Only files that do not need torch can be imported in this way:
 
     from capivara_search.model_files.text_cleaning_capivara import clean_text
 """

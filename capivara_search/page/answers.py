@@ -4,9 +4,9 @@ Example:
     answers = PageAnswers(index, is_local=True)
     hits = answers.search(Question.parse({"text": "um gato", "k": 12}), None)["hits"]
 
-A question is a POST request of the page, such as a search. `server.py` receives the request, and `guard.py` checks and
-limits it. If a request is refused, RequestRefusedError is raised. The JSON files in `page/words` have a text for each
-code of this error.
+A question is a POST request of the page, such as a search. `server.py` receives the request, and `guard.py` checks its
+origin and limits its size and time. If a request is refused, RequestRefusedError is raised. The JSON files in
+`page/words` have a text for each code of this error.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ MAX_TEXT_CHARACTERS = 10_000  # a question with a longer text is refused
 # The model reads 77 tokens, which is about this many characters, and ignores the rest. The page tells the user if a
 # text is longer.
 MODEL_TEXT_CHARACTERS = 400
-MAX_ANSWER_PICTURES = 240
+MAX_ANSWER_PICTURES = 240  # maximum number of pictures in a response
 MAX_LABELS, MIN_LABELS = 50, 2
 MAX_FEEDBACK_PICTURES = 20  # limit for each of the lists `Question.more` and `Question.less`
 YEAR_LIMIT = 9999  # dates must be before this year, because Python has no date after the end of the year 9999
@@ -54,7 +54,7 @@ class Question:
         template: Sentence for classification, with {} in place of the label.
         more: Paths of pictures of the index that the search is moved towards.
         less: Paths of pictures of the index that the search is moved away from.
-        language: "pt" or "en": language of the notice about the model.
+        language: Language of the notice about the model, "pt" or "en".
     """
 
     text: str = ""
@@ -259,8 +259,8 @@ class PageAnswers:
 
         Returns:
             Dictionary `{"label": best label or None, "shares": list of pairs [label, probability]}`. "label" is None if
-            a neutral sentence, which describes nothing in particular, fits the picture better than every label. The
-            probabilities are from 0 to 1, and the largest comes first.
+            a neutral sentence such as "uma imagem", which describes no particular picture, fits the picture better than
+            every label. The probabilities are from 0 to 1, sorted from the largest to the smallest.
 
         Raises:
             RequestRefusedError: If the labels or the template are not allowed, or `image` is None.
@@ -288,7 +288,8 @@ class PageAnswers:
             "note": notice about the model or None, "videos": number of ignored video files in the indexed folders,
             "progress": result of PictureIndex.progress, "local": whether only this machine can reach the page}`.
         """
-        # This import is not at the top, because the decoder process imports this package, but needs no pyarrow.
+        # This import is not at the top of the file, because it imports pyarrow, too. The decoder process imports this
+        # file but does not need pyarrow, which would delay its start.
         from capivara_search.folders import load_ignored_counts_by_reason
 
         model, videos = self.index.model, load_ignored_counts_by_reason(self.index._table)["video"]

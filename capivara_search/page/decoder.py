@@ -46,7 +46,7 @@ class DecoderProcess:
         Args:
             data: Content of the file.
             name: File name of a picture of the index. Its extension decides whether the file is decoded as a RAW photo.
-                "" for an uploaded picture. Uploaded pictures may have fewer pixels.
+                "" for an uploaded picture, for which the maximum number of pixels is lower.
 
         Returns:
             The image, reduced so that its longer side has at most `MAX_VIEW_SIDE` pixels.
@@ -98,7 +98,8 @@ def _receive_message(file: BinaryIO) -> bytes:
 
     Raises:
         EOFError: If the other process has closed the pipe, or announces more than `MAX_IMAGE_BYTES` bytes. Without this
-            limit, a malicious picture that controls the child process could fill the memory of this process.
+            limit, a malicious picture that has taken control of the child process could fill the memory of this
+            process.
     """
     prefix = file.read(LENGTH_BYTES)
     length = int.from_bytes(prefix)
@@ -116,9 +117,9 @@ def main(seconds: float) -> None:
     # PIL warns about pictures with very many pixels. The warning is not needed, because `decode_picture` refuses such
     # pictures with an error.
     warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-    # The standard output is a pipe to the parent process, which must carry only answers. Libraries may print to the
-    # standard output. So the pipe is moved to another file descriptor, and what libraries print goes to the standard
-    # error.
+    # The standard output is a pipe to the parent process, and only answers may be written to it. But libraries may
+    # print to the standard output. So the pipe is moved to another file descriptor, and the output of libraries goes to
+    # the standard error.
     page, pixels_out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:

@@ -37,20 +37,20 @@ except ImportError:  # the module exists only on Unix
 
 MAX_UPLOAD_BYTES = 20_000_000  # limit for an uploaded picture; photos from phones have less than 15 MB
 MAX_QUESTION_BYTES = 200_000  # limit for the JSON of a question, which usually has less than 10 kB
-# Request bodies above MAX_QUESTION_BYTES contain uploads. At most this many are in memory at once (about 160 MB);
-# further requests wait.
+# Request bodies above MAX_QUESTION_BYTES contain uploaded pictures. At most this many of these large bodies are in
+# memory at once (about 160 MB); further requests wait.
 MAX_LARGE_BODIES = 8
-BODY_SLOT_TIMEOUT_S = 30  # seconds that a request waits while `MAX_LARGE_BODIES` others are in memory
+BODY_SLOT_TIMEOUT_S = 30  # seconds that a large body waits while `MAX_LARGE_BODIES` other large bodies are in memory
 BODY_TIMEOUT_S = 30  # seconds to receive a body; enough, because the page shrinks large pictures before it sends them
 # Seconds to receive the headers of a request, counted from the start of the connection or from the end of the previous
 # response. Without this limit, a client that sends nothing would occupy a connection forever.
 HEADER_TIMEOUT_S = 10
-# Seconds in which a client must read the buffered part of a response: 64 to 320 KiB, plus the buffer of the operating
-# system. Slower clients are disconnected.
+# Seconds in which a client must read the part of a response that the server has buffered (64 to 320 KiB, plus the
+# buffer of the operating system). Slower clients are disconnected.
 READ_TIMEOUT_S = 60
 MAX_CONNECTIONS = 400
-# The operating system limits the file descriptors of a process, and each connection needs some. This many are reserved
-# for the index, the model and connections that were just accepted.
+# The operating system limits the number of file descriptors of a process, and each connection needs one or two. This
+# many file descriptors are reserved for the index, the model and connections that were just accepted.
 RESERVED_DESCRIPTORS = 128
 BACKLOG = 64  # new connections that the operating system holds until the server accepts them
 QUESTION_TIMEOUT_S = 20  # seconds to answer a question; usually, well under 1 s suffices
@@ -100,7 +100,7 @@ class RequestGuard:
         hosts: Allowed host names and addresses. "*" allows all of them.
         behind_proxy: Whether a proxy may forward the requests, as on a Hugging Face Space. True: a host in
             `X-Forwarded-Host` that is in `hosts` is accepted as the origin of a request, and the website
-            huggingface.co may show the page in a frame. False: neither is allowed. The server passes True if other
+            huggingface.co may show the page in a frame. False: both are forbidden. The server passes True if other
             machines can reach the page.
     """
 
@@ -292,22 +292,22 @@ class LimitedHttpProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """Start the deadline for the headers of the next request, because a response is complete."""
+        """Start the deadline for the headers of the next request. uvicorn calls this when a response is complete."""
         self._restart_deadline()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        """Give the client a limited time to read the response. asyncio calls this when the send buffer is full."""
+        """Start the deadline for reading the response. asyncio calls this when the send buffer is full."""
         super().pause_writing()
         self._restart_deadline()
 
     def resume_writing(self) -> None:
-        """Restart the client's deadline for reading the response, because the client has read most of the buffer."""
+        """Restart the deadline. asyncio calls this when the client has read most of the send buffer."""
         super().resume_writing()
         self._restart_deadline()
 
     def is_waiting(self) -> bool:
-        """Return whether the server is waiting until the client sends a request or reads a response."""
+        """Return whether the server is waiting for the client, either to send a request or to read a response."""
         return self.flow.write_paused or self.cycle is None or self.cycle.response_complete
 
     def _restart_deadline(self) -> None:
@@ -323,7 +323,7 @@ class LimitedHttpProtocol(H11Protocol):
 
 
 def compute_connection_limit() -> int:
-    """Return how many connections the server accepts, from 1 to `MAX_CONNECTIONS`.
+    """Return how many connections the server keeps open at once, from 1 to `MAX_CONNECTIONS`.
 
     The number depends on how many files the process is allowed to open. A connection that downloads a picture needs two
     file descriptors, and `RESERVED_DESCRIPTORS` file descriptors are needed for everything else. Windows allows
@@ -369,8 +369,8 @@ def _parse_host_name(host: str) -> str:
     Returns:
         The name or address in lowercase, without the port; "" if the value is invalid.
     """
-    # Try an IPv6 address without brackets, such as ::1, first. `urlsplit` below would take its colons for the start of
-    # a port.
+    # First try whether the value is an IPv6 address without brackets, such as ::1. `urlsplit` below would take its last
+    # colon for the start of a port.
     with suppress(ValueError):
         return str(ipaddress.IPv6Address(host))
     with suppress(ValueError):
@@ -383,13 +383,12 @@ def _parse_host_name(host: str) -> str:
 class QuestionQueue:
     """Queue that answers questions (POST requests of the page) one at a time.
 
-    Questions are answered one at a time, because two threads should not use a tokenizer at once. Each question is
-    answered in a new thread.
+    The reason for one at a time: two threads should not use a tokenizer at once. Each question is answered in a new
+    thread.
 
     If an answer takes too long, its request is refused ("too_slow"), and the next question begins. The thread of the
-    refused question continues to run, because a thread can't be ended from outside, and its result is ignored. So only
-    threads of such refused questions can run at the same time as the current question. If `MAX_ABANDONED_THREADS` of
-    these threads are running, new questions are refused ("busy").
+    refused question is abandoned: it continues to run, because a thread can't be ended from outside, but its result is
+    ignored. If `MAX_ABANDONED_THREADS` abandoned threads are running, new questions are refused ("busy").
     """
 
     def __init__(self) -> None:
@@ -408,8 +407,8 @@ class QuestionQueue:
 
         Raises:
             RequestRefusedError: With the code "too_slow" if the answer takes longer than the time limit. With the code
-                "busy" if the queue is full (`MAX_QUEUED_QUESTIONS`), if this question waits longer than
-                `QUEUE_TIMEOUT_S` seconds in the queue, or if `MAX_ABANDONED_THREADS` threads still work on earlier
+                "busy" in three cases: the queue is full (`MAX_QUEUED_QUESTIONS`), this question waits longer than
+                `QUEUE_TIMEOUT_S` seconds in the queue, or `MAX_ABANDONED_THREADS` threads still work on earlier
                 questions that exceeded their time limit.
         """
         if self._abandoned_count >= MAX_ABANDONED_THREADS or self._queued_count >= MAX_QUEUED_QUESTIONS:

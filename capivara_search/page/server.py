@@ -4,7 +4,7 @@ Example:
     serve_index(PictureIndex.open("fotos.lance"))  # until Ctrl-C
 
 By default, only this machine can reach the page. The server is a small Starlette application that sends static files
-and JSON. `PageSite.routes` lists all of its addresses.
+and JSON. `PageSite.routes` lists all of its URL paths.
 """
 
 import asyncio
@@ -57,8 +57,8 @@ MODEL_LOAD_TIMEOUT_S = 600  # seconds to import torch and load the model; a slow
 SHUTDOWN_TIMEOUT_S = 3  # seconds in which open connections may finish their responses when the server ends
 DOWNLOAD_CHUNK_BYTES = 2**18  # bytes of an original file that are read and sent at a time
 VIEW_JPEG_QUALITY = 88  # JPEG quality (0 to 100) of the large view of a picture
-# Seconds for which a browser may cache a picture. The cached picture is never outdated, because the URL of a picture
-# changes when its file changes.
+# Seconds for which a browser may cache a picture. The cached picture is never outdated: the URL of a picture contains
+# the modification time of its file, so it changes when the file changes.
 BROWSER_CACHE_S = 3600
 
 
@@ -95,7 +95,7 @@ def serve_index(
 ) -> None:
     """Serve the search page of an index until Ctrl-C.
 
-    Other processes may add pictures to the index meanwhile; the page then shows the new pictures.
+    Other processes may add pictures to the index while the page is served. The page then shows the new pictures, too.
 
     Args:
         index: Index that the page searches.
@@ -111,7 +111,7 @@ def serve_index(
             `list_allowed_hosts`.
 
     Raises:
-        OSError: If the port is taken, the host does not exist, or the page did not start.
+        OSError: If the port is taken, `host` is not an address of this machine, or the server could not start.
         ValueError: If the language or a name of `allow_hosts` is invalid, or the model does not match the index.
     """
     server, listening, url = create_page_server(index, host, port, language, credit, allow_hosts)
@@ -159,7 +159,7 @@ def create_page_server(
         Tuple (server, socket, URL of the page). The socket is bound to the port and must be passed to `server.run`.
 
     Raises:
-        OSError: If the port is taken or the host does not exist.
+        OSError: If the port is taken, or `host` is not an address of this machine.
         ValueError: If the language or a name of `allow_hosts` is invalid, or the model does not match the index.
     """
     if language not in LANGUAGES:
@@ -313,8 +313,8 @@ class PageSite:
         headers = {"Content-Disposition": disposition, "Content-Length": str(size)}
         return StreamingResponse(_iter_chunks(file, size), media_type=kind, headers=headers)
 
-    # The path in a request is looked up in the index before any file is opened. All unknown paths get the same
-    # response, so that a client can't find out which files exist on this machine.
+    # The next methods look up the path of a request in the index before they open any file. All unknown paths get the
+    # same response, so that a client can't find out which files exist on this machine.
 
     def _load_thumbnail(self, path: str) -> bytes:
         """Return the thumbnail of a picture of the index.
@@ -355,7 +355,7 @@ class PageSite:
                 folders = list(self.answers.index.requested_folders().values())
                 file = stack.enter_context(open_regular_file_safe_from_link_swaps(path, repr(path), folders))
                 image = self._decoder.decode(read_bounded(file), path)
-                stack.pop_all()  # without this call, the end of the `with` block would close the file that is returned
+                stack.pop_all()  # keeps the returned file open; otherwise the end of the `with` block would close it
                 return file, image
         raise guard.RequestRefusedError("no_original", 404)
 
@@ -441,8 +441,8 @@ def load_page_messages(language: str, is_static: bool = False) -> dict[str, Any]
 
     Args:
         language: "pt" or "en".
-        is_static: Whether the texts are for the page that works without a server (`hub_upload.space`). If True, texts
-            in the section `static` of the JSON file replace texts with the same keys.
+        is_static: True: texts for the page that works without a server (`hub_upload.space`). Texts in the section
+            `static` of the JSON file then replace texts with the same keys. False: texts for the page with a server.
 
     Returns:
         Dictionary `{key: text}`. Only the value of the key "errors" is a dictionary: `{error code: text}`.
@@ -459,7 +459,7 @@ def render_page_template(messages: dict[str, Any], is_static: bool = False, **va
 
     Args:
         messages: Texts of the page (`load_page_messages`).
-        is_static: Whether to render the page that works without a server.
+        is_static: True: render the page that works without a server. False: render the page with a server.
         **values: Further variables of the template `page.html`. `here` is the URL of the page in the language of
             `messages`, and `there` its URL in the other language. `privacy` is a sentence about privacy. `credit` names
             the source of the pictures (`Credit`), or is None. `model` is needed only for the page without a server.

@@ -14,7 +14,7 @@ class Captioner(Backend):
     implement `columns` and `caption_rows`. All other methods have a default implementation.
 
     Attributes:
-        has_report: Whether the backend implements `report`, which writes a summary of the problems of its captions.
+        has_report: True if the backend implements the method `report`, which counts the problems of its captions.
         settings: Everything that affects a caption, except the image, as a dict of JSON values. The command records
             this dict in the file `stage.json` of the output folder.
     """
@@ -34,7 +34,7 @@ class Captioner(Backend):
 
     @classmethod
     def report(cls, args: Any) -> None:
-        """Write the file `quality.json`, a summary of the problems of the captions.
+        """Write the file `quality.json`, which counts the problems of the generated captions, such as refusals.
 
         The method is called after all rows have been written, and only if `has_report` is True.
 
@@ -48,7 +48,7 @@ class Captioner(Backend):
         All earlier parts of this task have been written when this method is called.
 
         Args:
-            part: Range of the row numbers in the part, counted from 0 over the whole split.
+            part: Range of the row indices in the part, counted from 0 over the whole split.
         """
 
     def caption_rows(self, rows: list[Row]) -> list[Row | BadRow]:

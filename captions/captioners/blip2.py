@@ -48,14 +48,14 @@ PREFIXES_FILE = Path(__file__).parent.parent / "prefixes.json"
 class Blip2Flags:
     """Flags of the backend that generates captions with BLIP-2 on this machine (`--captioner blip2`)."""
 
-    max_new_tokens: int = flag(50, "Largest number of new tokens per caption (blip2).")
+    max_new_tokens: int = flag(50, "Only for --captioner blip2: largest number of generated tokens per caption.")
     micro_batch_size: int = flag(
         160, "Captions that blip2 generates at the same time. Lower values need less memory and more time."
     )
-    revision: str | None = flag(None, "Branch, tag or commit on the Hub (blip2). Default: the main branch.")
+    revision: str | None = flag(None, "Hub branch, tag or commit, only for --captioner blip2. Default: main.")
     prefixes: Path = flag(PREFIXES_FILE, "JSON file of prefixes for blip2, in the format of captions/prefixes.json.")
     precision: Literal["float32", "bf16", "fp16"] = flag(
-        "float32", "Data type of weights and activations (blip2). The CAPIVARA authors used fp16."
+        "float32", "Data type of the weights and activations of blip2. The CAPIVARA authors used fp16."
     )
     device: str | None = flag(None, "cpu or cuda, only for --captioner blip2. Default: cuda if there is a GPU.")
 
@@ -86,7 +86,7 @@ class PrefixCaptioner:
     def __post_init__(self) -> None:
         self.device, self.language_model, tokenizer = self.model.device, self.model.language_model, self.tokenizer
         config = self.language_model.generation_config
-        # If both `max_length` and `max_new_tokens` were set, each call of `generate` would log a warning.
+        # Unset `max_length`: if it and `max_new_tokens` were set, each call of `generate` would log a warning.
         config.max_length = None
         # `generate` pads the shorter texts of a batch with this token, so it must be set.
         if config.pad_token_id is None:
@@ -128,7 +128,7 @@ class PrefixCaptioner:
 
         Returns:
             One list per image, with one element per prefix: the token ids of the continuation, a tensor of shape
-            (steps,) that may end with an end token and padding. The element is None if a score of the language model
+            (tokens,) that may end with an end token and padding. The element is None if a score of the language model
             was NaN.
         """
         encoded, prompts = self.encode_images(pixel_values), self.tokenizer(list(prefixes))["input_ids"]
@@ -251,7 +251,7 @@ def load_captioner(args: Any) -> PrefixCaptioner:
     return PrefixCaptioner(model, processor, tokenizer, args.max_new_tokens, args.micro_batch_size)
 
 
-# The code above completes prefixes for a list of images. The code below applies it to the rows of a dataset.
+# The code above completes caption prefixes for a list of images. The code below does this for the rows of a dataset.
 
 
 def read_caption_prefixes(path: Path) -> list[str]:

@@ -35,8 +35,8 @@ from captions.stages import DECODED_KEY, Row, RowStage, read_stage_record
 
 JPEG_QUALITY = 90
 PROBE_SIDE = 32  # side in pixels of the gray test image that is sent to a server before the work begins
-# A dry run estimates the number of tokens with these rules of thumb: image pixels per token, tokens per answer, and
-# letters of a prompt per token.
+# Rules of thumb with which a dry run estimates the number of tokens: pixels of an image per token, tokens per generated
+# caption, and letters of a prompt per token.
 PIXELS_PER_TOKEN, TOKENS_PER_CAPTION, LETTERS_PER_TOKEN = 28 * 28, 40, 4
 MAX_LISTED_CHARACTERS = 200  # longer answers are shortened in the list of unusable answers
 JOURNAL_SUFFIX = ".answers.jsonl"
@@ -82,16 +82,16 @@ class ChatCaptioner(ChatBackend, Captioner):
         self._client = ChatClient(args, stage.rank if stage else 0)
         probe = convert_image_to_jpeg_data_url(PIL.Image.new("RGB", (PROBE_SIDE, PROBE_SIDE), "gray"), PROBE_SIDE)
         read = self._client.connect(self._prompts.messages(0, probe), is_check=stage is None)
-        # Check that the model sees images. If it reads only text, some servers (`transformers serve`) ignore the image
-        # without an error, and the model would invent captions. The number of tokens read shows this: it is then the
-        # same with and without the image.
+        # Check that the model sees images. If the model reads only text, some servers (`transformers serve`) ignore the
+        # image without an error, and the model would invent captions. Such a server reports the same number of tokens
+        # read for a request with an image and for the same request without it.
         if read and read == self._client.connect(self._prompts.messages(0, None), is_check=stage is None):
             raise ValueError(
                 f"{args.model} does not see images: with and without an image, the server {args.base_url[-1]} reads "
                 f"{read} tokens. Serve a vision-language model."
             )
         self._journal: Path | None = None  # journal of the current output file
-        self._stored: dict[str, list[Answer]] = {}  # key of a request -> its answers; the journal has them too
+        self._stored: dict[str, list[Answer]] = {}  # key of a request -> its answers, as in the journal
         self.settings = {
             "captioner": "chat",
             "model": self._client.model,
@@ -118,7 +118,7 @@ class ChatCaptioner(ChatBackend, Captioner):
 
     @classmethod
     def describe_work(cls, args: Any, stage: RowStage) -> list[str]:
-        """Estimate the work that captioning will send to the server. A dry run prints this estimate.
+        """Estimate how many requests and tokens the captions need on the server. A dry run prints this estimate.
 
         Args:
             args: Flags of `captions.generate`.
@@ -151,7 +151,7 @@ class ChatCaptioner(ChatBackend, Captioner):
         The journal of the previous output file is deleted, because that output file is complete.
 
         Args:
-            part: Range of the row numbers in the output file, counted from 0 over the whole split.
+            part: Range of the row indices in the output file, counted from 0 over the whole split.
         """
         if self._journal is not None:
             self._journal.unlink(missing_ok=True)
@@ -193,6 +193,8 @@ class ChatCaptioner(ChatBackend, Captioner):
     def _judge(self, choice: Choice, value: object) -> tuple[str, str | None]:
         """Return the tuple (cleaned caption, first fault) for an answer; the fault is None if none was found.
 
+        A fault is the name of a problem, such as "refused".
+
         Args:
             choice: The answer of the model.
             value: Caption in a JSON answer. If it is no text, the whole answer is the caption.
@@ -228,9 +230,9 @@ class ChatCaptioner(ChatBackend, Captioner):
     def report(cls, args: Any) -> None:
         """Write the file `quality.json`, which counts the unusable answers and the tokens, and delete the journals.
 
-        A journal is a temporary file with the answers for one output file; it is not needed after all output files have
-        been written. Answers for skipped rows are not counted, because these rows are not in the output. They are
-        listed in the *.skipped.jsonl files.
+        A journal is a temporary file with the answers for one output file. It is not needed after all output files have
+        been written. Skipped rows are not in the output, so their answers are not counted. These rows are listed in
+        the *.skipped.jsonl files.
 
         Args:
             args: Flags of `captions.generate`.

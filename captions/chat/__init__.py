@@ -1,1 +1,1 @@
-"""Ask language models on servers that speak OpenAI's protocol, such as vLLM, llama.cpp, Ollama and many providers."""
+"""Send requests to language models on servers that speak OpenAI's protocol, such as vLLM, llama.cpp and Ollama."""

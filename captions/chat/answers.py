@@ -2,7 +2,7 @@
 
 A model that is asked for a caption or a translation often adds other text. `clean_answer` removes, in this order:
 
-1. reasoning, such as `<think>…</think>`, also if the opening or the closing tag is missing; and special tokens such as
+1. reasoning, such as `<think>…</think>`, even if the opening or the closing tag is missing, and special tokens such as
    `<|im_end|>`;
 2. code fences: if the answer has a code fence (three backticks), only the text inside the first one is kept;
 3. introductions that end with a colon, such as "Sure! Here is the translation:", "Tradução:" or "Legenda:", unless the
@@ -75,14 +75,14 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One caption or translation that a language model has written, with its problem and its cost.
+    """One caption or translation that a language model has written, with its problem and its numbers of tokens.
 
     Attributes:
         text: The text after cleaning. If `fault` is set, the text may be empty or unusable.
         fault: What is wrong with the answer, for example "refused" or "truncated". None if no problem was found.
         prompt_tokens: Number of tokens that the model has read.
         completion_tokens: Number of tokens that the model has written.
-        retried: Whether the request was sent twice, because the first answer was unusable.
+        retried: True if the request was sent twice, because the first answer was unusable.
     """
 
     text: str
@@ -92,10 +92,11 @@ class Answer:
     retried: bool = False
 
     def with_cost_of(self, other: "Answer") -> "Answer":
-        """Return a copy of this answer whose tokens include those of another answer, so that both costs are counted.
+        """Return a copy of this answer that also counts the tokens of another, discarded answer.
 
         For example, if the first answer to a request is unusable, a second answer is requested. Only one of them is
-        kept, but both have a cost. In the copy, `retried` is True if it is True in either answer.
+        kept, but the model has read and written tokens for both. In the copy, `retried` is True if it is True in either
+        answer.
 
         Args:
             other: The answer that is not kept.
@@ -148,7 +149,7 @@ def _remove_surrounding_quotes(text: str) -> str:
 
 
 def detect_refusal_or_truncation(text: str, choice: Choice, source: str = "") -> str | None:
-    """Detect that an answer of a language model is no caption or translation, but a refusal or an unfinished text.
+    """Detect whether an answer of a language model is a refusal or unfinished, instead of a caption or translation.
 
     Args:
         text: The answer after cleaning.
@@ -175,8 +176,8 @@ def extract_numbered_lines(text: str, count: int) -> list[str] | None:
         count: Number of lines that were requested.
 
     Returns:
-        The texts without their numbers, in the order of the numbers. Lines without a number are ignored. None if a
-        number from 1 to `count` is missing or repeated, or if there are other numbers.
+        The texts without their numbers, in the order of the numbers. None if the numbers are not exactly 1 to `count`,
+        each once. Lines without a number are ignored.
     """
     answer_lines = _remove_reasoning_and_special_tokens(text).splitlines()
     matches = list(filter(None, map(LINE_RE.match, answer_lines)))
@@ -206,7 +207,7 @@ def extract_value_from_json_answer(text: str, name: str) -> object:
 
 
 def build_json_response_format(name: str, count: int | None = None) -> dict[str, object]:
-    """Build the request parameter `response_format`, with which a server must answer with a JSON object of one key.
+    """Build the request parameter `response_format`, which requires an answer that is a JSON object with one key.
 
     Args:
         name: The key, for example "translation".

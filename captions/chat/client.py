@@ -2,8 +2,8 @@
 
 The official client of OpenAI sends the requests. Its own retries are off, because `captions.http_service.Retries`
 decides about retries for all services. The API key comes only from the environment variable OPENAI_API_KEY. It is sent
-only to the addresses of the flag `base_url`: redirects are not followed, and unencrypted requests ignore the proxies of
-the environment.
+only to the addresses of the flag `base_url`: redirects are not followed, and unencrypted requests (http) do not use the
+proxies that are set in environment variables.
 """
 
 import asyncio
@@ -23,13 +23,13 @@ from captions.http_service import RETRYABLE_STATUS_CODES, Failure, Retries, chec
 API_KEY_VARIABLE = "OPENAI_API_KEY"
 # Sent as the API key if OPENAI_API_KEY is not set: local servers need no key, but the `openai` client requires one.
 NO_KEY = "no-key"
-# After a bad answer, the request is sent again with at least this sampling temperature, because the same answer would
-# come again with a temperature of 0.
+# After a bad answer, the request is sent again with at least this sampling temperature. With a temperature of 0, the
+# model would give the same answer again.
 RETRY_TEMPERATURE = 0.7
-PROBE_TRIES = 2  # largest number of attempts for the request that checks a server in advance
-# HTTP status codes with which a server refuses the content of a single request, for example a text that is too long.
-# After such a refusal, the run continues without this caption. After `MAX_REFUSED_IN_A_ROW` refusals in a row, the run
-# stops, because the cause is then probably a general one, such as a wrong flag.
+PROBE_TRIES = 2  # largest number of attempts for the request that tests a server before the work begins
+# ITEM_STATUS_CODES: HTTP status codes with which a server refuses the content of a single request, for example a text
+# that is too long. After such a refusal, the run continues without this caption. After MAX_REFUSED_IN_A_ROW refusals in
+# a row, the run stops, because the cause is then probably a general one, such as a wrong flag.
 ITEM_STATUS_CODES, MAX_REFUSED_IN_A_ROW = (400, 413, 422), 20
 # Upper limit for the token counts that a server reports for a request. A larger count must be an error of the server,
 # and is replaced by this limit.
@@ -78,9 +78,9 @@ class ChatClient:
     All servers must serve the same model. Call `connect` before all other methods.
 
     Args:
-        args: Command-line arguments: `ChatFlags` and `model`.
-        rank: Number of the task. A task is a process that works on a share of the rows. The number selects the server
-            for the first request, so that the tasks do not all begin with the same server.
+        args: Command-line arguments, with the flags of `ChatFlags` and the flag `model`.
+        rank: Index of the task, counted from 0. A task is a process that works on a share of the rows. The index
+            selects the server for the first request, so that the tasks do not all begin with the same server.
 
     Attributes:
         model: Name of the model as the servers report it. Before `connect` is called, it is the flag `model`.
@@ -149,7 +149,7 @@ class ChatClient:
             return
         if self._args.model not in names:
             listed = ", ".join(map(str, names[:10])) or "none"
-            logger.warning(f"WARNING: {client.base_url} does not list the model {self._args.model}, but: {listed}")
+            logger.warning(f"WARNING: {client.base_url} does not list the model {self._args.model}. It lists: {listed}")
 
     def map(self, function: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list[R]:
         """Call an asynchronous function with each item, several calls at the same time, and return the results.
@@ -197,8 +197,8 @@ class ChatClient:
         Args:
             messages: The conversation.
             judge: Function that checks an answer and returns a tuple (cleaned text, fault or None).
-            json_key: Key of the only value in a JSON answer. It is used if the flag `response_schema` is set, with
-                which JSON answers are requested.
+            json_key: Key of the only value in a JSON answer. It has an effect only with the flag `response_schema`,
+                which requests JSON answers.
             n: Number of answers.
             text_count: None: the value in a JSON answer is a single text. A number: the value is a list of this many
                 texts.
@@ -209,7 +209,7 @@ class ChatClient:
 
         Raises:
             ValueError: If the server refuses the request.
-            ConnectionError: If the server has failed too often.
+            ConnectionError: If a request has failed too often.
         """
         is_json, answers = self._args.response_schema, []
         options = {"response_format": build_json_response_format(json_key, text_count)} if is_json else {}

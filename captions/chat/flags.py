@@ -1,4 +1,4 @@
-"""Flags for all backends that use a language model on a server, to generate or to translate captions."""
+"""Command-line flags of the backends that generate or translate captions with a language model on a server."""
 
 import json
 import logging
@@ -77,7 +77,7 @@ def check_chat_flags(args: Any, purpose: str) -> None:
     """Check the flags of a backend that uses a language model on a server. No request is sent.
 
     Args:
-        args: Command-line arguments: `ChatFlags`, `model` and `executor`.
+        args: Command-line arguments, with the flags of `ChatFlags`.
         purpose: The flag that selects the backend, for example "--backend chat". Error messages name it.
 
     Raises:
@@ -109,7 +109,7 @@ def parse_extra_body(text: str | None) -> dict[str, Any]:
 
     Raises:
         ValueError: If the text is not a JSON object or contains one of `RESERVED_KEYS`. If it seems to contain an API
-            key, which must stay secret: the flag is stored with the settings of the output.
+            key: the flag is stored with the output, but a key must stay secret.
     """
     # Do not quote the text in this error message, because logs must not contain secrets.
     if SECRET_RE.search(text or ""):
@@ -131,7 +131,7 @@ class ChatBackend(Backend):
 
     Args:
         args: Flags of the stage.
-        stage: Access to the rows of this task. The number of the task (`stage.rank`) selects the server for the first
+        stage: Access to the rows of this task. The index of the task (`stage.rank`) selects the server for the first
             request, so that the tasks do not all begin with the same server. None: only test the server before the work
             begins. In a test, a failed request is sent again only once, and a warning is logged if the server does not
             list the model.
@@ -156,8 +156,8 @@ class ChatBackend(Backend):
         """
         if args.executor != "local" and all(map(is_loopback, args.base_url)):
             logger.info(
-                f"Not checked now: {', '.join(args.base_url)}. Each cluster node runs its own server, which can't be "
-                "reached from this machine."
+                f"Not checked: {', '.join(args.base_url)}. On a cluster, a localhost address means that each node runs "
+                "its own server, which this machine can't reach."
             )
         else:
             cls(args, None)

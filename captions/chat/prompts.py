@@ -40,7 +40,7 @@ class Prompts:
         content: Content of the file, as a dict. It is recorded with the settings of the output.
 
     Raises:
-        ValueError: If the file is not valid, or a language has no name.
+        ValueError: If the file is not valid, or a language has no English name.
     """
 
     def __init__(self, path: Path, keys: tuple[str, ...], languages: dict[str, str]):
@@ -57,7 +57,7 @@ class Prompts:
         """Render a template of the file: replace its variables by their values.
 
         Args:
-            key: Key of the template in the file; also named in error messages.
+            key: Key of the template in the file. Error messages contain it.
             template: Text of the template. Default: the value of `key` in the file. If this value is a list of
                 templates, pass one of them.
             **variables: Values of template variables, for example `text`. The names of the languages are added to them.
@@ -93,8 +93,8 @@ class TranslationPrompts(Prompts):
         path: YAML file of prompts. None selects the file captions/chat/translate.yaml.
         language: Code of the target language.
         source_language: Code of the source language.
-        needs_lines: Whether one request will contain several captions, as numbered lines. If True, the template
-            `lines`, which is only used for such requests, is checked, too.
+        needs_lines: True: one request will contain several captions, as numbered lines. The template `lines` for such
+            requests is then checked, too. False: each request will contain one caption.
 
     Raises:
         ValueError: If the file is not valid; for example, if the template `user` does not contain `{{ text }}`.

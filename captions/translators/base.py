@@ -13,7 +13,7 @@ from captions.stages import Backend, iter_length_limited_batches
 # Chinese and Japanese, no blank follows a sentence), between clauses, between words.
 BOUNDARIES = (r"(?<=[.!?…।॥؟])\s+|(?<=[。！？])|\n+", r"(?<=[,;:،؛、])\s+|(?<=[，；：])", r"\s+")
 
-# Translations are saved after every `SENTENCES_PER_ROW * batch_rows` sentences, so that a killed run loses few of them.
+# Translations are saved after every `SENTENCES_PER_ROW * batch_rows` sentences, so that a killed run loses only a few.
 SENTENCES_PER_ROW = 8
 
 
@@ -27,7 +27,8 @@ class Translator(Backend):
     Attributes:
         needs_table: True: translations come from a table that people fill (`--import`). False: the backend makes them,
             and they are stored in the translation memory, a folder of finished translations.
-        counts_tokens: Whether the backend counts the tokens of its requests. If True, a dry run estimates their number.
+        counts_tokens: True if the backend counts the tokens of its requests. The file `quality.json` then contains the
+            sums.
         name: Name of the translator for messages.
         fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
             Translators with equal fingerprints share their stored translations.
@@ -53,11 +54,11 @@ class Translator(Backend):
         return ""
 
     def on_answer(self, sentence: str, answer: Answer) -> None:
-        """Store one answer at once, and update the progress bar.
+        """Handle an answer as soon as it arrives: store it, and update the progress bar.
 
         A backend whose answers arrive one by one should call this method for each answer, so that a killed run loses
-        only unanswered requests. `captions.translate` replaces it by a function that stores the answer. The default
-        implementation does nothing.
+        only unanswered requests. The default implementation does nothing. `captions.translate` replaces it by a
+        function that stores the answer and updates the bar.
 
         Args:
             sentence: Sentence that was translated.
@@ -65,7 +66,7 @@ class Translator(Backend):
         """
 
     def batch_limits(self, args: Any) -> tuple[int, int]:
-        """Return the size limits of a batch, that is, of the sentences that are translated before results are saved.
+        """Return the size limits of a batch, the group of sentences that are translated before results are saved.
 
         Args:
             args: Flags of `captions.translate`.

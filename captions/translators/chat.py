@@ -21,8 +21,8 @@ from captions.translators.base import Translator, split_text
 
 MAX_PIECE_CHARACTERS = 2_000  # longer sentences are split, so that each answer fits into `max_tokens`
 LETTERS_PER_TOKEN = 4  # rule of thumb with which a dry run estimates token counts
-SINGLE, LINES = "translation", "translations"  # key of a JSON answer with one translation, and with several
-# Answers with one of these faults are dropped. Answers with other faults are kept, and flagged for the user.
+SINGLE, LINES = "translation", "translations"  # keys of JSON answers with one translation, and with several
+# Faults with which an answer is dropped. Answers with other faults are kept, and listed in the column of quality flags.
 UNUSABLE = (REFUSED, TRUNCATED)
 
 
@@ -31,7 +31,7 @@ class ChatTranslatorFlags(ChatFlags):
     """Flags of the backend that translates with a language model on a server (`--backend chat`)."""
 
     captions_per_request: int = flag(
-        1, "Captions per request; more than 1 are sent as numbered lines. Only for captions.translate.", group=CHAT
+        1, "Captions to translate per request. If there are several, they are sent as numbered lines.", group=CHAT
     )
 
 
@@ -40,7 +40,7 @@ class ChatTranslator(ChatBackend, Translator):
 
     Args:
         args: Flags of `captions.translate`.
-        stage: Access to the rows of this task. The number of the task (`stage.rank`) selects the server for the first
+        stage: Access to the rows of this task. The index of the task (`stage.rank`) selects the server for the first
             request, so that the tasks do not all begin with the same server. None: only test the server before the work
             begins. In a test, a failed request is sent again only once, and a warning is logged if the server does not
             list the model.
@@ -82,7 +82,7 @@ class ChatTranslator(ChatBackend, Translator):
 
     @classmethod
     def describe_work(cls, args: Any, stage: RowStage) -> list[str]:
-        """Estimate the work that the translation will send to the server. A dry run prints this estimate.
+        """Estimate how many requests and tokens the translation needs on the server. A dry run prints this estimate.
 
         Args:
             args: Flags of `captions.translate`.
@@ -109,8 +109,8 @@ class ChatTranslator(ChatBackend, Translator):
     def translate(self, sentences: list[str]) -> list[str]:
         """Translate sentences with the model on the server, and return one translation per sentence, in order.
 
-        If the model gives no usable answer for a sentence, its translation is "". The attribute `fault` of the answer
-        that is passed to the callback `on_answer` then says what was wrong.
+        If the model gives no usable answer for a sentence, its translation is "". For each sentence, the method
+        `on_answer` gets an answer, whose attribute `fault` says what was wrong.
 
         Args:
             sentences: Sentences to translate.
@@ -172,6 +172,8 @@ class ChatTranslator(ChatBackend, Translator):
 
     def _judge_text(self, sentence: str, text: str, choice: Choice) -> tuple[str, str | None]:
         """Return the tuple (cleaned translation, first fault) for an answer; the fault is None if none was found.
+
+        A fault is the name of a problem, such as "refused".
 
         Args:
             sentence: Sentence that was translated.

@@ -39,7 +39,7 @@ class FileFlags:
         aliases=["--import"],
     )
     translated_by: Literal["human", "machine"] = flag(
-        "human", "Who fills the translation table (file). Dataset card and model cards state this."
+        "human", "Only for --backend file: who fills the table. The dataset card and model cards state this."
     )
 
     def known_settings(self) -> dict[str, Any]:

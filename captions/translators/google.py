@@ -84,7 +84,7 @@ class GoogleTranslator(Translator):
         return translate_in_pieces(sentences, fits, translate_batch, GOOGLE_MAX_SENTENCES, GOOGLE_MAX_CHARACTERS)
 
     def batch_limits(self, args: Any) -> tuple[int, int]:
-        """Return the size limits of a batch, that is, of the sentences that are translated before results are saved.
+        """Return the size limits of a batch, the group of sentences that are translated before results are saved.
 
         By default, a batch is at most as large as one request to the service. Each paid translation is then saved
         before the next request is sent.

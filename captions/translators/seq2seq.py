@@ -42,12 +42,12 @@ TARGET_TOKEN_RE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 class Seq2SeqFlags:
     """Flags of the backend that translates with a model on this machine (`--backend transformers`)."""
 
-    revision: str | None = flag(None, "Branch, tag or commit on the Hub (transformers). Default: the main branch.")
+    revision: str | None = flag(None, "Hub branch, tag or commit, only for --backend transformers. Default: main.")
     max_new_tokens: int | None = flag(
-        None, "Largest number of tokens of a translation (transformers). Default: 512, or the limit of the model."
+        None, "Largest number of tokens of a translation with --backend transformers. Default: 512 or the model limit."
     )
     precision: Literal["float32", "bf16", "fp16"] = flag(
-        "float32", "Data type of weights and activations (transformers)."
+        "float32", "Data type of the weights and activations, only for --backend transformers."
     )
     device: str | None = flag(None, "cpu or cuda, only for --backend transformers. Default: cuda if there is a GPU.")
 
@@ -123,7 +123,7 @@ class Seq2SeqTranslator(Translator):
         positions = getattr(model.config, "max_position_embeddings", None) or 2 * MAX_SOURCE_TOKENS
         self._max_source_tokens = min(positions, tokenizer.model_max_length, MAX_SOURCE_TOKENS + len(self._prefix_ids))
         self._generate_options["max_new_tokens"] = min(positions - 1, args.max_new_tokens or 2 * MAX_SOURCE_TOKENS)
-        # If both `max_length` and `max_new_tokens` were set, each call of `generate` would log a warning.
+        # Unset `max_length`: if it and `max_new_tokens` were set, each call of `generate` would log a warning.
         model.generation_config.max_length = None
         settings = model.generation_config.to_diff_dict() | self._generate_options
         settings.pop("transformers_version", None)

@@ -66,11 +66,11 @@ class Benchmark:
     caption_positions: str = "all"
     prompts: str | None = None  # only for classification: name of the prompt file in `eval/prompts/pt`
     other_languages: tuple[str, ...] = ()  # languages that are measured by default, in addition to `language`
-    known_languages: tuple[str, ...] = ()  # languages that --languages accepts; if empty, it accepts `languages`
+    known_languages: tuple[str, ...] = ()  # languages that --languages accepts; if empty, those of `languages`
     # Key of another benchmark with the same images. Its local folder is used if this benchmark has none.
     data_of: str | None = None
     like_for_like: bool = True  # whether the published results were measured on the same texts and images
-    count: int = 0  # only for the task "average": it is computed if this many benchmarks were measured
+    count: int = 0  # only for the task "average": number of benchmarks that the average is computed from
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -115,7 +115,7 @@ class Benchmark:
             A dict with three keys:
 
             - "data": the path or Hub id; "" if there is neither.
-            - "local": whether "data" is a path.
+            - "local": True if "data" is a path.
             - "reason": why no data were found; "" if data were found.
         """
         for key in filter(None, (self.key, self.data_of)):

@@ -137,8 +137,8 @@ def _check_finite_embeddings_and_relevant_items(
 ) -> None:
     """Raise ValueError if an embedding is NaN or infinite, or if the group of a query has no item."""
     for name, embeds in (("query", query_embeds), ("item", item_embeds)):
-        # Checking only the minimum and maximum finds every NaN, too, because `aminmax` returns NaN if an element is
-        # NaN. Unlike `isfinite` on all elements, it allocates no mask as large as the embeddings.
+        # Checking only the minimum and the maximum is enough, because `aminmax` returns NaN if an element is NaN.
+        # Unlike `isfinite` on all elements, this check allocates no mask as large as the embeddings.
         if embeds.numel() and not torch.stack(embeds.aminmax()).isfinite().all():
             raise ValueError(f"A {name} embedding is NaN or infinite. Check the model's weights and the precision.")
     if missing := (~torch.isin(query_groups, item_groups)).nonzero().flatten()[:10].tolist():
@@ -148,7 +148,7 @@ def _check_finite_embeddings_and_relevant_items(
 def _check_finite(scores: Tensor) -> None:
     """Raise ValueError if a score is NaN or infinite."""
     if not torch.isfinite(scores).all():
-        raise ValueError("Scores must be finite, but one is NaN or infinite. Check the embeddings behind the scores.")
+        raise ValueError("Scores must be finite, but one is NaN or infinite. Check the model's embeddings.")
 
 
 def recall_at_k(ranks: Tensor, k: int) -> float:
@@ -293,8 +293,8 @@ def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -
         Ranks (queries,), int64, from 0.
 
     Raises:
-        ValueError: If a score is not finite, or `scores` and `relevant_items` differ in length. Also if a query has no
-            relevant item, or an index is out of range.
+        ValueError: If a score is not finite, `scores` and `relevant_items` differ in length, a query has no relevant
+            item, or an index is out of range.
     """
     _check_finite(scores)
     if len(scores) != len(relevant_items):
@@ -386,7 +386,7 @@ def confusion_matrix(scores: Tensor, labels: Tensor) -> Tensor:
         Counts (classes, classes), int64: rows are right classes, columns are predicted classes.
     """
     ranks, classes = _compute_true_class_ranks(scores, labels), scores.shape[1]
-    # Scores become floating-point numbers, because the next line sets some to -inf, which integers can't represent.
+    # Scores are converted to floating-point numbers, because integers can't represent the -inf in the next line.
     floating = scores.to(torch.promote_types(scores.dtype, torch.float))
     best_wrong = floating.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
     predicted = torch.where(ranks == 0, labels, best_wrong)
@@ -472,5 +472,5 @@ def _compute_true_class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(f"scores must have one row per label, got {len(scores)} rows, {len(labels)} labels.")
     _check_finite(scores)
     if outside := labels[(labels < 0) | (labels >= scores.shape[1])].unique().tolist():
-        raise ValueError(f"Labels must be from 0 to {scores.shape[1] - 1}, the last named class, got {outside[:10]}.")
+        raise ValueError(f"Labels must be from 0 to {scores.shape[1] - 1}, the last class, got {outside[:10]}.")
     return (scores >= scores.gather(1, labels[:, None])).sum(dim=1) - 1

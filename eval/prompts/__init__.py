@@ -33,8 +33,8 @@ PORTUGUESE_ARTICLES = {
     ("f", "p"): ("umas", "as"),
 }
 DATASET_METRICS = ("accuracy", "mean-per-class", "11point_mAP", "roc_auc")
-# Example of a complete classes file, for messages. A class is its name in the prompts. If the dataset itself uses
-# another name, usually an English one, the class is an object that gives this name as "en".
+# Example of a complete classes file, for error messages. A class is written as its name in the prompts. If the dataset
+# uses another name for the class, usually an English one, the class is an object with this name under the key "en".
 CLASSES_FILE_EXAMPLE = (
     '{"language": "es", "classes": ["rojo", {"es": "azul", "en": "blue"}], "templates": ["una imagen de color {}"]}'
 )
@@ -110,10 +110,12 @@ def load_prompts(
 def fill_template(template: str, class_entry: dict, language: str = "pt") -> str:
     """Turn a template and a class name into a prompt, such as "uma foto de um gato", by filling the placeholders.
 
-    In all languages, the placeholder {} becomes the name. Portuguese templates have more placeholders: {nome} also
-    becomes the name. {um} and {o} become the name with its indefinite or definite article, as in "um gato" or "o gato".
-    {do} and {no} become the name with the preposition "de" or "em" and the definite article, as in "do gato". Articles
-    agree with the name in gender and number.
+    The placeholder {} becomes the name of the class, in all languages. Portuguese templates have more placeholders, in
+    which articles agree with the name in gender and number:
+
+    - {nome}: the name, as in "gato".
+    - {um} and {o}: the name with its indefinite or definite article, as in "um gato" and "o gato".
+    - {do} and {no}: the name with the preposition "de" or "em" and the definite article, as in "do gato" and "no gato".
 
     Args:
         template: The template.
@@ -236,7 +238,7 @@ def _load_authors_prompts(our_prompts: Prompts, authors_file: str | None) -> Pro
     names, templates = lists
     if invalid := [template for template in templates if "{}" not in template]:
         raise ValueError(f"Templates must have {{}} for the name, got {invalid[:3]} for {key!r} in {authors_file}.")
-    note = f"The list has {len(names)} names for {len(our_prompts.names)} classes."
+    note = f"The authors' list has {len(names)} names for {len(our_prompts.names)} classes."
     note = FOOD_101_NOTE if key == "food-101" else note
     notes = (note,) if len(names) != len(our_prompts.names) else ()
     class_prompts = [[template.replace("{}", name) for template in templates] for name in names]

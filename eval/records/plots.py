@@ -66,7 +66,7 @@ def draw_grid_and_hide_frame(axis: plt.Axes, grid: str, *hidden_sides: str) -> N
 
     Args:
         axis: Axes of the plot.
-        grid: Axis whose ticks get grid lines, "x" or "y", or "both".
+        grid: Axis whose ticks get grid lines: "x", "y" or "both".
         hidden_sides: Sides of the plot that get no frame: "top", "right", "bottom" or "left".
     """
     axis.spines[list(hidden_sides)].set_visible(False)
@@ -107,7 +107,7 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, label_lan
 def plot_baseline_and_model_bars(pairs: list[dict[str, Any]], path: Path) -> None:
     """Plot the results of baseline and trained model as horizontal bars next to each other, in percent.
 
-    A mark shows the chance level, the result that random scores would reach.
+    A black mark on each pair of bars shows the chance level, the result that random scores would reach.
 
     Args:
         pairs: One dict for each comparison of baseline and model, from `pair_with_baselines`. Each dict must also have
@@ -128,7 +128,7 @@ def plot_baseline_and_model_bars(pairs: list[dict[str, Any]], path: Path) -> Non
     chances = [(100 * pair["chance"], height) for height, pair in enumerate(pairs) if pair["chance"] is not None]
     if chances:
         axis.plot(*zip(*chances, strict=True), "|", color=TEXT_COLOR, markersize=26, label="chance")
-    # Beyond the longest bar there must be room for its label, so the axis is 30 % longer than the bar.
+    # The label of a bar is to the right of the bar. To leave room for it, the axis is 30 % longer than the longest bar.
     axis.set_xlim(0, max(1.0, 1.3 * axis.dataLim.x1))
     axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 100])
     # With parse_math=False, a $ in a label is shown as it is. Otherwise it would start a formula.
@@ -157,8 +157,8 @@ def plot_ranked_image_grid(
     frame.
 
     Args:
-        rows: For each query, a list with one tuple per model: (title, images). The images are a list of tuples (image,
-            whether the query describes the image), best first. A text in place of an image is drawn as text.
+        rows: For each query, a list with one tuple (title, images) per model. `images` is a list of tuples (image,
+            whether the query describes the image), best image first. A text in place of an image is drawn as text.
         path: PNG file to write.
         headings: Heading above the images of each model. Empty: no headings.
         note: Text below the grid.
@@ -205,8 +205,8 @@ def select_sheet_queries(before: "Tensor", after: "Tensor", seed: int) -> list[t
     trained model, the first query with an equal rank, and the first query with a worse rank.
 
     Args:
-        before: Rank of the right image for each query with the baseline (queries,).
-        after: Rank of the right image for each query with the trained model (queries,).
+        before: For each query, the rank of its right image with the baseline, (queries,).
+        after: For each query, the rank of its right image with the trained model, (queries,).
         seed: Seed of the random order.
 
     Returns:
@@ -276,8 +276,8 @@ def plot_retrieval_sheet(
                     image.thumbnail((400, 400))
                     images.append((image, index == relevant))
                 except BadImage:
-                    # The dataset has no images, or the file changed after it was embedded. The measurement is already
-                    # complete, so a missing image must not end the command.
+                    # The dataset has embeddings instead of images, or the image file has changed since it was embedded.
+                    # The measurement is already complete, so a missing image must not end the command.
                     reason = labels["no_images"]
                     images.append((queries[(split.image_of_text == index).nonzero()[0, 0]], index == relevant))
             row.append((title, images))

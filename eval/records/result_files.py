@@ -244,11 +244,14 @@ def read_untrusted_json_object_and_bytes(path: Path) -> tuple[dict[str, Any], by
         compute a digest or to search for a text.
 
     Raises:
-        ValueError: If the file is not a regular file, is larger than `MAX_JSON_BYTES`, or holds no JSON object in
-            UTF-8. Also if a key occurs twice in an object, or a number is NaN or infinite. The message starts with a
-            verb, as in "is not valid JSON", so that callers can put the name of the file before it.
+        ValueError: In one of the following cases. The message starts with a verb, as in "is not valid JSON", so that
+            callers can put the name of the file before it.
+
+            - The file is not a regular file, or is larger than `MAX_JSON_BYTES`.
+            - The file holds no JSON object in UTF-8.
+            - A key occurs twice in an object, or a number is NaN or infinite.
     """
-    # Only regular files are read, because reading a pipe could wait forever for data.
+    # Only regular files are read, because reading a named pipe could wait forever for data.
     if not path.is_file():
         raise ValueError("is not a regular file")
     if path.stat().st_size > MAX_JSON_BYTES:
@@ -260,7 +263,7 @@ def read_untrusted_json_object_and_bytes(path: Path) -> tuple[dict[str, Any], by
     except RecursionError as error:
         raise ValueError("is not readable JSON: it is nested too deeply") from error
     except ValueError as error:
-        # Both JSONDecodeError and UnicodeDecodeError are kinds of ValueError.
+        # This also catches JSONDecodeError and UnicodeDecodeError, which are subclasses of ValueError.
         raise ValueError(f"is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError("must contain a JSON object")

@@ -1,7 +1,7 @@
 """Compute means over seeds and gains over a baseline, and show them as Markdown and HTML tables.
 
-The input consists of records, that is, measured values with the conditions of their measurement. The functions are used
-in this order, where `files` are the result files that were read:
+The input consists of records. A `Record` is one measured value with the conditions of its measurement. The functions
+are used in this order, where `files` is a list of `ResultFile` objects:
 
     frame = build_records_frame(files)  # one row per record
     values = average_over_seeds(frame, "folder")  # one mean per model and condition
@@ -45,7 +45,7 @@ def build_records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
           not truncated;
         - `folder` and `seed`: the folder that identifies the model, and the seed of its training run or None;
         - `name`, `precision`, `fingerprint` and `skipped_rows` of the result file;
-        - `source`, the place of the record, such as "results/pt.json#/records/3" (file name and JSON pointer);
+        - `source`, the file of the record and its position in it, such as "results/pt.json#/records/3";
         - `record` and `file`, the `Record` and `ResultFile` objects.
     """
     rows = []
@@ -85,10 +85,13 @@ def build_mean_recall_record(recalls: Sequence[Record]) -> Record:
 def get_model_folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
     """Find out which model a record belongs to, and the seed of its training run, to average results over seeds.
 
-    A model is identified by its folder. Training runs with several seeds count as one model if they are in the
-    subfolders `seed-0`, `seed-1` and so on of a common folder. The common folder then identifies the model. If a
-    training run writes a result file about itself, it stores the folder as "." or "seed-N". The folder of the result
-    file then identifies the model.
+    A model is identified by a folder:
+
+    - Normally, it is the folder of the model.
+    - Training runs in the subfolders `seed-0`, `seed-1` and so on of a common folder count as one model. The common
+      folder identifies this model.
+    - In the results that a training run writes about itself, the folder is "." or "seed-N". The folder of the result
+      file then identifies the model.
 
     Args:
         record: The record.
@@ -123,7 +126,8 @@ def find_conflicting_records(
         group_column: One more column in which two records must agree to be the same measurement. Use "folder" if the
             frame has several models, each in its own folder. Use "precision" if the frame has the results of one run:
             values in different precisions may differ without being a conflict.
-        tolerance: Values that differ by at most this number are no conflict. One number, or a number per row.
+        tolerance: Largest difference between two values that is no conflict: one number for all rows, or a Series with
+            one number per row.
 
     Returns:
         The rows that contradict an earlier row. The additional column `first` has the value of the earlier record, and
@@ -261,10 +265,10 @@ def _build_baseline_comparison(baseline: Any | None, model: Any | None) -> dict[
 
 
 def format_percent_over_seeds(values: Sequence[float]) -> str:
-    """Format fractions, such as recalls, in percent.
+    """Format a metric that was measured with one or several seeds as text in percent, such as "12.3 ± 0.4".
 
     Args:
-        values: Fractions from 0 to 1, one per seed.
+        values: Values of the metric from 0 to 1, one per seed.
 
     Returns:
         "12.3" for one value; "12.3 ± 0.4" (mean ± sample standard deviation) for several values; a dash for no value.
@@ -280,7 +284,8 @@ def format_signed_difference(difference: float | None, is_rank: bool = False) ->
 
     Args:
         difference: Difference between two metric values from 0 to 1, or between two ranks.
-        is_rank: Whether it is a difference of ranks. Otherwise, it is shown in percentage points.
+        is_rank: True: the difference is between ranks. False: it is between values from 0 to 1, and is shown in
+            percentage points.
 
     Returns:
         The text. A dash for None and NaN.
@@ -300,8 +305,8 @@ def make_short_plain_line(text: str, limit: int) -> str:
         text: The text.
         limit: Largest number of characters; a longer text ends with "…".
     """
-    # Half of a surrogate pair, such as "\ud800", can't be written as UTF-8, so it is replaced by "?". The factor 4
-    # leaves enough text for the line when spaces and control characters are removed.
+    # Half of a surrogate pair, such as "\ud800", can't be written as UTF-8, so it is replaced by "?". Only the start of
+    # a long text is processed: 4 * limit characters are enough, although spaces and control characters are removed.
     text = text[: 4 * limit].encode("utf-8", "replace").decode()
     line = CONTROL_CHARACTERS_RE.sub("", " ".join(text.split()))
     return line if len(line) <= limit else line[: limit - 1] + "…"
@@ -331,7 +336,8 @@ def escape_markdown(text: str, limit: int = 300) -> str:
         limit: Largest number of characters before escaping; a longer text ends with "…".
     """
     text = re.sub(f"[{re.escape(MARKDOWN_CHARACTERS)}]", r"\\\g<0>", make_short_plain_line(text, limit))
-    # These marks, such as "-" or "1.", would start a list or a heading in Markdown, so a backslash is put before them.
+    # At the start of a line, "-", "+", "=" or "1." would begin a list or a heading in Markdown. A backslash prevents
+    # this.
     return re.sub(r"^([-+=])|^(\d+)(?=[.)])", lambda match: f"\\{match[1]}" if match[1] else f"{match[2]}\\", text)
 
 

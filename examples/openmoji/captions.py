@@ -1,4 +1,4 @@
-"""Try the caption pipeline on OpenMoji: translate captions by table, score and select them, and write a dataset card.
+"""Try the caption pipeline on OpenMoji's emoji: translate captions, score and select them, and write a dataset card.
 
     python -m examples.openmoji.captions
     accelerate launch train_accelerate.py --config configs/openmoji.yaml --dataset data/openmoji/captions/dataset
@@ -43,8 +43,8 @@ def build_openmoji_caption_dataset(args: OpenMojiCaptionsArguments) -> Path:
         Folder of the finished dataset.
 
     Raises:
-        ValueError: If the OpenMoji dataset or the base model is missing. Also if the output folder of a stage was built
-            with other settings.
+        ValueError: If the OpenMoji dataset or the base model is missing, or if the output folder of a pipeline stage
+            (such as the selection of captions) was built with other settings.
     """
     if not (args.source / "dataset_dict.json").is_file():
         raise ValueError(f"{args.source} is not a dataset. Make it first: python -m examples.openmoji.prepare")

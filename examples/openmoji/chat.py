@@ -56,11 +56,11 @@ class OpenMojiChatArguments:
 
     base_url: list[str] = flag([], "Addresses of a real chat server. Default: a stand-in server inside this command.")
     model: str = flag(MODEL, "Name of the model on the server.")
-    concurrency: int = flag(8, "Requests in flight at the same time.")
+    concurrency: int = flag(8, "Number of requests that are sent at the same time.")
     images: int = flag(200, "Number of images of the split train.")
     evaluation_images: int = flag(50, "Number of images of each of the splits validation and test.")
     max_steps: int = flag(5, "Training steps.")
-    config: Path = flag(Path("configs/openmoji_chat.yaml"), "Config of `captions.build`, without server flags.")
+    config: Path = flag(Path("configs/openmoji_chat.yaml"), "YAML config of `captions.build`, without server settings.")
     output: Path = flag(Path("data/openmoji/chat"), "Folder for the dataset and the training run.")
 
     def __post_init__(self) -> None:

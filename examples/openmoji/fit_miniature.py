@@ -9,10 +9,10 @@ ImageNet's classes.
 
 ImageNet's images are not available. Instead of them, an image feature is synthesized for each class: the mean feature
 of OpenMoji's training images, moved in the direction of the class's weights in EfficientNet's own classifier. The
-relative distance of this move is called reach. One projection is fitted for each of a few reaches, and one without
-ImageNet's classes. Projections with a lower recall on OpenMoji's validation concepts than the one without classes are
-excluded. Of the others, the projection with the highest recall on captioned photographs is chosen. Portuguese captions
-are used only for this choice.
+distance of this move is called reach (see `REACH_CANDIDATES`). One projection is fitted for each candidate, and one
+without ImageNet's classes. A projection is excluded if it has a lower recall on OpenMoji's validation concepts than the
+projection without classes. Of the remaining projections, the one with the highest recall on captioned photographs is
+chosen. Portuguese captions are used only for this choice.
 """
 
 import logging
@@ -50,7 +50,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class MiniatureArguments:
-    """Command-line arguments of `examples.openmoji.fit_miniature`, which builds the search's small model."""
+    """Command-line arguments of `examples.openmoji.fit_miniature`, which builds the search's miniature model."""
 
     dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
     output: Path = flag(Path("capivara_search/miniature.safetensors"), "Model file to write, in safetensors format.")
@@ -77,11 +77,11 @@ def _synthesize_class_features_from_weights(features: Tensor, weights: Tensor, r
 
 
 class Candidate(NamedTuple):
-    """Image and text projections that may become those of the miniature model, and the recall that they give.
+    """A candidate for the image and text projections of the miniature model, with its recall.
 
-    Several candidates are fitted, and the best becomes the miniature model. Each is fitted to the features of real
-    images. All candidates but one are also fitted to artificial image features, one for each class of ImageNet. They
-    differ in `reach`, that is, how far the artificial features lie from the mean of the real ones.
+    Several candidates are fitted, and the best one is used in the miniature model. Each candidate is fitted to the
+    features of real images. All candidates but one are also fitted to artificial image features, one for each class of
+    ImageNet. They differ in `reach`, that is, how far the artificial features lie from the mean of the real features.
 
     Attributes:
         photo_recall: Mean recall on captioned photographs, from 0 to 1.
@@ -138,7 +138,7 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
         visual, text = prepare.fit_ridge_projections(torch.cat(inputs), torch.cat(targets))
         validation_recall = recall(validation @ visual.T, validation_texts @ text.T)
         photo_recall = statistics.mean(recall(photo_features @ visual.T, texts @ text.T) for texts in photo_texts)
-        logger.info("reach %s: validation %.3f, photographs %.3f", reach, validation_recall, photo_recall)
+        logger.info("Reach %s: validation recall %.3f, photograph recall %.3f.", reach, validation_recall, photo_recall)
         return Candidate(photo_recall, validation_recall, reach, visual, text)
 
     candidates = [fit(None), *map(fit, REACH_CANDIDATES)]

@@ -1,4 +1,4 @@
-"""Train one demo model per language on the same image embeddings, and measure how much each language gains.
+"""Train one demo model per language on the same image embeddings, and measure how much each language's recall improves.
 
     python -m examples.openmoji.languages
     python -m examples.openmoji.languages --languages pt ja tr

@@ -5,8 +5,8 @@
 
 The dataset has OpenMoji's images with English and Portuguese captions (built by `examples/openmoji/dataset.py`). The
 base model combines two pretrained encoders, EfficientNet-Lite0 for images and multilingual-e5-small for texts (loaded
-by `capivara_search/miniature_encoders.py`), and aligns their embeddings on English captions only. It is a small
-counterpart of the base model that the published CAPIVARA models were trained from.
+by `capivara_search/miniature_encoders.py`). It is trained on English captions only, until an image and its caption get
+similar embeddings. The published CAPIVARA models were trained from a larger base model.
 """
 
 import logging
@@ -57,8 +57,8 @@ SEED = 0
 # Initial scale and bias of the logits for each loss. The contrastive loss keeps the defaults. For the sigmoid loss, the
 # scale of 10 and the bias of -10 are from SigLIP (arXiv 2303.15343), section 3.1.
 LOSS_CONFIGS = {"contrastive": {}, "sigmoid": {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}}
-# The base model has a small vocabulary with the tokens of the most frequent words of these languages. The second line
-# has the number of words of each language, in the same order.
+# The base model has a small vocabulary with the tokens of the most frequent words of these languages. The second tuple
+# has the number of words for each language, in the same order.
 VOCABULARY_LANGUAGES = ("pt", "en")
 VOCABULARY_WORD_COUNTS = (50_000, 50_000)
 FURTHER_WORD_COUNT = 20_000  # words per language, for the languages that `examples.openmoji.languages` adds

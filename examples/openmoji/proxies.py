@@ -50,7 +50,7 @@ meaningful.
 
 @dataclass
 class ProxiesArguments:
-    """Command-line arguments of `examples.openmoji.proxies`, which builds test datasets of other images."""
+    """Command-line arguments of `examples.openmoji.proxies`, which builds test datasets besides OpenMoji's."""
 
     openmoji: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
     output: Path = flag(Path("data/openmoji/proxies"), "Folder to create. If it exists, it must be empty.")
@@ -105,7 +105,7 @@ def render_noto_png(emoji: str) -> bytes | None:
     text = "".join(chr(int(code, 16)) for code in emoji.split("-")).replace("\ufe0f", "")
     path = find_package_folder("manimgx_fonts", "This command", "recipe") / "NotoEmoji[wght].ttf"
     font = PIL.ImageFont.truetype(path, NOTO_FONT_SIZE)
-    # The font shows the same placeholder glyph for all characters that it lacks. U+10FFFF is one that no font has.
+    # The font shows the same placeholder glyph for all characters that it lacks. No font has U+10FFFF.
     missing = font.getmask("\U0010ffff")
     if len(text) != 1 or bytes(font.getmask(text)) == bytes(missing):
         return None
@@ -160,7 +160,7 @@ def _write_proxy_datasets(openmoji: Path, output: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: build the small stand-ins for benchmark datasets, and print the README.md that describes them.
+    """Run the command: build the test datasets twemoji, noto and photos, and print the README.md that describes them.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

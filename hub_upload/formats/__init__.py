@@ -28,6 +28,8 @@ from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 def build_replace_step(pattern: str, content: str) -> dict[str, Any]:
     """Build a normalizer step of tokenizer.json that replaces all matches of a regular expression with a text.
 
+    A normalizer step changes a text before it is split into tokens.
+
     Args:
         pattern: The regular expression.
         content: Text that replaces a match.
@@ -37,9 +39,9 @@ def build_replace_step(pattern: str, content: str) -> dict[str, Any]:
 
 # Normalizer steps for programs that read tokenizer.json but don't run CAPIVARA's text cleaning code. The steps make
 # curly quotes straight and normalize accents (Unicode NFC). The cleaning code does the same with the library ftfy, so
-# the steps don't change a text that is already cleaned. There is one exception: ftfy keeps HTML entities next to "<",
-# and these entities may stand for curly quotes. The tokenizer's own normalizer does the rest of the cleaning, except
-# the repair of damaged text, which needs the code.
+# the steps don't change a text that is already cleaned. There is one exception: ftfy does not resolve HTML entities
+# from the first line with "<" on, and these entities may stand for curly quotes. The tokenizer's own normalizer does
+# the rest of the cleaning, except the repair of wrongly decoded characters, which needs the code.
 PLAIN_QUOTE_STEPS = [
     {"type": "NFC"},
     build_replace_step("[\u2018-\u201b\u02bc]", "'"),
@@ -49,7 +51,7 @@ EMBEDDING_TOLERANCE = 1e-4  # largest allowed difference of an embedding compone
 
 
 def max_text_tokens(processor: ProcessorMixin) -> int:
-    """Return the maximum number of tokens of a text, at which the model's processor truncates longer texts.
+    """Return the maximum number of tokens of a text. The model's processor truncates longer texts to this number.
 
     Args:
         processor: Processor of the model.

@@ -136,8 +136,8 @@ def find_immich_name_by_architecture(config: PreTrainedConfig) -> str | None:
     Immich loads only models of its list, so an exported model takes the name of one of them.
 
     Args:
-        config: Configuration of a CAPIVARA or SigLIP model. If the vocabulary was trimmed (tokens of
-            other languages removed), the size of the original vocabulary is compared.
+        config: Configuration of a CAPIVARA or SigLIP model. If the vocabulary was trimmed (tokens of other languages
+            were removed), the size of the original vocabulary is compared.
     """
     trimmed = getattr(config, "trimmed_vocabulary", None)
     tokens = trimmed["of"] if trimmed else config.text_config.vocab_size

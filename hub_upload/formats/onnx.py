@@ -36,24 +36,20 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # `EMBEDDING_TOLERANCE`, because a score is a cosine times the logit scale, which may be up to 100. Embeddings usually
 # differ by 1e-7.
 SCORE_TOLERANCE = 1e-3
-# In int8 graphs, only matrix products and token embeddings are quantized. They have most of the weights of a
-# multilingual text tower. Convolutions stay float32. With int8 convolutions, embeddings of the image tower
-# EfficientNet-Lite0 become unusable (lowest cosine with the float32 embeddings 0.56). Quantization would also save
-# little, because this image tower has only 16 MB.
-QUANTIZATION_BLOCK_SIZE = 128  # consecutive weights that share a scale and a zero point
+QUANTIZATION_BLOCK_SIZE = 128  # number of consecutive int8 weights that share a scale and a zero point
 # Matrix products are quantized with onnxruntime's operator MatMulNBits. It is more accurate than the usual function
 # `quantize_dynamic` at the same size and speed, because `quantize_dynamic` uses a single scale for all activations of a
-# batch. Mean cosine with the float32 embeddings (Portuguese captions, text tower of the demo model): 0.998 with
-# MatMulNBits, 0.986 with `quantize_dynamic`.
+# batch. For Portuguese captions and the text tower of the demo model, the mean cosine with the float32 embeddings is
+# 0.998 with MatMulNBits and 0.986 with `quantize_dynamic`.
 QUANTIZATION_METHOD = (
     "by onnxruntime: weights of matrix products in 8 bits, with a scale and a zero point for "
     f"{QUANTIZATION_BLOCK_SIZE} numbers, their activations too (MatMulNBits, onnxruntime from 1.22); embeddings in 8 "
     "bits with a scale and a zero point a column"
 )
-PRECISION_SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # precision -> end of a graph's name
+PRECISION_SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # {precision: end of a graph's name}
 IMAGE_INPUTS, TEXT_INPUTS = ("pixel_values",), ("input_ids", "attention_mask")
 SCORE_OUTPUTS = ("logits_per_image", "logits_per_text")
-GRAPH_SIGNATURES = {  # name of a graph -> (names of its inputs, names of its outputs)
+GRAPH_SIGNATURES = {  # {name of a graph: (names of its inputs, names of its outputs)}
     "vision_model": (IMAGE_INPUTS, ("image_embeds",)),
     "text_model": (TEXT_INPUTS, ("text_embeds",)),
     "model": ((*TEXT_INPUTS, *IMAGE_INPUTS), (*SCORE_OUTPUTS, "text_embeds", "image_embeds")),
@@ -137,7 +133,7 @@ def write_onnx(
     with torch.inference_mode():
         expected = [model(**batch) for batch in batches]
     images, texts, tokens = (torch.export.Dim(name, min=1) for name in ("images", "texts", "tokens"))
-    # The exporter's example texts are cut to 7 tokens, unless the model needs texts of the full length.
+    # The example texts for tracing are cut to 7 tokens, unless the model needs texts of the full length.
     length, token_count = ({}, None) if two_towers.pads_to_max_length(processor) else ({1: tokens}, 7)
     shapes = {key: {0: images} if key in IMAGE_INPUTS else {0: texts} | length for key in batches[0]}
     example = {key: rows[:3] if key in IMAGE_INPUTS else rows[:2, :token_count] for key, rows in batches[0].items()}
@@ -145,8 +141,8 @@ def write_onnx(
     paths = []
     for precision in precisions:
         if precision == "float16":
-            # The logit scale and bias, which are parameters of the model itself, stay float32, because rounding them
-            # would change all scores.
+            # Only the child modules are converted to float16. The logit scale and the logit bias are parameters of the
+            # model and of no child module, so they stay float32. Rounding them would change all scores.
             for module in model.children():
                 module.half()
         for name in graphs:
@@ -250,6 +246,10 @@ def _quantize_weights(source: Path, target: Path) -> None:
         from onnxruntime.quantization import QuantType, quantize_dynamic
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+        # Only token embeddings ("Gather") and matrix products ("MatMul") are quantized, because they have most of the
+        # weights of a multilingual text tower. Convolutions stay float32. With int8 convolutions, embeddings of the
+        # image tower EfficientNet-Lite0 become unusable: their lowest cosine with the float32 embeddings is 0.56. int8
+        # convolutions would also save little memory, because this image tower has only 16 MB.
         unsigned = {"per_channel": True, "weight_type": QuantType.QUInt8}
         quantize_dynamic(source, target, op_types_to_quantize=["Gather"], **unsigned)
         # At accuracy level 4, onnxruntime quantizes not only the weights but also the activations, so that it can

@@ -140,8 +140,8 @@ def _describe_config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfi
 
 # --- SigLIP in the layout of open_clip's ViT-…-SigLIP2 ---------------------------------------------------------------
 
-# (width, number of layers, patch size) of an image tower -> name of this SigLIP tower in the library timm, without the
-# image size at the end of the name.
+# Maps the sizes of a SigLIP image tower (width, number of layers, patch size) to the name of this tower in the library
+# timm. In timm, the image size is added to the end of the name.
 TIMM_TOWERS = {(768, 12, 16): "vit_base_patch16_siglip", (768, 12, 32): "vit_base_patch32_siglip"}
 TIMM_TOWERS |= {(1024, 24, 16): "vit_large_patch16_siglip", (1152, 27, 14): "vit_so400m_patch14_siglip"}
 TIMM_TOWERS |= {(1152, 27, 16): "vit_so400m_patch16_siglip", (1536, 40, 16): "vit_giantopt_patch16_siglip"}
@@ -164,7 +164,7 @@ def check_siglip_supported(config: PreTrainedConfig) -> None:
     sizes, text = _tower_sizes(config), config.text_config
     if sizes not in TIMM_TOWERS or text.hidden_size % text.num_attention_heads:
         known = ", ".join(map(str, TIMM_TOWERS))
-        raise ValueError(f"open_clip has no SigLIP with (width, layers, patch size) {sizes}. It has {known}.")
+        raise ValueError(f"open_clip has no SigLIP of (width, layers, patch size) {sizes}, only of {known}.")
     require_packages("open_clip's format", "open-clip", "open_clip")
 
 

@@ -33,7 +33,7 @@ def write_sentence_transformers_config(folder: Path, processor: ProcessorMixin) 
     write_sentence_transformers_pipeline_files(folder, SENTENCE_TRANSFORMERS_MODULES, classes)
     settings = {
         "transformer_task": "feature-extraction",
-        # Without these entries, Sentence Transformers 6 would silently treat the model as a text encoder.
+        # Without these entries, Sentence Transformers 6 would silently treat the model as a text-only model.
         "modality_config": {
             "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
             "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
@@ -51,7 +51,7 @@ def write_sentence_transformers_config(folder: Path, processor: ProcessorMixin) 
 
 
 def check_sentence_transformers_embeddings(source: Path, folder: Path) -> None:
-    """Check that the text embeddings of an export in Sentence Transformers equal those of the original model.
+    """Check that an export gives the same text embeddings in Sentence Transformers as the original model.
 
     If Sentence Transformers is not installed, the comparison is skipped, and a message is logged.
 
@@ -69,7 +69,7 @@ def check_sentence_transformers_embeddings(source: Path, folder: Path) -> None:
         return
     from sentence_transformers import SentenceTransformer
 
-    texts = [*random_texts(), "Uma FOTO de São João"]  # of several lengths; one with capital letters
+    texts = [*random_texts(), "Uma FOTO de São João"]  # texts of several lengths, one with capital letters
     ours = embed_texts(load_model(source).eval(), load_processor(source), texts)
     # Each batch has a single text, so that missing padding changes the embeddings. In a larger batch, short texts would
     # at least be padded to the longest text, which could hide the error.

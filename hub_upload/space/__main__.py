@@ -33,11 +33,11 @@ class SpaceArguments:
     space: Path | None = flag(None, "Folder to write a Space to, with a server program, the model and an index.")
     static: Path | None = flag(
         None,
-        "Folder to write static files to: a page that any file server can serve, and on which users search pictures of "
+        "Folder to write static files to, which any file server can serve. Users of the page search the pictures of "
         "their own device in the browser. --pictures is not used.",
     )
     library: Path | None = flag(
-        None, f"Folder node_modules, created by `{NPM_COMMAND}`, version 4.3 or later (required for --static)."
+        None, f"Folder node_modules that `{NPM_COMMAND}` creates (package 4.3 or later). Required for --static."
     )
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     from hub_upload.space.static_page import write_static_page
 
     folder = args.static or args.space
-    check_output_folder_and_clean_leftovers(folder)  # before the export of the model, which may take an hour
+    check_output_folder_and_clean_leftovers(folder)  # called before the export of the model, which may take an hour
     if args.static:
         write_static_page(args.model, folder, args.library)
     else:

@@ -29,7 +29,7 @@ CODE_ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 PROGRAM_PACKAGES = ("capivara_common", "capivara_search", "modeling_capivara")
 PROGRAM_SUFFIXES = (".py", ".html", ".css", ".js", ".svg", ".json", ".txt", ".yaml")
-STORAGE_PREFIXES = ("s3://", "gs://", "az://")  # URIs of indexes in cloud storage
+STORAGE_PREFIXES = ("s3://", "gs://", "az://")  # starts of the URIs of indexes in cloud storage
 # Python packages that the search page needs, in addition to the packages that the model needs.
 PAGE_PACKAGES = ("jinja2", "lancedb", "pillow-heif", "starlette", "threadpoolctl", "uvicorn")
 SPACE_MODEL_FILES = ("config.json", *upload_checks.PROCESSOR_FILES, *upload_checks.WEIGHT_FILES)
@@ -66,13 +66,13 @@ def copy_index_for_publication(index: PictureIndex, output: Path, model: str, ti
         index: Index to copy.
         output: Folder of the copy. It must not exist yet.
         model: Place of the model, which the copy stores: a folder relative to the folder of the Space, or a Hub id.
-        title: Public name of the indexed folder, if the index has a single folder. "", or several folders: the last
-            part of each folder's path is its public name.
+        title: Public name of the indexed folder. It is used only if the index has a single folder. If it is "", or the
+            index has several folders, the last part of each folder's path is its public name.
 
     Raises:
         ValueError: If the index has no pictures that were embedded with its model.
     """
-    # Maps each indexed folder to its public name. An indexed subfolder of another indexed folder comes first, because
+    # Maps each indexed folder to its public name. An indexed subfolder is listed before its parent folder, because
     # `_anonymize_path` uses the first folder that contains the picture.
     names: dict[str, str] = {}
     folders = sorted(index.folders(), key=len, reverse=True)
@@ -128,7 +128,7 @@ def write_space(pictures: str, model: str, folder: Path) -> None:
     model.
 
     Args:
-        pictures: Path or URI of the index of pictures, of which the Space gets a copy without private data.
+        pictures: Path or URI of the index of pictures. The Space gets a copy of the index without private data.
         model: Folder or Hub id of the model. A folder is copied to the Space. From a Hub id, the Space itself downloads
             the model.
         folder: Folder to write. It must be empty or not exist yet.

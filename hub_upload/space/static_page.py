@@ -5,13 +5,13 @@
     cd page && python -m http.server
 
     index.html, en.html    the page, in Portuguese and in English
-    static/                scripts and styles of capivara_search's page; source.js is replaced by this package's
+    static/                scripts and styles of capivara_search's page, with another source.js (see below)
     library/               transformers.js and onnxruntime, from npm
     model/<digest>/        both towers in int8, tokenizer and settings, as `hub_upload.export` writes them
 
-There are two scripts with the name source.js. The script of capivara_search sends requests to a search server. The
-script of this package, which replaces it, runs the model in the browser. The page's Content-Security-Policy forbids
-requests to other hosts, so the pictures stay on the user's device.
+There are two scripts with the name source.js. The source.js of capivara_search sends requests to a search server. It
+is replaced by the source.js of this package, which runs the model in the browser. The page's Content-Security-Policy
+forbids requests to other hosts, so the pictures stay on the user's device.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
             repository = Path(temporary, "repository")
             export_model(source, repository, ["transformers"])
             transformers_js.convert_tokenizer_files_in_place(repository)
-            onnx.write_onnx(repository)  # float32 and int8 graphs of both towers; the page uses the int8 ones
+            onnx.write_onnx(repository)  # float32 and int8 graphs of both towers; the page uses the int8 graphs
             transformers_js.write_model_and_preprocessor_configs(repository)
         check_model_files(repository)
         digests = [hashlib.sha256((repository / name).read_bytes()).digest() for name in PAGE_MODEL_FILES]

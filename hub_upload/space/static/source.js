@@ -3,8 +3,8 @@ import { AutoImageProcessor, AutoTokenizer, CLIPTextModelWithProjection, CLIPVis
 import { MESSAGES, byId, drawScaled, errorMessage, message, onFiles } from "./common.js";
 
 const MAX_BYTES = 200e6; // largest file that is read
-const MAX_ASPECT = 50; // largest ratio of long to short side, as in Python
-const MAX_THREADS = 8; // WebAssembly threads
+const MAX_ASPECT = 50; // largest ratio of long to short side of a picture, as in the search server
+const MAX_THREADS = 8; // largest number of WebAssembly threads
 const MODEL = MESSAGES.own_model; // id (folder name of its files), name, and side (image size in pixels)
 const pictures = new Map(); // path -> picture as returned by `read`
 const loaded = new Map(); // tower class -> promise of the tower and the processor of its inputs
