@@ -285,8 +285,8 @@ def _write_card_and_push_run_if_requested(args: RunArguments, output_dir: Path) 
     """
     if PartialState().is_main_process:
         language = "pt" if args.language == "pt" else "en"
-        # A finished run keeps its marker file until the card is written. If the process is killed before that, the
-        # marker is still there, so that the next run with --resume auto writes the card.
+        # A finished run keeps its marker file until the card is written or could not be written. If the process is
+        # killed before that, the marker is still there, so that the next run with --resume auto writes the card.
         if (output_dir / files.RUN_MARKER).is_file():
             try:
                 write_card(output_dir, language=language)

@@ -3,10 +3,10 @@
     python -m benchmarks.captions --output benchmarks/results/captions.json
     python -m benchmarks.captions --parts chat --output benchmarks/results/captions_chat.json
 
-The captioning model is a small `Salesforce/blip2-opt-2.7b-coco` (BLIP-2) with random weights. Its widths, numbers of
-attention heads and vocabulary are divided by 4, and its numbers of layers by 6. For each image, the model continues ten
-prefixes, such as "a photo of", by 12 tokens each (captions/prefixes.json lists the prefixes). Two programs run
-alternately on the same images:
+The captioning model is a smaller version of `Salesforce/blip2-opt-2.7b-coco` (BLIP-2) with random weights. Its widths,
+numbers of attention heads and vocabulary are divided by 4, and its numbers of layers by 6. For each image, the model
+continues ten prefixes, such as "a photo of", by 12 tokens each (captions/prefixes.json lists the prefixes). Two
+programs run alternately on the same images:
 
 - `plain`: `Blip2ForConditionalGeneration.generate` of transformers, which encodes an image once per prefix.
 - `ours`: `captions.generate` of this project, which encodes an image once. The language model also processes the 32

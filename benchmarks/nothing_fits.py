@@ -44,7 +44,7 @@ CHOSEN_STATISTIC = "best, in deviations"
 
 @dataclass
 class NothingFitsArguments:
-    """Command-line arguments of `benchmarks.nothing_fits`, which searches for sentences with and without a match."""
+    """Command-line arguments of `benchmarks.nothing_fits`, which measures how well missing matches are detected."""
 
     model: str | None = flag(None, "Folder or Hub id of the model. Default: the model that a new index gets.")
     pictures: Path = flag(Path("data/coco128/images"), "Folder of photographs.")

@@ -35,7 +35,7 @@ GROUP_SIZE = 32  # number of weights that share one scale in 4-bit quantization,
 
 @dataclass
 class QuantizeArguments:
-    """Command-line arguments of `benchmarks.quantize`, which measures the effect of quantization on recall."""
+    """Command-line arguments of `benchmarks.quantize`, which measures how quantization changes results."""
 
     model: str | None = flag(None, "Folder or Hub id of a trained model. Default: the miniature model of the search.")
     dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset. Only its test split is used.")

@@ -8,8 +8,8 @@
 vectors of width 512, but no thumbnails, colors or EXIF data. Each index is measured in a separate process, so that its
 peak memory is known. The text encoder has the full published size and random weights.
 
-`--parts follow` measures how soon an index shows the changes of a folder of photographs, which `capivara app --watch`
-watches. The code of this part is in `benchmarks/search_follow.py`.
+`--parts follow` measures an index that `capivara app --watch` keeps up to date with a folder of photographs: for
+example, how soon a change of the folder is in the index. The code of this part is in `benchmarks/search_follow.py`.
 
 The results are in benchmarks/results/search.json and search_follow.json. docs/reference/benchmarks.md shows them.
 """
@@ -50,7 +50,7 @@ QUERY_TEXTS = ("um gato dormindo", "cachorro correndo na praia", "bolo de aniver
 class SearchArguments:
     """Command-line arguments of `benchmarks.search`, which measures searches and updates of a picture index."""
 
-    parts: Literal["index", "follow"] = flag("index", "index: time searches. follow: time updates of a watched folder.")
+    parts: Literal["index", "follow"] = flag("index", "index: measure searches. follow: measure a watched folder.")
     sizes: list[int] = flag([1_000, 10_000, 100_000, 1_000_000], "Number of pictures of each index.")
     followed: int = flag(10_000, "Number of photographs in the folder of --parts follow, 640 x 480 pixels each.")
     runs: int = flag(

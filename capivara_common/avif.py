@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count, islice
 
-# Limits of the work for one file, so that a malicious file can't keep the parser busy for long. Valid files stay below.
+# Limits on the work for one file, so that a malicious file can't keep the parser busy for long. Valid files stay below
+# them.
 MAX_BOXES = 100_000  # number of child boxes (nested parts of an AVIF file) that are read in one box
 # Number of OBUs (units of an AV1 stream) that are read per stream. A few suffice, because the sequence header, which
 # states the frame size, precedes the first frame.
@@ -31,9 +32,9 @@ TRACK_PATH = (b"moov", b"trak", b"mdia", b"minf", b"stbl")  # nested boxes that 
 def largest_frame_size(data: bytes) -> tuple[int, int]:
     """Return the size of the largest frame in an AVIF file, without decoding it, so that huge frames can be refused.
 
-    The size is read from the headers of the AV1 streams in the file. A still image has a stream for the image, and
-    optionally streams for its tiles and its transparency. Of an image sequence, only the first sample (frame) of each
-    track is read.
+    The size is read from the headers of the AV1 streams in the file. A still image has one stream, or one stream per
+    tile, and further streams if it has transparency. Of an image sequence, only the first sample (frame) of each track
+    is read.
 
     Args:
         data: Content of the whole file.

@@ -273,7 +273,7 @@ def read_yaml_config(path: Path) -> dict[str, Any]:
 
 
 def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str) -> list[str]:
-    """Convert the content of a config file to command-line flags, so that one parser checks them.
+    """Convert the content of a config file to command-line flags, so that the flag parser checks it, too.
 
     Args:
         content: Keys and values of the config file, from `read_yaml_config`.
@@ -314,7 +314,7 @@ def unknown_name_message(name: str, kind: str, known: list[str], advice: str = "
 
     Args:
         name: The unknown name that the user wrote.
-        kind: Word for what the name should be, for example "flag".
+        kind: Noun that says what the name should be, for example "flag" or "key in config.yaml".
         known: All valid names. If one or more are similar to `name`, the message suggests the most similar name.
         advice: Last sentence of the message.
     """

@@ -8,10 +8,10 @@ embeds images of this batch several times with each candidate value, and chooses
 time. The choice is stored in the folder `embedding_speed` of the cache, in one file for each CPU, model and version of
 torch and transformers, so that later runs do not measure again.
 
-The number of images per forward pass changes the last bits of embeddings, so the choice is also recorded in the output
-folder of the run. A resumed run reads this record, even on another machine. So do all parallel processes that write to
-the same output. The embeddings of the measurement are discarded, so that all rows of the output are computed in the
-same way.
+The number of images per forward pass changes the last bits of embeddings. If the caller passes the folder `record`, for
+example the output folder of the run, the choice is therefore also recorded there. A resumed run reads this record, even
+on another machine. So do all parallel processes that write to the same output. The embeddings of the measurement are
+discarded, so that all rows of the output are computed in the same way.
 """
 
 import logging
@@ -84,9 +84,9 @@ def load_or_measure_fastest_setting(
 ) -> Any:
     """Return the value of a setting, such as the precision, with which images are embedded fastest on this CPU.
 
-    The value is taken from the first of these places that has it:
+    The value is taken from the first of these sources that has it:
 
-    1. a file in the folder `record`;
+    1. a file in the folder `record`, if this folder is given;
     2. the cache of this machine, for the same CPU, model and versions of torch and transformers;
     3. a measurement of the speed with each candidate value. The default value stays, unless another value is faster by
        the factor `MIN_SPEEDUP` and hardly changes the embeddings (`MIN_COSINES`).

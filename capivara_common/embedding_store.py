@@ -74,7 +74,7 @@ class EmbeddingStore:
     the embeddings of consecutive rows. A shard has these columns:
 
     - `vectors`: the embeddings of the row. The list is empty for a bad row, for example if the image is unreadable.
-    - `reason` and `detail`: what is wrong with a bad row; "" for a good row.
+    - `reason` and `detail`: what is wrong with a bad row; "" for a good row, and for a row without an image or text.
 
     The file name of a shard contains a digest of its images or texts. If rows are appended to a dataset, the shards
     that were full before stay valid. A shard is written atomically and ends with a digest of its content, so that an
@@ -140,8 +140,9 @@ class EmbeddingStore:
         Returns:
             A memory-mapped table with one row per item and these columns:
                 vectors: List of views * width numbers; empty for a bad row.
-                reason: Why the row is bad, such as "unreadable image"; "" for a good row.
-                detail: Description of the problem; "" for a good row.
+                reason: Why the row is bad, such as "unreadable image"; "" for a good row, and for an empty string in
+                    `items`.
+                detail: Description of the problem; "" if `reason` is "".
 
         Raises:
             ValueError: If a shard has the wrong number of rows, or `embed` refuses an item.

@@ -132,7 +132,8 @@ def read_task_failures(log_folder: Path) -> dict[int, str]:
 def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
     """Run the phases of a command one after another, each as several tasks on this machine or on a cluster.
 
-    A phase is one step of a command, such as scoring rows. Its rows are divided among the tasks.
+    A phase is one step of a command, such as scoring rows. Its rows are divided among the tasks. A phase whose
+    `is_parallel` is False has a single task.
 
     Args:
         steps: One step per phase, in order. A step starts only if the previous step is complete.

@@ -1,4 +1,4 @@
-"""Write files and folders so that a crash never leaves incomplete output, and refuse links to private files.
+"""Write files and folders so that a crash never leaves incomplete output, and refuse links that leave a dataset folder.
 
 To write atomically, a process first writes a temporary file or folder, and renames it when it is complete. If the
 process is killed in between, the next process that writes the same output removes the temporary files. `AllowedFolders`
@@ -360,10 +360,11 @@ def remove_or_restore_leftovers(path: Path) -> None:
     """Clean up the hidden folders that killed processes have left next to an output folder.
 
     To write an output folder, a process fills a hidden temporary folder, and then renames it. If the process is killed,
-    hidden folders remain next to the output folder:
+    hidden folders may remain next to the output folder:
 
-    - an incomplete new folder, which is removed;
-    - an old output folder that was being replaced. It is renamed back.
+    - An incomplete new folder is removed.
+    - An old output folder that was being replaced is renamed back if the output folder is missing or empty. Otherwise
+      the new folder is complete, and the old folder is removed.
 
     Folders that a running process uses are locked, so they are not changed. On a file system without locks, no folder
     is changed.

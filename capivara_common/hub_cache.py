@@ -121,7 +121,7 @@ def check_hub_model_reachable(source: str | Path, *names: str, revision: str | N
     Args:
         source: Folder or Hub id of the model. Local files and folders are not checked.
         *names: Names of files of the model, such as "config.json". If one of these files is in the Hub's cache, the
-            check passes without a request. Otherwise the Hub is asked for the first name. Default: "config.json".
+            check passes without a request. Otherwise the Hub is asked for the first file. Default: "config.json".
         revision: Branch, tag or commit. Default: the main branch.
 
     Raises:

@@ -1,9 +1,9 @@
 """Compute a digest that identifies a model's image encoder. Models with the same digest embed images in the same way.
 
-The digest covers the weights of the image encoder, its settings, and the image preprocessing. For example, a model and
-its fine-tuned version have the same digest if only the text encoder was trained. A search index that was built with one
-of them is then also valid for the other one. The digest of the weights is cached until the path, size or a time stamp
-of a weight file changes.
+The digest covers the weights of the image encoder (image tower and projection), the settings of the image tower, and
+the image preprocessing. For example, a model and its fine-tuned version have the same digest if only the text encoder
+was trained. A search index that was built with one of them is then also valid for the other one. The digest of the
+weights is cached until the path, size or a time stamp of a weight file changes.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ DIGEST_CHUNK_BYTES = 1 << 24  # 16 MiB; weights are hashed in pieces of this siz
 IMAGE_PROCESSOR_DEFAULTS = {
     "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
 }  # fmt: skip
-# Config fields that do not change the embedding of an image. They are needed for an image tower whose type is not
-# listed in `KINDS`, the supported models: the digest then covers all fields of its config except these.
+# Config fields that do not change the embedding of an image. They are needed if the model's entry of `KINDS` does not
+# list the type of the image tower: the digest then covers all fields of the tower's config except these.
 IGNORED_CONFIG_FIELDS = {
     *("transformers_version", "dtype", "torch_dtype", "_name_or_path", "id2label", "label2id", "label_names"),
 }

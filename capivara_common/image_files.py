@@ -269,7 +269,8 @@ def check_and_open_image_without_decoding(
         data: Content of the image file.
         name: Name of the image for error messages.
         max_pixels: Largest number of pixels (width x height).
-        hint: Advice for the user if the image has too many pixels. The error message has it after the limit.
+        hint: Advice for the user on the limit `max_pixels`. The error message contains it directly after this limit, so
+            it must begin with a blank or punctuation.
 
     Returns:
         The opened image, whose pixels are not decoded yet. Pass it to `decode_upright` to decode them.

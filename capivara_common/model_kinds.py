@@ -65,9 +65,9 @@ def _read_siglip_widths(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelKind:
-    """What distinguishes one kind of image-text model, such as SigLIP, from other kinds. The default values are CLIP's.
+    """Properties that distinguish one kind of image-text model, such as SigLIP, from other kinds.
 
-    A supported model has two towers: one encoder for images and one for texts.
+    A supported model has two towers: one encoder for images and one for texts. The default values describe CLIP.
 
     Attributes:
         model_type: Value of `model_type` in config.json.

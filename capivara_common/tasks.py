@@ -1,8 +1,8 @@
-"""Define the flags and phases of commands whose work is split into tasks.
+"""Define the executor flags and the class `Phase` for commands whose work is split into tasks.
 
-A task is a share of the work. Tasks can run in parallel on this machine or on a cluster.
-`ExecutorArguments` has the command-line flags of these commands. A `Phase` is one step of such a command. The module
-`executors` runs the phases. This module imports no large library, so that `--help` answers at once.
+A task is a share of the work. Tasks can run in parallel on this machine or on a cluster. `ExecutorArguments` has the
+command-line flags that say where and how tasks run. A `Phase` is one step of such a command. The module `executors`
+runs the phases. This module imports no large library, so that `--help` answers at once.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from capivara_common.cli import check_at_least, flag
 
-# End of the error message if a command was started by a distributed launcher, although it can't be
+# End of the error message if a distributed launcher has started a command that must not be started in this way
 TASK_SHARING_HINT = (
     "to divide its work, use --tasks and --workers on one machine, or --executor slurm or ray on several machines"
 )
@@ -26,7 +26,7 @@ TASKS, CLUSTER = "tasks", "Slurm and Ray clusters"
 class ExecutorArguments:
     """Command-line arguments that choose where the tasks of a command run: on this machine, a Slurm or a Ray cluster.
 
-    A task is a share of the work of the command. The flags have the names that datatrove, the library that runs the
+    A task is a share of the work of the command. Most flags have the names that datatrove, the library that runs the
     tasks, uses for its own options.
     """
 
@@ -73,8 +73,9 @@ class ExecutorArguments:
 
         Raises:
             ValueError: In one of these cases:
-                - A flag is out of range, or a required flag is missing.
-                - A value contains characters that are unsafe in a Slurm job script.
+                - A flag is out of range, a required flag is missing, or an entry of `sbatch` is not KEY or KEY=VALUE.
+                - With `--executor slurm`, `node_script` is not a file, or a value contains characters that are unsafe
+                  in a job script.
                 - A distributed launcher (Accelerate, torchrun) has started the command. Each of its processes would
                   then do all the work.
         """

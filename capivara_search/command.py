@@ -651,7 +651,7 @@ def _exit_block_on_interrupt(messages: Messages) -> Iterator[None]:
 
 def _write_json(value: Any) -> None:
     text = dumps(value, ensure_ascii=False, indent=1, default=datetime.isoformat)
-    # A terminal would act on control characters, so they are replaced by JSON escapes such as "\u001b". Only the line
+    # A terminal would act on control characters, so they are replaced by JSON escapes such as "\u009b". Only the line
     # breaks of the indentation stay: they are outside of JSON strings, where an escape would be invalid.
     click.echo(UNSAFE_CHARACTER_RE.sub(lambda match: match[0] if match[0] == "\n" else dumps(match[0])[1:-1], text))
 
@@ -755,8 +755,8 @@ def get_exit_code_and_message(error: Exception, messages: Messages) -> tuple[int
     elif number == errno.EADDRINUSE:
         text = messages("port_in_use")
     elif number == errno.EADDRNOTAVAIL or (number or 0) < 0:
-        # The value of --host is no address of this machine (EADDRNOTAVAIL), or it is an unknown name. An unknown name
-        # raises socket.gaierror, whose error numbers are negative.
+        # The value of --host is not an address of this machine (EADDRNOTAVAIL), or it is an unknown name. An unknown
+        # name raises socket.gaierror, whose error numbers are negative.
         text = messages("no_host")
     line = escape_control_characters(redact_secrets(" ".join(text.split()))) or type(error).__name__
     return EXIT_USAGE_ERROR if type(error) is ValueError else EXIT_UNUSABLE, line

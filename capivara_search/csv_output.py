@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from capivara_common.privacy import escape_control_characters
 
 # A spreadsheet program treats a cell that begins with one of these characters as a formula, for example "=1+1". A
-# formula in a text from somebody else can do harm. A single quote at the beginning makes the cell a plain text.
+# formula in a text from somebody else can do harm. A single quote at the beginning makes the cell plain text.
 FORMULA_PATTERN = r"^([=+\-@\t\r])"
 
 

@@ -13,8 +13,8 @@ of small differences could put pictures of different scenes into one group.
 
 Flat pictures are pictures such as icons, charts and blank pages, in which many pixels have exactly the same color. Two
 different flat pictures often share most pixels, and the model hardly distinguishes such pictures. Two flat pictures are
-therefore compared by their details only, and a much smaller difference is allowed. The details of a picture are a copy
-of it at a higher resolution than the color signature, in the color space YCbCr.
+therefore compared by their details only, and a much smaller difference is allowed. The details of a picture are its
+planes in the color space YCbCr: the brightness at 18 x 18 pixels, and the two color planes at 6 x 6 pixels.
 """
 
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ def compute_color_signature(image: PIL.Image.Image) -> bytes:
 
     Flat pictures are pictures such as icons and charts, in which many pixels have exactly the same color. Two different
     flat pictures often have almost the same colors at low resolution. The signature of a flat picture therefore also
-    contains its details: the picture at a higher resolution.
+    contains its details, in which the brightness has a higher resolution.
 
     Args:
         image: The picture, in any mode.
@@ -113,8 +113,8 @@ def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes |
     - The color signature, scaled: a copy of the picture that is shrunk to a few pixels. First, the average of the
       picture's mean color and its mean brightness is subtracted. Otherwise any two crops of a red picture would be
       similar.
-    - The details: a copy of the picture at a higher resolution, only for flat pictures such as icons, in which many
-      pixels have exactly the same color.
+    - The details: a copy of the picture whose brightness has a higher resolution, only for flat pictures such as icons,
+      in which many pixels have exactly the same color.
 
     The dot product of the first two sections of two pictures is one third of the cosine of the model's vectors plus two
     thirds of the cosine of the color signatures. If a picture has no signature, or a uniform color, its first section
@@ -149,8 +149,8 @@ def compute_duplicate_similarity(vectors: np.ndarray, others: np.ndarray) -> np.
     """Compute how similar each picture of a first set is to each picture of a second set.
 
     The similarity of most pairs is the dot product of their vectors, without the columns of the details. The details
-    of a picture are its colors at a higher resolution. Only flat pictures have them: pictures such as icons, in which
-    many pixels have exactly the same color.
+    are a copy of the picture whose brightness has a higher resolution (`compute_color_signature`). Only flat pictures
+    have details: pictures such as icons, in which many pixels have exactly the same color.
 
     Two flat pictures are compared by their details only. Their similarity is 1 minus the scaled mean squared difference
     of the details. The scale is chosen so that a root mean square difference of `DUPLICATE_DETAIL_RMS` gives the

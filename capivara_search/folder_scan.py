@@ -175,9 +175,9 @@ def _is_any_path_inside(paths: Sequence[str], root: str) -> bool:
     """
     if any(path.startswith(os.path.join(root, "")) for path in paths):
         return True
-    # The scan visits each folder only once. If two of the user's folders are the same folder on disk, because one is a
-    # link to the other, its pictures are found under only one of the two paths. A comparison of real paths (with links
-    # resolved) shows that the pictures lie in both.
+    # The scan visits each folder only once. If two of the user's folders are the same folder on disk, for example
+    # because one is a link to the other, its pictures are found under only one of the two paths. A comparison of real
+    # paths (with links resolved) shows that the pictures lie in both.
     real = Path(os.path.realpath(root))
     return any(Path(os.path.realpath(folder)).is_relative_to(real) for folder in {os.path.dirname(p) for p in paths})
 

@@ -135,8 +135,8 @@ def resolve_folders_to_scan(
             on this machine and are available (`is_folder_available`). A warning in the log lists the other folders.
         exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
         include: What to stop ignoring: patterns that an earlier `exclude` stored in the index, and paths that the user
-            has removed from the index (`IgnoreRules.forgotten`). If such a path is a folder that lies in none of the
-            other folders to scan, it is scanned as well.
+            has removed from the index (`IgnoreRules.forgotten`). If such a path is a folder that lies neither in
+            another folder to scan nor in an indexed folder that was added on this machine, it is scanned as well.
 
     Returns:
         Dictionary `{absolute path of a folder to scan: its real path}`. In a real path, symbolic links are resolved.
@@ -168,7 +168,8 @@ def resolve_folders_to_scan(
 def _is_pattern_probably_a_mistaken_path(pattern: str, folders: Iterable[Path]) -> bool:
     """Return whether the user has probably given the path of a file or folder instead of a pattern to ignore.
 
-    A pattern is relative to each indexed folder, so a path usually matches nothing. Such a mistake should be reported.
+    A pattern is relative to each indexed folder. So an absolute path, or a path relative to the working directory,
+    usually matches nothing as a pattern.
 
     Args:
         pattern: Pattern in the syntax of `.gitignore`.

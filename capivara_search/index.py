@@ -277,7 +277,8 @@ class PictureIndex:
         Usually these are the folders in `folders`. If `folders` is empty, these are the folders that were added on this
         machine before and are available, for example because their disk is mounted (`folders.is_folder_available`). A
         warning in the log then lists the other folders of the index. A folder in `include` that was removed with
-        `forget` is scanned as well if it lies in none of these folders.
+        `forget` is scanned as well if it lies neither in these folders nor in another folder of the index that was
+        added on this machine.
 
         Args:
             folders: Folders of pictures that the user has given.
@@ -348,8 +349,8 @@ class PictureIndex:
         object storage is not repaired.
 
         Raises:
-            ValueError: If the newest version of a table is complete, but the installed lancedb can't read it,
-                for example because a newer lancedb wrote it.
+            ValueError: If the newest version of a table is complete, but the installed lancedb can't read it, for
+                example because a newer lancedb wrote it.
         """
         with self._table.locked():
             self._table.repair()

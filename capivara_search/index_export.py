@@ -56,6 +56,8 @@ def export_all_rows(table: PictureTable, path: str | Path) -> int:
 def _to_export_columns(rows: pa.Table | pa.RecordBatch, as_csv: bool) -> pa.Table | pa.RecordBatch:
     """Convert rows of an index to the columns of an exported file.
 
+    The columns change as follows:
+
     - `modified` (timestamp) replaces `mtime_ns` (nanoseconds).
     - `date` is added: the EXIF date of the picture if there is one, otherwise the modification time.
     - `date_source` is added: "camera" or "file", depending on where `date` comes from.

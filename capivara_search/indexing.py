@@ -371,9 +371,10 @@ class IndexWriter:
         setattr(self.report, kind, getattr(self.report, kind) + 1)
 
     def finish(self) -> IndexReport:
-        """Finish the update: remove outdated rows, store the skipped and ignored files, and optimize the table.
+        """Finish the update: remove outdated rows, store skipped files and ignored counts, and optimize the table.
 
-        Of ignored files, only the numbers are stored. Skipped files are stored with the reason.
+        Skipped files are stored with the reason. The numbers of ignored files are stored only if the plan covers whole
+        folders.
 
         The progress callback is called with the total number of files at the end.
 

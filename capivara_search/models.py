@@ -215,8 +215,8 @@ class SearchModel:
         Args:
             images: PIL images.
             batch_size: Number of images that the image processor prepares at once.
-            **options: The only option is `chunk_images`, the number of images per forward pass on a CPU. If it is
-                missing, a default is used.
+            **options: `chunk_images` (int), the number of images per forward pass on a CPU. If it is missing, a default
+                is used.
 
         Returns:
             Embeddings (images, width) in float32, of unit length.

@@ -77,7 +77,8 @@ MAX_EXACT_ROWS = 50_000  # tables with more rows get an approximate vector index
 # - The index type IVF_HNSW_SQ takes 3 minutes to build for 200,000 vectors.
 BITS_PER_DIMENSION = 4  # number of bits to which each number of a vector is compressed
 # The vector index divides the vectors into partitions of about 8,192 similar vectors. A search compares the query only
-# with the vectors of this many partitions, the partitions that are nearest to the query.
+# with the vectors of this many partitions, the partitions that are nearest to the query. A search with an SQL condition
+# may use more partitions.
 PROBED_PARTITIONS = 64
 # The compressed vectors in the vector index give only approximate distances. Therefore a search for k rows takes
 # REFINE_FACTOR * k candidates from the vector index and compares their full vectors.
@@ -88,7 +89,8 @@ TRAINING_S_PER_ROW = 5e-5
 # Rows that are not in the vector index yet make searches slow, because each search compares all of their vectors with
 # the query. If there are more of these rows than this, `PictureTable.optimize` adds them to the vector index.
 MAX_UNINDEXED_ROWS = 10_000
-# Many small data files make reading slow. If a table has at least this many, `PictureTable.optimize` merges them.
+# Many small data files make reading slow. If the table `pictures` has at least this many of them,
+# `PictureTable.optimize` merges them.
 MAX_SMALL_FRAGMENTS = 24
 # The vector index chooses its partitions when it is trained. They suit rows that are added later less well, so searches
 # may miss more of these rows. Therefore, the vector index is trained again when the table has grown by this factor.
@@ -422,7 +424,7 @@ class PictureTable:
             yield from self.run_read(lambda table: _build_row_scan_query(table, columns, clause).to_batches())
 
     def sample(self, model: "SearchModel", max_rows: int) -> np.ndarray:
-        """Read the vectors of a sample of rows, taken at equal distances from the table `pictures`.
+        """Read the vectors of a sample of rows that are spread evenly over the table `pictures`.
 
         Args:
             model: Model in use. Vectors of other models are not returned.

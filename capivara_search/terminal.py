@@ -21,7 +21,9 @@ from capivara_common.privacy import escape_control_characters
 from capivara_search.messages import Messages, make_error_from_code
 from capivara_search.results import Hit, SkippedFile
 
-MAX_OPENED_PICTURES = 12  # maximum number of pictures that the flag --open opens, because each one needs a window
+# Maximum number of pictures that the flag --open opens, because each picture may need its own window. The help of the
+# flag states this number (`flag.open` in messages.yaml).
+MAX_OPENED_PICTURES = 12
 # Notices go to stderr, so that stdout contains results only and can be piped into other programs.
 print_notice = partial(click.echo, err=True)
 MIN_TILE_COLUMNS = 34  # minimum width of a drawn picture in characters; a character shows an upper and a lower pixel

@@ -203,7 +203,7 @@ class TextTower:
 class ClipTextTower(TextTower):
     """The text encoder of a model like CLIP in NumPy: layer norms before each block, causal attention, pooling at EOS.
 
-    The only supported tokenizer is the tokenizer of XLM-RoBERTa and XLM-V, because MetaCLIP 2 uses it.
+    The only supported tokenizer is the tokenizer of XLM-RoBERTa and XLM-V, which MetaCLIP 2 uses.
     """
 
     REQUIRED_CONFIG = {}
@@ -416,7 +416,7 @@ def _quick_gelu(values: np.ndarray) -> np.ndarray:
 def _erf(values: np.ndarray) -> np.ndarray:
     """Compute the Gauss error function of each element, with an error of at most 6e-7.
 
-    This error is a few times the rounding error of float32. The approximation is formula 7.1.26 of Abramowitz and
+    This error is about five times the machine epsilon of float32. The approximation is formula 7.1.26 of Abramowitz and
     Stegun, Handbook of Mathematical Functions.
     """
     size = np.abs(values)

@@ -31,8 +31,8 @@ SETTLED_MS = 1000
 MAX_BURST_MS = 2000  # maximum duration of a burst in milliseconds, so that updates come even if changes never stop
 # Milliseconds between two scans of folders for which the operating system reports no changes, such as network folders.
 POLL_INTERVAL_MS = 2000
-# File systems for which Linux does not report changes that other machines make. These texts are compared with the start
-# of the type in /proc/self/mountinfo, to which a dot is added first. So "nfs." matches only the type nfs, whereas
+# File systems for which Linux does not report changes that other machines make. A dot is appended to the type in
+# /proc/self/mountinfo, and the result must start with one of these texts. So "nfs." matches only the type nfs, whereas
 # "fuse." also matches subtypes such as fuse.sshfs.
 NETWORK_FILE_SYSTEMS = ("nfs.", "nfs4.", "cifs.", "smb", "9p.", "afs.", "ceph.", "virtiofs.", "vboxsf.", "fuse.")
 MOUNTINFO_FILE = Path("/proc/self/mountinfo")  # exists on Linux only
@@ -62,7 +62,8 @@ def watch_folders_and_iter_index_updates(
 
     Yields:
         One report for the initial update of all folders. Then one report per update of changed files, which happens
-        when the size and modification time of the files no longer change.
+        when the size and modification time of the files no longer change. If a folder becomes available or unavailable,
+        for example because a disk was mounted, all available folders are updated again, with one report.
 
     Raises:
         ValueError: If a folder does not exist, contains no picture, or was removed from the index by the user, at the

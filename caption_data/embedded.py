@@ -81,8 +81,9 @@ def resolve_image_encoder_digest(model: str, fingerprint: str) -> str:
     """Return the digest that identifies the image encoder of a model.
 
     The digest shows whether a model can use the stored embeddings of a dataset: it must be equal to the digest in the
-    dataset's column `image_encoder`. For a model in the format of transformers, the digest is computed from the model's
-    files. For a model that is loaded by open_clip, it is `fingerprint`.
+    dataset's column `image_encoder`. If `model` begins with "open_clip:", the digest is `fingerprint`. For any other
+    model, it is computed from the model's files, which are first downloaded and converted to transformers' format if
+    necessary.
 
     Args:
         model: Folder or Hub id of a model, or "open_clip:…" for a model of open_clip.

@@ -82,7 +82,8 @@ def load_images_with_prompt_class_labels(
 
     Raises:
         ValueError: If the split or a column is missing, a label is invalid, or no image belongs to the selected
-            classes. If the class names of the dataset and of the prompt file differ; the message lists the differences.
+            classes. If a class name of the dataset is missing in the prompt file, or occurs there less often; the
+            message lists these names.
     """
     path = Path(source)
     tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")

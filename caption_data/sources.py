@@ -312,8 +312,8 @@ class Split:
             bad: The error that was raised for the image.
         """
         path = image_files.image_display_path(self.data[row][self.image_column])
-        # Remove the folder from the text of the error, in plain and in escaped form. The text may lack the whole path,
-        # because the file name may be escaped or shortened in it.
+        # Remove only the folder from the text of the error, in plain and in escaped form. A search for the whole path
+        # could fail, because the file name may be escaped or shortened in the text.
         folder = path.removesuffix(Path(path).name)
         return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")
 
@@ -711,7 +711,8 @@ def _load_from_hub(dataset: str) -> Any:
     subject = f"{dataset} is not a path on this machine, and as a Hub id it"
     converted = Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___")
     if not (get_allowed_folders_of_dataset(dataset).folder.exists() or converted.exists()):
-        # If the dataset does not exist, fail after one request. `datasets` would retry six times, for half a minute.
+        # If the dataset does not exist or the Hub can't be reached, fail after one request. `datasets` would retry six
+        # times, for half a minute.
         _call_loader(subject, HfApi().dataset_info, dataset, timeout=DATASET_INFO_TIMEOUT_S)
     return _call_loader(subject, _load_dataset_with_size_check, dataset)
 

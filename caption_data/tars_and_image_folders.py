@@ -54,7 +54,7 @@ def load_rows_and_list_damaged_files(paths: list[Path], image_column: str) -> tu
 
     Returns:
         The tuple (table, damages). The list `damages` has one tuple (row, description of the damage) for each damaged
-        file. `row` says where rows are missing in the table: it is the number of rows before the damage.
+        file. `row` says where rows are missing in the table: it is the number of table rows before the damage.
 
     Raises:
         ValueError: If a CSV file has an error. If a tar is compressed, because images in a compressed tar can't be read

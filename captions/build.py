@@ -141,7 +141,10 @@ class BuildPlan:
     dataset: Path
 
     def all_steps(self) -> list[StageArguments]:
-        """Return all stages of all splits, each as an object with its flags. The stages of a split are consecutive."""
+        """Return all stages of all splits, each as an object with its flags.
+
+        The stages of a split are consecutive, in the order in which they run.
+        """
         return [step for steps in self.steps.values() for step in steps]
 
 

@@ -92,7 +92,7 @@ def _read_inherited_card_values(args: EmbedCommandArguments) -> dict[str, Any]:
 def _plan_phases(args: EmbedCommandArguments, parts: Path) -> list[PhaseStep]:
     """Check everything that can be checked without a run, and return the phases of the command. Nothing is written.
 
-    A phase is a step of the command, whose work several processes can share.
+    A phase is a step of the command. Several processes can share the work of the phases that embed images.
 
     Args:
         args: Command-line arguments.

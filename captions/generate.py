@@ -79,8 +79,8 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
             stage: Access to the rows to caption.
 
         Returns:
-            A tuple (columns, settings, process, prepare, prepared_rows) for the method `RowStage.run`,
-            which processes all rows.
+            A tuple (columns, settings, process, prepare, prepared_rows) for the method `RowStage.run`, which processes
+            all rows.
 
             - `columns`: dict `{new column: feature}`, where a feature is a column type of `datasets`.
             - `settings`: dict that is recorded in the file `stage.json`.

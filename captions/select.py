@@ -41,14 +41,14 @@ from eval.records.tables import make_short_plain_line, write_html_from_template
 REPORT_PAGE = Path("report") / "index.html"
 REPORT_TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
 EXAMPLES_PER_SIDE = 6  # number of dropped examples, and of kept examples, on the HTML page
-# Lowest similarities for the pair filter. The page shows how many images it would keep with each of them. The CAPIVARA
-# authors use 0.2.
+# Possible values for the lowest similarity of the pair filter. The page shows for each value how many images the filter
+# would keep. The CAPIVARA authors use 0.2.
 SIMILARITY_CUTOFFS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 MAX_SHOWN_CHARACTERS = 300  # longer captions are shortened on the HTML page
 DROPPED_COLOR = "#b9bec6"  # color of dropped captions in the histogram
 HISTOGRAM_BINS = 60
 EXAMPLE_IMAGE_SIDE = 240  # longest side of the example images, in pixels
-# Columns and NumPy types of the table that `_build_caption_similarity_frame` builds for the report and describes.
+# Columns and NumPy types of the report's table of captions. `_build_caption_similarity_frame` describes the columns.
 CAPTION_TYPES = [("row", "int64"), ("place", "int32"), ("first", bool), ("kept", bool), ("similarity", "float64")]
 
 

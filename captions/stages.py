@@ -67,7 +67,7 @@ IGNORED_SOURCE_KEYS = ("name", "damaged")
 # Key of `stage.json` -> type of its value, to detect damaged files.
 RECORD_TYPES = {"version": int, "command": str, "source": dict, "rows_per_part": int}
 RECORD_TYPES |= {"settings": dict, "columns": dict, "versions": dict}
-MAX_ROWS = 10**9  # largest number of rows of a dataset: file names state row numbers with nine digits
+MAX_ROWS = 10**9  # a dataset must have fewer rows than this, because file names state row numbers with nine digits
 ROWS_PER_GROUP = 16  # number of rows in a parquet row group, the smallest unit that a reader of the file decodes
 # Largest number of rows that a stage prepares at a time, for example by translating their captions. It limits the
 # memory that the results need.
@@ -109,8 +109,8 @@ class Backend:
     def check(cls, args: Any) -> None:
         """Check that the backend can be used, for example that its server can be reached.
 
-        A build of a caption dataset calls this method for all its stages (steps) before the first of them runs, so that
-        the build does not fail hours later.
+        A build of a caption dataset calls this method for all its stages (steps) that are not complete, before the
+        first of them runs, so that the build does not fail hours later.
 
         Args:
             args: Flags of the stage.
@@ -186,8 +186,8 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
                 f"{self.split!r}."
             )
         folder, output = Path(self.dataset).resolve(), self.output.resolve()
-        # Refuse an output folder that is the dataset folder or lies in it. The stage would read its own output as if it
-        # were part of the dataset.
+        # Refuse an output folder that is the dataset folder or lies directly in it. The stage would read its own output
+        # as if it were part of the dataset.
         if Path(self.dataset).exists() and folder in (output, output.parent):
             raise ValueError(
                 f"The output folder {self.output} must not be the dataset folder or lie in it. Choose another --output."
@@ -298,7 +298,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     def write_rows(self, rank: int = 0, world_size: int = 1) -> "StageReport":
         """Write one task's share of the output files of this stage. Existing files are kept.
 
-        A stage is a step of the caption pipeline, such as translation. Its tasks share the rows.
+        A stage is a step of the caption pipeline, such as translation. Its tasks are processes that share the rows.
 
         Args:
             rank: Index of the task, counted from 0.
@@ -519,9 +519,10 @@ class RowStage:
     def is_done(self) -> bool:
         """True if the task has nothing left to do: all its output files exist, written with the current settings.
 
-        The current settings and flags are compared with the settings and flags in the file `stage.json`. If they are
-        different, the value is False, and a later call of the method `run` raises an error that lists the differences.
-        For all other output files, only the existence is checked, not the content.
+        The current settings, flags and source dataset are compared with those in the file `stage.json`. If any of them
+        differ, the value is False. If a value that must be equal for all parts differs (see `IDENTITY_KEYS`), a later
+        call of the method `run` raises an error that lists the differences. For all other output files, only the
+        existence is checked, not the content.
         """
         if not (self.args.output / STAGE_FILE).is_file():
             return False
@@ -561,7 +562,8 @@ class RowStage:
                 - the image column: dict with the keys "bytes" and "path"; missing if the dataset has no images;
                 - the caption columns: lists of texts;
                 - `DECODED_KEY`: the decoded image if `args.decodes_images` is True; if the dataset has embeddings
-                  instead of images, the embedding as a float32 array.
+                  instead of images, the embedding as a float32 array;
+                - all other columns of the dataset, unchanged.
             prepare: Function that is called once for several parts, before they are written. It gets the list of their
                 row ranges, and can, for example, translate the captions of all these parts at once.
             prepared_rows: Number of rows that one call of `prepare` may cover. A call always covers at least one part.
@@ -592,7 +594,7 @@ class RowStage:
                     try:
                         self._write_part(part, features.arrow_schema, process)
                     except Exception as error:
-                        error.add_note(f"This happened in rows {part.start} to {part.stop - 1} of {self.source.split}")
+                        error.add_note(f"It happened in rows {part.start} to {part.stop - 1} of {self.source.split}.")
                         raise
         return self.report()
 

@@ -175,8 +175,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
             stage: Access to the rows whose captions are translated.
 
         Returns:
-            A tuple (columns, settings, process, prepare) for the method `RowStage.run`, which processes all
-            rows.
+            A tuple (columns, settings, process, prepare) for the method `RowStage.run`, which processes all rows.
 
             - `columns`: dict `{new column: feature}`, where a feature is a column type of `datasets`.
             - `settings`: dict that is recorded in the file `stage.json`.

@@ -24,8 +24,8 @@ BLANK_CHARACTERS = " \xa0\u3000"  # a cell with only these characters looks empt
 MAX_QUOTED_CHARACTERS = 40  # largest number of characters of a sentence in an error message
 UNCHANGED_ROWS_HINT = (
     "The table must have exactly the rows that were written, in the same order. Restore missing rows, and sort by "
-    "the number in the id. If you use a spreadsheet, import the file without a text delimiter (quote character), "
-    "because quotes in the source column would change."
+    "the number in the id. If you use a spreadsheet, import the file without a text delimiter (quote character); "
+    "otherwise, the spreadsheet changes quotes in the source column."
 )
 # Characters that are escaped in addition to the escapes of JSON:
 # - `=`, `+`, `@` and `-` at the start of a cell, because a spreadsheet would run the cell as a formula;

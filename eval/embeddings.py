@@ -1,4 +1,4 @@
-"""Embed images and texts with a cache on disk. Define the arguments and main function of all evaluation commands.
+"""Embed images and texts with a cache on disk, and parse the flags and print the results of an evaluation command.
 
     cached_embedder = CachedEmbedder(load_embedder("data/openmoji/base"), cache_home(), batch_size=32)
     images = cached_embedder.embed_images(open_split("data/openmoji/dataset", "test", "image"))

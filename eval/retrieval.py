@@ -286,7 +286,7 @@ class RetrievalData:
     def fingerprint(self) -> str:
         """Return a digest of all images and captions. Two results with the same digest were measured on the same data.
 
-        Training computes the digest in the same way, so its results can be compared with these results.
+        Training computes the digest in the same way, so its validation results can be compared with retrieval results.
         """
         return compute_image_caption_rows_digest(zip(self.images.image_digests, self.captions, strict=True))
 
@@ -355,8 +355,8 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
 def select_captions_by_position(value: Any, column: str, positions: str, row: int) -> list[str]:
     """Return those captions of a dataset row that are at the selected positions in the list of captions.
 
-    In the data of CAPIVARA's paper, the position of a caption shows which program translated it. Selecting positions
-    therefore selects the translations of one program.
+    In the data of CAPIVARA's paper, the position of a caption shows which program translated it. The positions "even"
+    or "odd" therefore select the translations of one program.
 
     Args:
         value: Content of the caption column in this row: a text or a list of texts.

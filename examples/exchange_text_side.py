@@ -50,7 +50,7 @@ VECTOR_TOLERANCE = 1e-6
 
 @dataclass
 class ExchangeArguments:
-    """Command-line arguments of `examples.exchange_text_side`, which replaces the text encoder of a picture search."""
+    """Command-line arguments of `examples.exchange_text_side`, which replaces only a search's text encoder."""
 
     text_side: Path = flag(..., "Folder with a text encoder, written by `hub_upload.export --formats drop_in`.")
     base: str = flag("data/openmoji/base", "Folder of the model that embeds the images.")

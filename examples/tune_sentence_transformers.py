@@ -63,7 +63,7 @@ class SentenceTuningArguments:
     overwrite_output_dir: bool = flag(False, "Replace the output folder if it exists.")
     train_split: str = flag("train", "Split for training.")
     split: str = flag("test", "Split for evaluation, before and after training.")
-    epochs: float = flag(3.0, "Number of passes over the training images. Each image has one caption.")
+    epochs: float = flag(3.0, "Number of passes over the training images, each with one random caption.")
     batch_size: int = flag(256, "Batch size of the contrastive loss, in image-caption pairs.")
     mini_batch_size: int = flag(32, "Pairs that are encoded at the same time. Changes memory use, not the result.")
     learning_rate: float = flag(1e-5, "Peak learning rate.")

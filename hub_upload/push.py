@@ -331,7 +331,7 @@ def _has_same_content(file: CommitOperationAdd, remote_file: RepoFile | None) ->
 
 
 def _check_visibility(repo_id: str, remote: RemoteRepository, private: bool) -> None:
-    """Check that a push with --private does not go to a public repository.
+    """Check that a push that must be private does not go to a public repository.
 
     Args:
         repo_id: Repository on the Hub, owner/name, for the error message.

@@ -632,7 +632,7 @@ def _load_checkpoint(path: Path) -> Any:
 
 
 def _load_and_check_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, and check that its vocabulary size and padding token agree with the text tower.
+    """Load a tokenizer, and check that the text tower has all of its tokens and the same padding token.
 
     Args:
         name: Folder or Hub id of the tokenizer.
@@ -731,7 +731,8 @@ class ConvertArguments:
 
     source: str = flag(
         ...,
-        "Model in open_clip's format: hf-hub:OWNER/NAME, a folder, or a checkpoint file with CAPIVARA's architecture.",
+        "Model in open_clip's format: hf-hub:OWNER/NAME, a folder, or a checkpoint file with the architecture of the "
+        "published CAPIVARA model.",
         positional=True,
     )
     output: Path = flag(..., "Folder to create. If it exists, it must be empty.", positional=True)

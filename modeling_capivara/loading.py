@@ -68,7 +68,7 @@ def load_transformers_config(source: str, **options: Any) -> PreTrainedConfig:
 
 
 def load_model(source: str | Path) -> PreTrainedModel:
-    """Load a two-tower model (text encoder and image encoder) in float32, and check that its weights are complete.
+    """Load a two-tower model (text encoder and image encoder) in float32, and check that all weights match the model.
 
     Args:
         source: Folder or Hub id.
@@ -317,7 +317,7 @@ def pads_to_max_length(processor: ProcessorMixin) -> bool:
 
 
 def _check_and_adapt_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
-    """Check that a processor belongs to a model, and limit its tokenizer to the model's maximum text length.
+    """Check that a processor matches a model, and limit the processor's tokenizer to the model's maximum text length.
 
     Args:
         processor: Processor of transformers. The `model_max_length` of its tokenizer is changed. For a SigLIP model,

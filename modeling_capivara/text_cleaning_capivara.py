@@ -57,8 +57,8 @@ def _truncate_text(text: str) -> str:
     Returns:
         The start of the shortened text, with at most `MAX_CHARACTERS` characters and `MAX_LINES` lines.
     """
-    # The number of replacements is limited to save time. Each replacement leaves at least four characters, so the text
-    # after the last replacement is beyond the first `MAX_CHARACTERS` characters and would be cut off anyway.
+    # At most `MAX_CHARACTERS` runs are shortened, to save time. Each shortened run still has at least four characters,
+    # so the text after this many runs is beyond the first `MAX_CHARACTERS` characters and would be cut off anyway.
     shortened = LONG_WHITESPACE_RE.sub(_shorten_whitespace, text, count=MAX_CHARACTERS)
     truncated = "\n".join(shortened[:MAX_CHARACTERS].split("\n")[:MAX_LINES])
     if truncated == shortened:

@@ -399,7 +399,7 @@ def _find_open_clip_model(source: str) -> tuple[str, str | None, str]:
         if not settings and not Path(pretrained).is_file():
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             hint = f"write open_clip:{name}:TAG. Tags of {name}: {tags}"
-            raise ValueError(f"open_clip:{source} has no known weights; {hint}.")
+            raise ValueError(f"open_clip:{source} names no known weights; {hint}.")
         repository = settings.get("hf_hub", "").strip("/")
     elif not Path(source.removeprefix("local-dir:"), OPEN_CLIP_CONFIG).is_file():
         raise ValueError(f"open_clip:{source} is not the folder of an open_clip model ({OPEN_CLIP_CONFIG} is missing).")

@@ -133,7 +133,7 @@ class OutputArguments:
     _argument_group_name = "output"
 
     output_dir: Path | None = flag(None, "Folder of the run. Default: a new numbered folder below runs/.")
-    overwrite_output_dir: bool = flag(False, "Replace an existing `output_dir` at the end of the run.")
+    overwrite_output_dir: bool = flag(False, "Replace an existing `output_dir` when the run is complete.")
     eval_steps: int = flag(100, "Steps between evaluations on the validation split.")
     save_steps: int = flag(100, "Steps between checkpoints. A run of at most this many steps writes no checkpoints.")
     keep_last: int = flag(2, "Number of latest checkpoints to keep, besides the one with the best validation recall.")

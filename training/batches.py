@@ -265,7 +265,7 @@ class BatchPlanner:
         """Return the plan of the optimizer step with the number `step`, counted from 0."""
         rows, texts = [], []
         for number, count in enumerate(self.pairs_per_dataset):
-            seed = self.seed + (number << 32)  # the first dataset has the seed of the run, all others different seeds
+            seed = self.seed + (number << 32)  # the first dataset has the seed of the run, each other one its own
             rows.append(batch_indices(step, count, len(self.captions[number]), seed))
             texts += sample_captions(self.captions[number], rows[-1], step, seed)
         batches, order = tokenize_into_sorted_micro_batches(self.processor, texts, self.micro_batch_size)

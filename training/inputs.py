@@ -198,7 +198,7 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
         ValueError: In one of these cases:
 
             - Data, columns or the model are missing or invalid.
-            - There are too few usable pairs for a batch.
+            - More than `args.max_bad_share` of the training rows can't be used, or too few pairs are left for a batch.
             - A dataset has embeddings instead of images, and they were computed with another image encoder.
     """
     # The data are opened before a model is loaded, so that missing data, the most common error, is reported at once.
@@ -581,7 +581,7 @@ def embed_images_into_column(
     """Add the image embeddings of a dataset to its table, as the column `vectors`.
 
     The image encoder is frozen, so every image is embedded only once, before training. Embeddings are read from the
-    cache on disk. The processes of the run share the work of computing those that are missing there.
+    cache on disk. Embeddings that are missing in the cache are computed, and each process computes a share of them.
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.

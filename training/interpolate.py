@@ -2,10 +2,11 @@
 
     python -m training.interpolate models/base runs/pt --share 0.7 --output models/between
 
-The weights of the new model are the weighted mean of both models. Fine-tuning on one language can make a model worse in
-other languages; the new model loses less there. `--share` is the weight of the fine-tuned model, and
-docs/explanation/recipe.md recommends 0.7. Use `python -m eval.retrieval` to compare other values. Processor and
-configuration are copied from the fine-tuned model.
+Each parameter of the new model is the weighted mean of this parameter in both models. `--share` is the weight of the
+fine-tuned model in the mean; docs/explanation/recipe.md recommends 0.7. Fine-tuning on one language can make a model
+worse in other languages. In these languages, the new model keeps more of the base model's quality than the fine-tuned
+model does. Use `python -m eval.retrieval` to compare other values. Processor and configuration are copied from the
+fine-tuned model.
 """
 
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     images_differ = weights_digest(base_model, IMAGE_ENCODER_PREFIXES) != weights_digest(model, IMAGE_ENCODER_PREFIXES)
     if rotation is None and getattr(model.config, "matryoshka_dims", None) and images_differ:
         raise ValueError(
-            f"{args.trained} was rotated by training.rotate, but rotation.safetensors is missing. Copy it back."
+            f"{args.trained} was rotated by training.rotate, but its rotation.safetensors is missing. Copy the file "
+            "back into the folder."
         )
     interpolate_weights(model, base, args.share)
     save_model_folder(args.output, model, load_processor(args.trained), rotation)

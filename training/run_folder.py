@@ -57,7 +57,9 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
     Raises:
         ValueError: In one of these cases:
 
-            - The folder is not empty, and `args.overwrite_output_dir` is not set.
+            - The folder is not empty, and `args.overwrite_output_dir` is not set. A complete run is accepted if
+              `args.resume` is "auto".
+            - The folder is a file or a mount point, or it can't be written to.
             - `args.overwrite_output_dir` is set, but the folder has files that the run reads.
             - There is an unfinished run, and neither `args.resume` nor `args.overwrite_output_dir` is set.
             - `args.resume` is set, but the folder has finished runs of several seeds.
@@ -68,8 +70,8 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
         chosen = unfinished[-1].with_suffix("") if unfinished else find_free_numbered_folder(Path("runs"), name)
         return broadcast_object_list([chosen])[0]
     if state.is_main_process:
-        # A run that was killed while it renamed its folder has left temporary folders. They are removed or renamed back
-        # here, before any process checks the output folder.
+        # If a run was killed while it renamed its folder, temporary folders are left over. They are removed or renamed
+        # back here, before any process checks the output folder.
         files.remove_or_restore_leftovers(args.output_dir)
     state.wait_for_everyone()
     if args.resume and (seeds := files.list_seed_run_folders(args.output_dir)):
@@ -176,8 +178,8 @@ def lock_run_folder_and_exit_on_interrupt(
         with handle_signals_temporarily(_raise_interrupt, signal.SIGTERM):
             yield folder
     except KeyboardInterrupt as stop:
-        # During training, the exception has two arguments: the number of the signal and a message. Before and after
-        # training, Ctrl-C raises an exception without arguments.
+        # Usually, the exception has two arguments: the number of the signal and a message. It has none after a Ctrl-C
+        # before or after training, or after a second Ctrl-C during training.
         number, message = stop.args or (signal.SIGINT, "Stopped.")
         hint = "Nothing has been trained yet; run the same command again."
         if _can_resume(folder):

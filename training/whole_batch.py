@@ -134,7 +134,10 @@ class WholeBatch:
             loss = select_loss(self.model)(texts, image_embeds, self.model.logit_scale, local_rows)
             whole = self.accelerator.reduce(loss.detach(), "sum")
             if not torch.isfinite(whole):
-                raise FloatingPointError(f"The loss is {whole.item()}. No gradients were computed for this step.")
+                raise FloatingPointError(
+                    f"The loss is {whole.item()}. No gradients were computed for this step. The learning rate may be "
+                    "too high, or numbers may have overflowed in fp16."
+                )
             with torch.autocast(local_rows.device.type, enabled=False):
                 self.accelerator.backward(loss)
                 # Each micro-batch has its own backward pass. All micro-batches share the bfloat16 copy of a weight, so
@@ -377,8 +380,8 @@ def look_up_token_embeddings_once(table: nn.Embedding, input_ids: Sequence[Tenso
 
     def check_context(gradient: Tensor) -> None:
         # The gradient of `rows` is added to the gradient of the table when the block ends, so a later gradient would be
-        # lost. Besides, a micro-batch that is recomputed after the block uses the indices of the whole table, which are
-        # wrong for `rows`.
+        # lost. Besides, a micro-batch that is recomputed after the block looks up its tokens in the whole table. The
+        # backward pass would apply the row indices of this lookup to `rows`, for which they are wrong.
         if ended:
             raise RuntimeError("The backward pass of the texts must run within `look_up_token_embeddings_once`.")
 

@@ -100,8 +100,8 @@ class RequestGuard:
         hosts: Allowed host names and addresses. "*" allows all of them.
         behind_proxy: Whether a proxy may forward the requests, as on a Hugging Face Space. True: a host in
             `X-Forwarded-Host` that is in `hosts` is accepted as the origin of a request, and the website
-            huggingface.co may show the page in a frame. False: both are forbidden. The server passes True if other
-            machines can reach the page.
+            huggingface.co may show the page in a frame. False: `X-Forwarded-Host` is ignored, and no website may show
+            the page in a frame. The server passes True if other machines can reach the page.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], behind_proxy: bool):
@@ -302,7 +302,7 @@ class LimitedHttpProtocol(H11Protocol):
         self._restart_deadline()
 
     def resume_writing(self) -> None:
-        """Restart the deadline. asyncio calls this when the client has read most of the send buffer."""
+        """Restart the deadline for reading. asyncio calls this when the client has read most of the send buffer."""
         super().resume_writing()
         self._restart_deadline()
 
@@ -323,7 +323,7 @@ class LimitedHttpProtocol(H11Protocol):
 
 
 def compute_connection_limit() -> int:
-    """Return how many connections the server keeps open at once, from 1 to `MAX_CONNECTIONS`.
+    """Return the maximum number of connections that the server keeps open at once, from 1 to `MAX_CONNECTIONS`.
 
     The number depends on how many files the process is allowed to open. A connection that downloads a picture needs two
     file descriptors, and `RESERVED_DESCRIPTORS` file descriptors are needed for everything else. Windows allows
@@ -369,8 +369,8 @@ def _parse_host_name(host: str) -> str:
     Returns:
         The name or address in lowercase, without the port; "" if the value is invalid.
     """
-    # First try whether the value is an IPv6 address without brackets, such as ::1. `urlsplit` below would take its last
-    # colon for the start of a port.
+    # First try whether the value is an IPv6 address without brackets, such as ::1. `urlsplit` below would take the
+    # text after its first colon for a port.
     with suppress(ValueError):
         return str(ipaddress.IPv6Address(host))
     with suppress(ValueError):
@@ -383,12 +383,13 @@ def _parse_host_name(host: str) -> str:
 class QuestionQueue:
     """Queue that answers questions (POST requests of the page) one at a time.
 
-    The reason for one at a time: two threads should not use a tokenizer at once. Each question is answered in a new
-    thread.
+    Questions are answered one at a time, because two threads should not use a tokenizer at once. Each question is
+    answered in a new thread.
 
     If an answer takes too long, its request is refused ("too_slow"), and the next question begins. The thread of the
     refused question is abandoned: it continues to run, because a thread can't be ended from outside, but its result is
-    ignored. If `MAX_ABANDONED_THREADS` abandoned threads are running, new questions are refused ("busy").
+    ignored. Only abandoned threads can run at the same time as the current question. If `MAX_ABANDONED_THREADS`
+    abandoned threads are running, new questions are refused ("busy").
     """
 
     def __init__(self) -> None:

@@ -57,8 +57,8 @@ MODEL_LOAD_TIMEOUT_S = 600  # seconds to import torch and load the model; a slow
 SHUTDOWN_TIMEOUT_S = 3  # seconds in which open connections may finish their responses when the server ends
 DOWNLOAD_CHUNK_BYTES = 2**18  # bytes of an original file that are read and sent at a time
 VIEW_JPEG_QUALITY = 88  # JPEG quality (0 to 100) of the large view of a picture
-# Seconds for which a browser may cache a picture. The cached picture is never outdated: the URL of a picture contains
-# the modification time of its file, so it changes when the file changes.
+# Seconds for which a browser may cache a picture. The URL of a picture in a result contains the modification time of
+# its file. So the URL changes when the file changes, and the browser does not show an outdated picture.
 BROWSER_CACHE_S = 3600
 
 

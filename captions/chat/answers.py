@@ -92,7 +92,7 @@ class Answer:
     retried: bool = False
 
     def with_cost_of(self, other: "Answer") -> "Answer":
-        """Return a copy of this answer that also counts the tokens of another, discarded answer.
+        """Return a copy of this answer that also counts the tokens of another answer, such as a discarded one.
 
         For example, if the first answer to a request is unusable, a second answer is requested. Only one of them is
         kept, but the model has read and written tokens for both. In the copy, `retried` is True if it is True in either

@@ -109,8 +109,8 @@ class ChatTranslator(ChatBackend, Translator):
     def translate(self, sentences: list[str]) -> list[str]:
         """Translate sentences with the model on the server, and return one translation per sentence, in order.
 
-        If the model gives no usable answer for a sentence, its translation is "". For each sentence, the method
-        `on_answer` gets an answer, whose attribute `fault` says what was wrong.
+        If the model gives no usable answer for a sentence, its translation is "". The method `on_answer` gets an answer
+        for each sentence. If this answer is not usable, its attribute `fault` says what was wrong.
 
         Args:
             sentences: Sentences to translate.

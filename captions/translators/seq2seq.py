@@ -44,7 +44,9 @@ class Seq2SeqFlags:
 
     revision: str | None = flag(None, "Hub branch, tag or commit, only for --backend transformers. Default: main.")
     max_new_tokens: int | None = flag(
-        None, "Largest number of tokens of a translation with --backend transformers. Default: 512 or the model limit."
+        None,
+        "Largest number of tokens of a translation, only for --backend transformers. Default: 512, or the limit of the "
+        "model if that is lower.",
     )
     precision: Literal["float32", "bf16", "fp16"] = flag(
         "float32", "Data type of the weights and activations, only for --backend transformers."

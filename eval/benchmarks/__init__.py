@@ -70,7 +70,8 @@ class Benchmark:
     # Key of another benchmark with the same images. Its local folder is used if this benchmark has none.
     data_of: str | None = None
     like_for_like: bool = True  # whether the published results were measured on the same texts and images
-    count: int = 0  # only for the task "average": number of benchmarks that the average is computed from
+    # Only for the task "average": number of benchmarks in the average, which is computed only if all were measured.
+    count: int = 0
 
     @property
     def languages(self) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, label_lan
 def plot_baseline_and_model_bars(pairs: list[dict[str, Any]], path: Path) -> None:
     """Plot the results of baseline and trained model as horizontal bars next to each other, in percent.
 
-    A black mark on each pair of bars shows the chance level, the result that random scores would reach.
+    A dark mark on a pair of bars shows its chance level, the result that random scores would reach, if it is known.
 
     Args:
         pairs: One dict for each comparison of baseline and model, from `pair_with_baselines`. Each dict must also have

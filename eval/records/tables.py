@@ -306,7 +306,7 @@ def make_short_plain_line(text: str, limit: int) -> str:
         limit: Largest number of characters; a longer text ends with "…".
     """
     # Half of a surrogate pair, such as "\ud800", can't be written as UTF-8, so it is replaced by "?". Only the start of
-    # a long text is processed: 4 * limit characters are enough, although spaces and control characters are removed.
+    # a long text is processed: the factor 4 normally leaves enough text when spaces and control characters are removed.
     text = text[: 4 * limit].encode("utf-8", "replace").decode()
     line = CONTROL_CHARACTERS_RE.sub("", " ".join(text.split()))
     return line if len(line) <= limit else line[: limit - 1] + "…"

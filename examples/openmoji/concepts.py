@@ -126,7 +126,7 @@ def split_concepts(concepts: dict[str, list[EmojiPicture]], seed: int = 0) -> di
     eligible = sorted(name for name, pictures in concepts.items() if len(pictures) <= MAX_HELD_OUT_PICTURES)
     held_out = NUM_TEST_CONCEPTS + NUM_VALIDATION_CONCEPTS
     if len(eligible) <= held_out:
-        raise ValueError(f"Validation and test need more than {held_out} concepts of few images, got {len(eligible)}.")
+        raise ValueError(f"Validation and test need over {held_out} concepts with few images, got {len(eligible)}.")
     random.Random(seed).shuffle(eligible)
     test, validation = eligible[:NUM_TEST_CONCEPTS], eligible[NUM_TEST_CONCEPTS:held_out]
     train = sorted(concepts.keys() - {*test, *validation})

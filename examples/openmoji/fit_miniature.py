@@ -9,7 +9,7 @@ ImageNet's classes.
 
 ImageNet's images are not available. Instead of them, an image feature is synthesized for each class: the mean feature
 of OpenMoji's training images, moved in the direction of the class's weights in EfficientNet's own classifier. The
-distance of this move is called reach (see `REACH_CANDIDATES`). One projection is fitted for each candidate, and one
+relative distance of this move is called reach. One projection is fitted for each reach in `REACH_CANDIDATES`, and one
 without ImageNet's classes. A projection is excluded if it has a lower recall on OpenMoji's validation concepts than the
 projection without classes. Of the remaining projections, the one with the highest recall on captioned photographs is
 chosen. Portuguese captions are used only for this choice.

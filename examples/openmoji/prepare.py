@@ -5,8 +5,9 @@
 
 The dataset has OpenMoji's images with English and Portuguese captions (built by `examples/openmoji/dataset.py`). The
 base model combines two pretrained encoders, EfficientNet-Lite0 for images and multilingual-e5-small for texts (loaded
-by `capivara_search/miniature_encoders.py`). It is trained on English captions only, until an image and its caption get
-similar embeddings. The published CAPIVARA models were trained from a larger base model.
+by `capivara_search/miniature_encoders.py`). It is trained on English captions only, so that an image and its caption
+get similar embeddings. It is a small counterpart of the base model that the published CAPIVARA models were trained
+from.
 """
 
 import logging

@@ -39,9 +39,10 @@ def build_replace_step(pattern: str, content: str) -> dict[str, Any]:
 
 # Normalizer steps for programs that read tokenizer.json but don't run CAPIVARA's text cleaning code. The steps make
 # curly quotes straight and normalize accents (Unicode NFC). The cleaning code does the same with the library ftfy, so
-# the steps don't change a text that is already cleaned. There is one exception: ftfy does not resolve HTML entities
-# from the first line with "<" on, and these entities may stand for curly quotes. The tokenizer's own normalizer does
-# the rest of the cleaning, except the repair of wrongly decoded characters, which needs the code.
+# the steps don't change a text that is already cleaned. There is one exception: from the first line with "<" on, the
+# cleaning code resolves HTML entities only after ftfy has run, so entities of curly quotes become curly quotes. The
+# tokenizer's own normalizer does the rest of the cleaning, except the repair of wrongly decoded characters, which needs
+# the code.
 PLAIN_QUOTE_STEPS = [
     {"type": "NFC"},
     build_replace_step("[\u2018-\u201b\u02bc]", "'"),

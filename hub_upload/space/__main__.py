@@ -33,11 +33,11 @@ class SpaceArguments:
     space: Path | None = flag(None, "Folder to write a Space to, with a server program, the model and an index.")
     static: Path | None = flag(
         None,
-        "Folder to write static files to, which any file server can serve. Users of the page search the pictures of "
+        "Folder to write the page to, as static files that any file server can serve. Users search the pictures of "
         "their own device in the browser. --pictures is not used.",
     )
     library: Path | None = flag(
-        None, f"Folder node_modules that `{NPM_COMMAND}` creates (package 4.3 or later). Required for --static."
+        None, f"Folder node_modules that `{NPM_COMMAND}` creates, version 4.3 or later. Required for --static."
     )
 
     def __post_init__(self) -> None:
