@@ -76,7 +76,7 @@ class PublishedArguments(SuiteArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.runs:
-            raise ValueError("--runs can't be used here, because there is only one published model. Remove --runs.")
+            raise ValueError("--runs is not supported, because there is only one published model. Remove --runs.")
 
 
 def fetch_download_sizes_from_hub(args: PublishedArguments, benchmarks: list[Benchmark]) -> dict[str, int | None]:

@@ -62,7 +62,7 @@ class SearchArguments:
     output: Path | None = flag(
         None, "JSON file for the results. Default: search.json or search_follow.json in benchmarks/results."
     )
-    worker: Literal["fill", "index"] | None = flag(None, "Fill or measure one index in this process (internal).")
+    worker: Literal["fill", "index"] | None = flag(None, "Internal: a worker process fills or measures one index.")
     rows: int = flag(1000, "Number of pictures in the index of a worker process (internal).")
     added: int = flag(1, "Number of pictures that one call adds to the index (internal).")
 

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 CHUNK_SIZES = (8, 4, 16)  # candidates for the number of images per forward pass; the first is the default
 SAMPLE_IMAGES = 16  # images that a measurement embeds with each candidate
 ROUNDS = 3  # number of measurements of each candidate
-# A run with fewer images keeps the default, because the measurement itself takes as long as embedding 144 images
-# (3 candidates, 3 rounds, 16 images).
+# The fastest settings are measured only if at least this many images are embedded. Otherwise the default settings are
+# used, because the measurement takes as long as embedding 144 images (3 candidates, 3 rounds, 16 images).
 LONG_PASS_IMAGES = 1000
 MIN_SPEEDUP = 1.03  # a smaller speedup over the default may be noise, so the default stays
 # {setting: smallest allowed cosine between two embeddings of the same image}. One embedding is computed with the

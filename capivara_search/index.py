@@ -228,26 +228,26 @@ class PictureIndex:
                 added on this machine before are updated.
             batch_size: Number of pictures per batch of the model, at least 1.
             on_progress: Callback that takes the number of processed pictures and the total number. If the model must be
-                loaded, the callback is called before and after loading with the same numbers. An estimate of the
-                remaining time should ignore the time between two such calls.
+                loaded, two calls with the same numbers mark the start and the end of loading, so that an estimate of
+                the remaining time can leave out the time between them.
             exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`, relative to each folder.
                 The index stores them for later calls.
-            include: What to stop ignoring: patterns that an earlier call passed as `exclude`, and paths that were
-                removed with `forget`.
+            include: Patterns and paths to stop ignoring: patterns that an earlier call passed as `exclude`, and paths
+                that were removed with `forget`.
             only_paths: Absolute paths of files or folders inside `folders`. Only these paths are updated. The rows of
                 paths that no longer exist are removed. None: everything in the folders is updated. If there are more
                 than 500 paths, everything is updated, too, because an SQL condition with so many paths is too long.
-            real_paths: Real paths (with symbolic links resolved) that `folders_to_add` returned earlier: `{absolute
-                path: real path}`. A folder is refused if its real path has changed since then, for example because a
-                symbolic link was replaced. None: the real paths are resolved now.
+            real_paths: Protects against folders that are replaced after a check: the dictionary `{absolute path: real
+                path}` that `folders_to_add` returned earlier. In a real path, symbolic links are resolved. A folder is
+                refused if its real path has changed since then. None: the real paths are resolved now.
 
         Returns:
             Report of the update: numbers of embedded, new, changed, moved and removed pictures, and the skipped files.
 
         Raises:
-            ValueError: If a folder does not exist, was removed with `forget`, or contains no picture. In these cases,
-                nothing is removed from the index. If a pattern in `exclude` is invalid, or the index does not ignore
-                an entry of `include`. If `batch_size` is below 1, or the model does not exist.
+            ValueError: If a folder does not exist, was removed with `forget`, or contains no picture. If a pattern in
+                `exclude` is invalid, or the index does not ignore an entry of `include`. If `batch_size` is below 1, or
+                the model does not exist. In all these cases, nothing is removed from the index.
             OSError: If there is no disk space left, or no permission to write the index.
         """
         if only_paths is None or len(only_paths) > table.MAX_PATHS_PER_CLAUSE:

@@ -78,7 +78,7 @@ class IndexReport:
     """Result of an index update: what `PictureIndex.add` has done to the index.
 
     Each integer field is a number of pictures, for example of new, changed, moved and removed pictures. Other fields
-    contain the skipped files, the numbers of ignored files, and the duration.
+    contain the skipped files (which could not be read), the numbers of files that rules ignore, and the duration.
     """
 
     embedded: int = 0  # pictures that the image encoder processed

@@ -29,7 +29,8 @@ SCHEME_RE = re.compile(r"[A-Za-z][\w+.-]+:/", re.ASCII)
 ADDRESS_RE = re.compile(r"[A-Za-z][\w+.-]+://([^/@\s]*@)?[\w.%-]*(:\d{1,5})?([/?#].*)?", re.ASCII)
 # Patterns in LanceDB's error texts:
 # - `WRITE_CONFLICT_RE`: another process wrote at the same time. The write can succeed if it is repeated.
-# - `LANCE_ERROR_RE`, if no other pattern of this module matches: a file of the index is missing or damaged.
+# - `LANCE_ERROR_RE`: any error of LanceDB. If no other pattern of this module matches, a file of the index is missing
+#   or damaged.
 WRITE_CONFLICT_RE = re.compile(
     r"commit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I
 )

@@ -73,7 +73,7 @@ MAX_EXACT_ROWS = 50_000  # tables with more rows get an approximate vector index
 # - memory: 0.55 GB
 # Other settings are worse:
 # - The index type IVF_SQ takes 23 ms per search and 0.85 GB.
-# - With one bit per dimension, the recall is only 0.985, even with 200 probed partitions.
+# - With `BITS_PER_DIMENSION = 1`, the recall is only 0.985, even with 200 probed partitions.
 # - The index type IVF_HNSW_SQ takes 3 minutes to build for 200,000 vectors.
 BITS_PER_DIMENSION = 4  # number of bits to which each number of a vector is compressed
 # The vector index divides the vectors into partitions of about 8,192 similar vectors. A search compares the query only

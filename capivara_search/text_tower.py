@@ -393,7 +393,8 @@ def _pad_ids(ids: list[list[int]], pad_id: int) -> np.ndarray:
     Returns:
         Token ids (texts, tokens).
     """
-    # `zip_longest` yields the first tokens of all texts, then the second tokens, and so on.
+    # `zip_longest` pads all texts to the same length. It yields the first tokens of all texts, then the second tokens,
+    # and so on, so the array is transposed.
     return np.array([*zip_longest(*ids, fillvalue=pad_id)], int).T.reshape(len(ids), -1)
 
 

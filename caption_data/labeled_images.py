@@ -38,7 +38,7 @@ class LabeledImages:
     labels: list[int] | list[list[int]]
 
     def fingerprint(self) -> str:
-        """Return a hex digest (BLAKE2b-128) of the images and labels, so that results can record their data.
+        """Return a hex digest (BLAKE2b-128) of the images and labels, with which results state their data.
 
         The first call reads all image files.
         """

@@ -265,7 +265,7 @@ def _load_or_build_and_prune_cache(
         table._fingerprint = read_appended_digest(path)
         if state.is_local_main_process:
             os.utime(path)
-            for old in path.parent.iterdir():  # includes temporary files of killed runs
+            for old in path.parent.iterdir():  # delete old tables, and temporary files of killed runs
                 with suppress(OSError):  # another run may delete the same file, and `unlink` fails for folders
                     if time.time() - old.stat().st_mtime > UNUSED_TABLE_LIFETIME_S:
                         old.unlink()

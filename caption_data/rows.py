@@ -168,8 +168,8 @@ class CaptionChoice:
     def strategy_columns(self, language: str) -> list[str]:
         """Return the names of the dataset columns that the caption strategy reads.
 
-        The caption strategy is the rule that chooses captions of an image. The filter `min_pair_similarity` is ignored
-        here: if it is set, callers need the column `similarities-<language>`, too.
+        The caption strategy is the rule that chooses captions of an image. If the filter
+        `min_pair_similarity` is set, it needs the column `similarities-<language>`, which callers must add.
 
         Args:
             language: Language code at the end of the column names, such as "pt" for the column `captions-pt`.
@@ -260,7 +260,7 @@ def _get_similarities_with_nan_as_minus_infinity(row: dict, language: str) -> li
     if len(similarities) < needed or (generated is not None and len(similarities) > needed):
         raise ValueError(
             f"{name!r} has {len(similarities)} numbers for {needed} captions ({len(captions)} original, "
-            f"{len(generated or [])} generated); it must hold one number for each caption, in that order. Run "
+            f"{len(generated or [])} generated). It must have one number per caption, first for the original ones. Run "
             "captions.score again, or choose a caption strategy that needs no similarities: none, first or all."
         )
     return [-math.inf if value is None or math.isnan(value) else value for value in similarities]

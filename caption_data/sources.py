@@ -615,11 +615,11 @@ def _compute_decoded_array_size(array: pa.Array) -> int:
 
 
 def check_paths_and_load_saved_dataset(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
-    """Load a `DatasetDict` that was saved with `save_to_disk`, after checking that all its files may be read.
+    """Load a `DatasetDict` that was saved with `save_to_disk`, after checking that its files are in allowed folders.
 
     Args:
         folder: Folder of the dataset.
-        image_roots: Other folders in which the Arrow files of the dataset may lie.
+        image_roots: Other allowed folders. Arrow files of the dataset may be links to files in them.
 
     Raises:
         ValueError: If a link or path leads out of `folder` and `image_roots`, or the dataset can't be loaded.

@@ -333,10 +333,10 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 
     @property
     def phases(self) -> dict[str, Phase]:
-        """The phases of the stage, that is, the steps in which it runs, as a dict `{name: phase}` in order.
+        """The phases in which the stage runs, in order, as a dict `{name: phase}`.
 
-        In the phase "rows", several tasks (processes) share the rows and write them. If the class has a method
-        `report`, there is also the phase "report", in which a single task summarizes the output.
+        In the phase "rows", several tasks share the rows of the dataset, and each writes its share of the output. If
+        the class has a method `report`, the phase "report" follows, in which a single task summarizes the output.
         """
         rows = Phase(StageArguments.write_rows, is_parallel=True, uses_model=self.uses_model)
         return {"rows": rows} | ({"report": Phase(type(self).report)} if hasattr(self, "report") else {})
@@ -862,9 +862,9 @@ class Corrections:
         """
         for path in self.parts:
             path.unlink(missing_ok=True)
-        # Write stage.json, which holds the digest of the corrected table, after all deletions. If this method is
-        # interrupted earlier, the file still has the digest of the old table. The next run then finds the same
-        # corrections, and deletes the remaining files.
+        # Write stage.json last. It holds the digest of the translation table that a person has corrected. If this
+        # method is interrupted during the deletions, stage.json still has the old digest. The next run then finds the
+        # same corrections again, and deletes the rest of the outdated files.
         write_json(self.output / STAGE_FILE, self.record)
 
 

@@ -8,6 +8,8 @@ r"""Translate captions with a model on this machine, Google's service, a languag
         --base_url http://localhost:8000/v1 --model Qwen/Qwen3-8B
     python -m captions.translate --dataset data/generated --output data/yo --language yo --backend file --import yo.tsv
 
+With `--backend file`, people write the translations into a table, which `--import` reads.
+
 With the language pt, the column `captions-en` is translated to `captions-pt`, and `generated-captions-en` to
 `generated-captions-pt`. The order of the captions stays the same.
 

@@ -71,8 +71,9 @@ class TranslationMemory:
             translations: Dict `{sentence: translation}`.
 
         Returns:
-            A dict `{sentence: answer}` with one answer for each sentence. If `append` has stored an answer to the
-            sentence, this answer is returned. Otherwise, the answer contains only the translation.
+            A dict `{sentence: answer}` with one answer for each sentence. An answer is a translation with details, such
+            as token counts. If the method `append` has stored an answer to a sentence before, this answer is kept.
+            Otherwise, the answer has the given translation and no details.
 
         Raises:
             OSError: If the disk is full.

@@ -289,7 +289,7 @@ def build_suite_rows_and_remarks(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Build the rows of a suite's table, which shows measured results next to published results, in percent.
 
-    The table compares models in two roles: the baselines, and the models that are compared with them ("capivara").
+    Each model has one of two roles: "baseline", or "capivara" for a model that is compared with the baselines.
 
     Args:
         pairs: Tuples (benchmark, language). Each tuple gives one row of the table, or two rows for retrieval: one per
@@ -297,15 +297,15 @@ def build_suite_rows_and_remarks(
         values: One dict per measured result: the fields of `Record`, "benchmark" (key of the benchmark), "role"
             ("baseline" or "capivara") and "run" (0 for the first model of this role, 1 for the second, and so on).
         model_counts: Number of models of each role, `{role: number}`.
-        protocol: Source of class names and prompts, "ours" or "authors".
-        published: `{role: name}`, with an entry for each role of the table. The name says which model's published
-            results are shown, see `Benchmark.get_published_figure`. None: no published results are shown.
+        protocol: Source of class names and prompts: "ours" (this project) or "authors" (CAPIVARA's authors).
+        published: For each role of the table, the name of the model whose published results are shown, such as
+            "baseline" (see `Benchmark.get_published_figure`). None instead of a name: no published results are shown.
 
     Returns:
         A tuple (rows, remarks):
 
-        - A row is a dict. Some of its keys describe the benchmark. The values of its keys "baseline" and "capivara"
-          have the measured result, the published result and their difference.
+        - A row is a dict with the title, language and direction of the benchmark, and the keys "baseline" and
+          "capivara". Each of the two has the measured result, the published result and their difference.
         - A remark is a text. It says that an average is omitted, because results of some datasets are missing.
     """
     metrics = [(benchmark.key, language, benchmark.metric) for benchmark, language in pairs]

@@ -33,7 +33,7 @@ from examples import build_trainer_options, collect_run_conditions
 from modeling_capivara import CapivaraForImageClassification
 from modeling_capivara.loading import load_model, load_processor
 
-DIGITS_BENCHMARK = "mnist"  # its class names and prompt templates also describe the digits of scikit-learn
+DIGITS_BENCHMARK = "mnist"  # this benchmark's class names and prompts also fit scikit-learn's digits
 TEST_DIGITS = 450  # number of test images, a quarter of scikit-learn's 1,797 digits
 
 CARD_TEMPLATE = """---

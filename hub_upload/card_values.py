@@ -165,7 +165,7 @@ def collect_run_metadata(folder: Path) -> dict[str, Any]:
         "run": run,  # content of the `run.json` that belongs to these weights
         "runs": runs,  # contents of the `run.json` files of all seeds, sorted by seed
         "config": run["config"],
-        "model_class": model_class,  # class of the model; runs that did not store it trained `CapivaraModel`
+        "model_class": model_class,  # class of the model; `CapivaraModel` for old runs, which did not store it
         "loss": run.get("loss", "contrastive"),  # "contrastive" (CLIP) or "sigmoid" (SigLIP)
         "origins": origins,
         "titles": {evaluation_dataset["name"]: evaluation_dataset["title"]},  # {dataset name: title on its card}

@@ -115,7 +115,7 @@ class CapivaraConfig(PreTrainedConfig):
         self.text_config = _build_tower_config("text_config", self.text_config, TEXT_DEFAULTS)
         if self.text_config.is_encoder_decoder:
             problem = f"the encoder-decoder {self.text_config.model_type!r}"
-            raise ValueError(f"text_config must be an encoder-only model such as 'xlm-roberta', got {problem}.")
+            raise ValueError(f"text_config must be of an encoder-only model such as 'xlm-roberta', got {problem}.")
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict:

@@ -138,7 +138,7 @@ def check_and_collect_texts(text: str | Iterable[str]) -> str | list[str]:
         return text
     texts = list(text) if isinstance(text, Iterable) and not isinstance(text, bytes) else [text]
     if not texts:
-        raise ValueError("There is no text: got an empty list; give at least one text, or leave `text` out.")
+        raise ValueError("`text` is an empty list. Give at least one text, or leave `text` out.")
     for value in texts:
         if not isinstance(value, str):
             raise ValueError(f"A text must be a string, got {type(value).__name__}: {repr(value)[:200]}.")

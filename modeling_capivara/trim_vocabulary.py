@@ -122,7 +122,7 @@ def trim(
     earlier_trim = getattr(config, "trimmed_vocabulary", None)
     if earlier_trim is not None:
         kept_languages = ", ".join(earlier_trim["languages"])
-        raise ValueError(f"MODEL {model} is already trimmed, to {kept_languages}. Trim the original model instead.")
+        raise ValueError(f"The vocabulary of {model} is already trimmed to {kept_languages}. Trim the original model.")
     lines = [line for path in texts for line in _read_lines(path)]
     kept_ids = select_token_ids_to_keep(processor, languages, words, lines)
     trimmed = type(processor)(processor.image_processor, trim_tokenizer(processor.tokenizer, kept_ids))

@@ -81,8 +81,8 @@ def embedding_width(config: PreTrainedConfig) -> int:
 def freeze_image_encoder(model: PreTrainedModel) -> None:
     """Freeze the image tower and its projection, so that training does not change their parameters.
 
-    A later `model.train()` switches the image tower to training mode, except for a CAPIVARA model, whose frozen image
-    tower stays in evaluation mode.
+    Only the parameters are frozen. A later `model.train()` still switches the image tower to training mode, in which it
+    may use dropout. Only the frozen image tower of a CAPIVARA model stays in evaluation mode.
 
     Args:
         model: Two-tower model, which is changed.

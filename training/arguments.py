@@ -76,8 +76,8 @@ class BatchArguments:
     )
     augmented_views: int = flag(
         1,
-        "Views (versions) of each image. 1: the image itself. V above 1: V augmented views, computed once; each step "
-        "draws one of them. 0: a new augmentation at every step, as in the paper; needs --image_embedding_cache off.",
+        "Number of views of each image. 1: the image itself. 2 or more: augmented copies, computed once. Each step "
+        "draws one. 0: a new augmentation at every step, as in the paper; needs --image_embedding_cache off.",
     )
     loading_workers: int | None = flag(None, "Processes that decode images. Default: up to 12 with a GPU, otherwise 0.")
     max_steps: int = flag(5863, "Number of optimizer steps of the run.")

@@ -29,7 +29,7 @@ class MicroBatch:
     index: int  # position among all micro-batches of the step, on all processes; a part of the seed of dropout
     start: int  # position of the first text in the whole batch, whose texts are sorted by number of tokens
     input_ids: Tensor  # (texts, tokens)
-    attention_mask: Tensor | None = None  # (texts, tokens); None if the model reads padding like any other token
+    attention_mask: Tensor | None = None  # (texts, tokens); None for a model without attention mask, such as SigLIP
     pixel_values: Tensor | None = None  # (texts, 3, height, width) if the image encoder is trained, otherwise None
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:

@@ -31,8 +31,8 @@ from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images
 
 ROTATION_FILE = "rotation.safetensors"  # name of the file in the folder of the rotated model
-# Largest number of images from which the new axes are computed. It is enough to estimate the second moments (the mean
-# products of two dimensions) of embeddings with 1000 dimensions; more images would only take longer.
+# Largest number of images from which the rotation is computed. It is enough to estimate the matrix of second moments of
+# embeddings with 1000 dimensions. More images would only take longer.
 MAX_ROTATION_IMAGES = 2**14
 
 

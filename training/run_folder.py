@@ -78,7 +78,7 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
         names = ", ".join(folder.name for folder in seeds)
         raise ValueError(
             f"{args.output_dir} holds finished runs of several seeds ({names}), which can't be resumed together. "
-            "Choose one of these folders, with its --seed."
+            "To resume one of them, use its folder as --output_dir, and its --seed."
         )
     if not is_run_complete(args, args.output_dir):
         files.check_output_folder_and_clean_leftovers(args.output_dir, args.overwrite_output_dir)

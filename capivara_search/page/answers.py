@@ -211,7 +211,8 @@ class PageAnswers:
             hits = self.index.newest(question.k, group_duplicates=True, **filters)
         else:
             is_text_query = image is None and not (question.like or question.more or question.less)
-            # The picture of the query is always among its own hits and is removed below, so one more hit is requested.
+            # A search for pictures similar to `question.like` always finds this picture itself. It is removed below, so
+            # one more hit is requested.
             k = question.k + bool(question.like)
             hits = self.index.search_vector(vector, k, is_text_query=is_text_query, group_duplicates=True, **filters)
         with_score = vector is not None and bool(question.text.strip() or question.like or question.more or image)

@@ -1,12 +1,12 @@
-"""Protect the server of the search page: refuse foreign hosts, and limit requests and connections.
-
-Example:
-    app = RequestGuard(app, list_allowed_hosts("127.0.0.1"), behind_proxy=False)
-    uvicorn.Config(app, http=LimitedHttpProtocol, backlog=BACKLOG)
-    answer = await QuestionQueue().ask(lambda: index.search("um gato"))
+"""Protect the server of the search page: check the Host headers of requests, and limit requests and connections.
 
 In this package, a question is a POST request of the page, such as a search. The body of the request is a line of JSON,
 optionally followed by the bytes of an uploaded picture.
+
+Example:
+    app = RequestGuard(app, list_allowed_hosts("127.0.0.1"), behind_proxy=False)  # refuses requests to other hosts
+    uvicorn.Config(app, http=LimitedHttpProtocol, backlog=BACKLOG)  # limits connections
+    answer = await QuestionQueue().ask(lambda: index.search("um gato"))  # answers one question at a time
 """
 
 import asyncio

@@ -3,7 +3,7 @@
 Each file says where the dataset comes from, how it is measured, and which results were published for it.
 
     flickr = load_benchmarks()["flickr30k-pt"]
-    flickr.get_published_figure("baseline", "text_to_image")  # {"mean": 76.23}, in percent
+    flickr.get_published_figure("baseline", "text_to_image")  # {"mean": 76.23}: mean of recall@1, 5 and 10 in percent
 
 Published results ("figures") are in percent. They come from CAPIVARA's model card and paper, unless `protocol_note`
 names another source. A file has no entry for a result that was not published. A dataset whose `hub_id` is null is only

@@ -237,7 +237,7 @@ def _load_authors_prompts(our_prompts: Prompts, authors_file: str | None) -> Pro
         lists.append(texts)
     names, templates = lists
     if invalid := [template for template in templates if "{}" not in template]:
-        raise ValueError(f"Templates must have {{}} for the name, got {invalid[:3]} for {key!r} in {authors_file}.")
+        raise ValueError(f"{authors_file}: templates of {key!r} must have {{}} for the class name, got {invalid[:3]}.")
     note = f"The authors' list has {len(names)} names for {len(our_prompts.names)} classes."
     note = FOOD_101_NOTE if key == "food-101" else note
     notes = (note,) if len(names) != len(our_prompts.names) else ()

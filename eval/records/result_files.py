@@ -41,7 +41,8 @@ METRIC_TASKS = {
 }
 # The mean recall is the mean of recall@1, recall@5 and recall@10. This is the largest k in it.
 LARGEST_RECALL_CUTOFF = 10
-# Values are valid from 0 to 1 (gains from -1 to 1). A rounding error may move a value out of this range by this much.
+# Metrics are valid from 0 to 1, and gains (differences of two metrics) from -1 to 1. A rounding error may move a value
+# out of this range by this much.
 ROUNDING_TOLERANCE = 1e-9
 
 # Two records are comparable only if all of these fields of `Record` are equal.

@@ -106,8 +106,8 @@ def write_tokenizer_json_with_normalizer(folder: Path, content: dict[str, Any], 
 def read_publishable_settings(path: Path) -> dict[str, Any]:
     """Read the settings of a tokenizer or processor, and remove what must not be published.
 
-    Absolute paths are shortened. The entries "is_local" and "local_files_only" are removed, because they only say how
-    the settings were loaded on this machine.
+    Absolute paths are reduced to their last part. The entries "is_local" and "local_files_only" are removed, because
+    they only say how the settings were loaded on this machine.
 
     Args:
         path: JSON file with the settings.

@@ -41,10 +41,10 @@ NMT_STEPS = [
     formats.build_replace_step(r"[\u0001-\u0008\u000B\u000E-\u001F\u007F\u008F\u009F]", ""),
     formats.build_replace_step(r"[\u0009\u000A\u000C\u000D\u1680\u200B-\u200F\u2028\u2029\u2581\uFEFF\uFFFD]", " "),
 ]
-# PIL's number for the LANCZOS resize filter. It is written instead of the model's own filter (usually bicubic), because
-# the bicubic filter of transformers.js skips pixels when it makes images smaller. LANCZOS gives the pixels that are
-# closest to those of the model's image processor in Python. In a browser, this setting has no effect, because the
-# canvas resizes images.
+# PIL's number for the LANCZOS resize filter. The exported preprocessor_config.json names this filter instead of the
+# model's own (usually bicubic). The bicubic filter of transformers.js skips pixels when it makes images smaller. With
+# LANCZOS, the pixels are closest to those of the model's image processor in Python. In a browser, this setting has no
+# effect, because the canvas resizes images.
 LANCZOS_RESAMPLE = 1
 
 
