@@ -85,7 +85,7 @@ class ChatCaptioner(ChatBackend, Captioner):
         # Check that the model sees images. If it reads only text, some servers (`transformers serve`) ignore the image
         # without an error, and the model would invent captions. The number of tokens read shows this: it is then the
         # same with and without the image.
-        if read and read == self._client.connect(self._prompts.messages(0, None), is_check=stage is None):
+        if read and read == self._client.connect(self._prompts.messages(0, None)):
             raise ValueError(
                 f"{args.model} does not see images: with and without an image, the server {args.base_url[-1]} reads "
                 f"{read} tokens. Serve a vision-language model."
