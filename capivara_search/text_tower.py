@@ -366,9 +366,10 @@ def load_numpy_text_tower_or_none(folder: str | Path) -> TextTower | None:
             tokenizer = Tokenizer.from_file(str(tokenizer_file))
             if not tower_class.prepare_tokenizer(tokenizer, settings, text_config):
                 return None
-        return tower_class(weights, tokenizer, layers, heads, np.float32(text_config["layer_norm_eps"]), text_config)
+        epsilon = np.float32(text_config["layer_norm_eps"])
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError, RecursionError):
         return None
+    return tower_class(weights, tokenizer, layers, heads, epsilon, text_config)
 
 
 def _token_text(token: Any) -> Any:

@@ -109,8 +109,9 @@ class CachedEmbedder:
             ValueError, OSError, ImportError: If the model can't be loaded.
         """
         embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision)
-        cache_folder = {"off": None, "auto": cache_home()}.get(args.cache_dir, Path(args.cache_dir))
-        return cls(embedder, cache_folder, args.batch_size)
+        # If the cache is off, no home directory is needed.
+        cache_folder = cache_home() if args.cache_dir == "auto" else Path(args.cache_dir)
+        return cls(embedder, None if args.cache_dir == "off" else cache_folder, args.batch_size)
 
     def __post_init__(self) -> None:
         if self.cache_folder is None:

@@ -182,6 +182,9 @@ class PageAnswers:
 
     def __init__(self, index: "PictureIndex", is_local: bool):
         self.index, self.is_local = index, is_local
+        # (Version of the index, number of ignored video files at this version). The page requests the number every few
+        # seconds, so the number is cached until the version changes. The version -1 means that nothing is cached yet.
+        self._video_count = (-1, 0)
 
     def search(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
         """Find the pictures that are most similar to the query, or the newest pictures if the query is empty.
@@ -293,9 +296,11 @@ class PageAnswers:
         # file but does not need pyarrow, which would delay its start.
         from capivara_search.folders import load_ignored_counts_by_reason
 
-        model, videos = self.index.model, load_ignored_counts_by_reason(self.index._table)["video"]
-        values = {"model": model.name, "note": model.get_notice(question.language), "videos": videos}
-        return self._index_state() | values | {"progress": self.index.progress(), "local": self.is_local}
+        state, model = self._index_state(), self.index.model
+        if self._video_count[0] != state["version"]:
+            self._video_count = state["version"], load_ignored_counts_by_reason(self.index._table)["video"]
+        values = {"model": model.name, "note": model.get_notice(question.language), "videos": self._video_count[1]}
+        return state | values | {"progress": self.index.progress(), "local": self.is_local}
 
     def _index_state(self) -> dict[str, int]:
         return {"version": self.index.version(), "count": len(self.index)}

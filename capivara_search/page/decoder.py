@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextlib import suppress
 from typing import BinaryIO
 
 import PIL.Image
@@ -71,9 +72,12 @@ class DecoderProcess:
     def close(self) -> None:
         """Kill the child process that decodes pictures."""
         self._process.kill()
-        # `communicate` closes both pipes and waits for the end of the process. It ignores the error that the unsent
-        # rest of a picture in the buffer of the pipe can't be written any more.
-        self._process.communicate()
+        self._process.stdout.close()
+        # Closing the pipe writes what is left in its buffer. This fails, because the process that would read it was
+        # killed.
+        with suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()
 
     def _start(self) -> None:
         command = [sys.executable, "-c", DECODER_PROGRAM, str(DECODE_TIMEOUT_S)]

@@ -85,7 +85,7 @@ class ChatCaptioner(ChatBackend, Captioner):
         # Check that the model sees images. If the model reads only text, some servers (`transformers serve`) ignore the
         # image without an error, and the model would invent captions. Such a server reports the same number of tokens
         # read for a request with an image and for the same request without it.
-        if read and read == self._client.connect(self._prompts.messages(0, None), is_check=stage is None):
+        if read and read == self._client.connect(self._prompts.messages(0, None)):
             raise ValueError(
                 f"{args.model} does not see images: with and without an image, the server {args.base_url[-1]} reads "
                 f"{read} tokens. Serve a vision-language model."

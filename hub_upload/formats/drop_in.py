@@ -81,7 +81,7 @@ def write_drop_in_text_encoder(
     values = {"repo_id": repo_id, "length": length}
     values["open_clip"] = _try_write_open_clip_weights(model, source, base_folder, folder)
     _write_tokenizer(processor.tokenizer, folder, length, is_capivara)
-    del model  # frees memory before the ONNX export loads the model
+    del model, base_model  # frees memory before the ONNX export loads the model
     onnx.write_onnx(folder, source, ["text_model"])
     metadata = {
         "model": get_publishable_model_or_dataset_name(str(source)),
