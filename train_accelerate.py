@@ -4,9 +4,8 @@
     python train_accelerate.py --config configs/openmoji.yaml --learning_rate 1e-4 --seed 1
     python train_accelerate.py --config configs/capivara.yaml --model MODEL --dataset DATA --resume auto
 
-The first two commands need the model and data that `python -m examples.openmoji.prepare` creates. Flags override the
-configuration file. While a run is unfinished, its files are in the folder `<output_dir>.partial`; `--resume auto`
-resumes it.
+The first two commands need the output of `python -m examples.openmoji.prepare`. Flags override the configuration file.
+While a run is unfinished, its files are in the folder `<output_dir>.partial`; `--resume auto` resumes it.
 """
 
 import capivara_common.interrupt  # isort: skip # noqa: F401, before slow imports, so that Ctrl-C ends them cleanly
@@ -60,10 +59,8 @@ def main(argv: list[str] | None = None) -> Path:
         The folder of the finished run.
 
     Raises:
-        ValueError: If an argument or the data are invalid.
-        OSError: If a file can't be read or written.
-        ImportError: If a required package is not installed.
-        SystemExit: If the run was interrupted, or a loss or gradient was not finite. The user sees the reason.
+        ValueError, OSError, ImportError: If arguments, data, files or packages are invalid or missing.
+        SystemExit: If the run was interrupted, or a loss or gradient was not finite.
     """
     args = parse_arguments(RunArguments, __doc__, argv, config=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -118,7 +115,7 @@ def _connect_processes() -> PartialState:
     if state.num_processes != started:
         raise ValueError(
             f"{started} processes were started, but Accelerate has connected {state.num_processes}, so each would "
-            "train on a separate batch. Launch with --num_processes 1, or with a configuration file from "
+            "train a model of its own. Launch with --num_processes 1, or with a configuration file from "
             "configs/accelerate/."
         )
     return state
@@ -153,19 +150,19 @@ def _create_accelerator_and_set_threads(args: RunArguments, output_dir: Path) ->
 def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, resume: Path | None) -> None:
     """Train the model, and save it in the working folder of the run, `<output_dir>.partial`.
 
-    The folder also gets `run.json`, which describes the run. If `args.lora_rank` is above 0, the LoRA adapters are
-    saved in the subfolder `adapter`, and are also added to the weights of the saved model.
+    The folder also gets `run.json`, which describes the run. With LoRA, it also gets the adapters, in the subfolder
+    `adapter`; the saved model includes them.
 
     Args:
         args: Arguments of the run.
-        inputs: Data of the run, and the image embeddings that were computed before training.
-        checkpoints: Checkpoints of the run. They are stored inside the working folder of the run.
-        resume: Folder of the checkpoint to resume from, or None to start at step 0.
+        inputs: Data of the run, with image embeddings.
+        checkpoints: Checkpoints of the run, inside the working folder.
+        resume: Checkpoint folder to resume from, or None to start at step 0.
 
     Raises:
         KeyboardInterrupt: If the run was interrupted.
         FloatingPointError: If a loss, a gradient or an embedding is not finite.
-        ValueError: If the checkpoint does not belong to this run, or too many images can't be used.
+        ValueError: If the checkpoint does not fit, or too many images can't be used.
         OSError: If a file can't be written.
     """
     accelerator, folder = checkpoints.accelerator, checkpoints.folder.parent
@@ -196,9 +193,8 @@ def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, 
 def evaluate_base_and_trained_and_write_results(args: RunArguments, inputs: TrainingInputs, folder: Path) -> None:
     """Compare the base model and the trained model on the test split of every language, and write the results.
 
-    Three outputs are written into `folder`: result files in `results/`, a table of all results (`table.md`), and an
-    image that shows example queries with the images that each model ranks first (`retrieval.png`). The duration of the
-    evaluation is added to `run.json`.
+    The outputs are result files in `results/`, the table `table.md`, and `retrieval.png`, an image with example queries
+    and the images that each model ranks first. The duration is added to `run.json`.
 
     Args:
         args: Arguments of the run.

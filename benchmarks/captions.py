@@ -1,23 +1,16 @@
 """Measure how fast images are captioned, and how much faster this is if each image is encoded only once.
 
-    python -m benchmarks.captions --output benchmarks/results/captions.json
-    python -m benchmarks.captions --parts chat --output benchmarks/results/captions_chat.json
+    python -m benchmarks.captions --output benchmarks/results/captions.json                    # captioning
+    python -m benchmarks.captions --parts chat --output benchmarks/results/captions_chat.json  # translation
 
-The captioning model is a smaller version of `Salesforce/blip2-opt-2.7b-coco` (BLIP-2) with random weights. Its widths,
-numbers of attention heads and vocabulary are divided by 4, and its numbers of layers by 6. For each image, the model
-continues ten prefixes, such as "a photo of", by 12 tokens each (captions/prefixes.json lists the prefixes). Two
-programs run alternately on the same images:
+A reduced BLIP-2 model with random weights continues ten prefixes, such as "a photo of", for each image. Two programs
+are compared:
 
-- `plain`: `Blip2ForConditionalGeneration.generate` of transformers, which encodes an image once per prefix.
-- `ours`: `captions.generate` of this project, which encodes an image once. The language model also processes the 32
-  query tokens, which represent the image, only once. All prefixes share the cached keys and values of these tokens.
+- `plain`: `generate` of transformers, which encodes an image once per prefix.
+- `ours`: `captions.generate` of this project, which encodes an image once.
 
-The gain is the median, over the runs, of the seconds of `plain` divided by the seconds of `ours`. Both programs pad the
-prefixes to the length of the longest prefix.
-
-`--parts chat` measures translation instead: `captions.translate --backend chat` with a stand-in for a chat server on
-this machine, which answers each request after one second. The result is the number of sentences per second with 1, 8
-and 64 requests at the same time.
+`--parts chat` measures how many sentences per second `captions.translate` translates with 1, 8 and 64 simultaneous
+requests. A stand-in for a chat server answers each request after one second.
 """
 
 from collections.abc import Callable
@@ -80,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _measure_captioning_rates(args: CaptionsArguments) -> dict[str, Any]:
-    """Measure captioned images per second of both programs (see the module docstring), and compare their tokens.
+    """Measure captioned images per second of both programs, and compare their tokens.
 
     Args:
         args: Command-line arguments: sizes of the model, number of images, tokens per caption, and number of runs.
@@ -89,7 +82,7 @@ def _measure_captioning_rates(args: CaptionsArguments) -> dict[str, Any]:
         A dict with the sizes of the measurement and these keys:
 
         - "rows_per_second": `{"plain": rates, "ours": rates}` as in `tools.summarize_rates`.
-        - "gain_ours": `{"measured": median over the runs of the seconds of "plain" divided by those of "ours"}`.
+        - "gain_ours": `{"measured": median of the seconds of "plain" divided by those of "ours"}`.
         - "same_tokens": whether both programs generate the same tokens.
     """
     transformers_logging.set_verbosity_error()
@@ -115,8 +108,7 @@ def _measure_chat_translation_rates(runs: int) -> dict[str, Any]:
 
     Returns:
         `{"sentences_per_second": {number of requests: rates as in summarize_rates}, "gain": {"measured": rate with the
-        most requests divided by the rate with one request}, "answer_seconds": seconds until the server answers,
-        "rounds": ROUNDS}`.
+        most requests divided by the rate with one request}, "answer_seconds": ANSWER_S, "rounds": ROUNDS}`.
     """
     with run_stand_in_chat_server(ChatServer(lambda messages: "um gato", delay_s=ANSWER_S)) as server:
 
@@ -154,8 +146,8 @@ def _build_small_random_captioner(args: CaptionsArguments, prefixes: list[str]) 
     language = {"model_type": "opt", "hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32}
     language |= {"ffn_dim": 10240, "word_embed_proj_dim": 2560, "vocab_size": 50304, "max_position_embeddings": 2048}
     language |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": None}
-    # Only the language model needs explicit sizes. The defaults of `Blip2Config` for the vision tower and the Q-Former
-    # are the sizes of the published model.
+    # The sizes are those of `Salesforce/blip2-opt-2.7b-coco`. Only the language model needs explicit sizes. The
+    # defaults of `Blip2Config` for the vision tower and the Q-Former are the sizes of the published model.
     config = Blip2Config(text_config=language)
     for part in (config.vision_config, config.qformer_config, config.text_config):
         part.num_hidden_layers = max(1, part.num_hidden_layers // args.layers)
@@ -205,6 +197,7 @@ def _build_captioning_programs_to_compare(
     """
     model, new_tokens = captioner.model, captioner.max_new_tokens
     pixels = torch.randn(images, 3, IMAGE_SIDE, IMAGE_SIDE, generator=torch.Generator().manual_seed(0))
+    # Both programs pad the prefixes to the length of the longest prefix.
     prompts = captioner.tokenizer(prefixes)["input_ids"] * images
     image_of_text = torch.arange(images).repeat_interleave(len(prefixes))
     prefix_ids, mask = captioner.pad_prompts(prompts)
@@ -219,6 +212,7 @@ def _build_captioning_programs_to_compare(
 
     @torch.inference_mode()
     def ours() -> Tensor:
+        # The language model processes the query tokens once. All prefixes share their cached keys and values.
         return captioner.continue_prompts(captioner.encode_images(pixels), image_of_text, prompts, **options)
 
     return {"plain": plain, "ours": ours}

@@ -4,9 +4,8 @@
     python -m benchmarks.documentation_tables --demo runs/openmoji-pt-001   # first copy the results of a demo run
     python -m benchmarks.documentation_tables --check                       # only check that the tables are current
 
-Each table is in a block of a Markdown file. A block is the text between two HTML comments, the begin marker and the end
-marker (see `BLOCK_RE`). Both contain the name of the block. The Jinja macro with the same name in `tables.md.j2`
-generates the text of the block.
+Each table stands between two HTML comments in a Markdown file. The Jinja macro in `tables.md.j2` with the name in these
+comments generates it.
 """
 
 import re
@@ -25,6 +24,7 @@ from capivara_common.files import read_json, write_json, write_text
 from eval.records.result_files import DIRECTIONS, Record, read_records
 from eval.records.tables import format_percent_over_seeds, format_signed_difference, render_retrieval_table
 
+# A block with a table: an HTML comment with the name of the block, the table, and an HTML comment that ends the block.
 BLOCK_RE = re.compile(
     r"(<!-- (\w+): made by `python -m benchmarks.documentation_tables` -->\n).*?(<!-- end \2 -->)", re.DOTALL
 )
@@ -60,19 +60,15 @@ def find_pages_with_generated_blocks() -> list[str]:
 def replace_generated_blocks_in_text(page: str, text: str) -> str:
     """Replace all generated tables in the text of a Markdown file by tables of the current benchmark results.
 
-    A generated table is in a block between two HTML comments (see `BLOCK_RE`). Text outside the blocks does not change.
-    No file is written.
-
     Args:
-        page: Path of the Markdown file relative to the checkout. It decides the language of the tables: Portuguese for
-            `PORTUGUESE_PAGES`, English for all others.
+        page: Path of the Markdown file relative to the checkout. It decides the language of the tables.
         text: Current content of the file.
 
     Returns:
-        Content of the file with up-to-date tables.
+        Content of the file with up-to-date tables. No file is written.
 
     Raises:
-        ValueError: If `tables.md.j2` has no macro with the name of a block.
+        ValueError: If `tables.md.j2` has no macro with the name of a table.
     """
     tables, portuguese = load_block_macros().module, page in PORTUGUESE_PAGES
 
@@ -154,14 +150,12 @@ def _format_milliseconds(percentiles: dict[str, float], digits: int = 0) -> list
 def format_recorded_training_step_peak_memory(name: str) -> str:
     """Format the measured peak memory of a training step with 2816 image-text pairs for a table.
 
-    2816 is the batch size of the CAPIVARA paper. Some models were measured only with a smaller batch.
-
     Args:
         name: Name, without `.json`, of a result file that `benchmarks.train_step --parts recipe` wrote.
 
     Returns:
-        Memory in GiB, such as "51.3". If only a smaller batch was measured, a range such as "30.1–51.3": the memory of
-        the smaller batch, and the memory that was extrapolated for 2816 pairs. "–" if the file does not exist.
+        Memory in GiB, such as "51.3". "–" if the file does not exist. If only a smaller batch was measured, a range:
+        the memory of that batch and the extrapolated memory of 2816 pairs, such as "30.1–51.3".
     """
     path = RESULTS_FOLDER / f"{name}.json"
     if not path.is_file():
@@ -253,8 +247,6 @@ def save_small_image(source: Path, target: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command: write the current benchmark results as tables into all Markdown files.
-
-    With `--check`, no table is written. The command then fails if a table does not match the results.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

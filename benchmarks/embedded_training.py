@@ -4,14 +4,10 @@
     python -m benchmarks.embedded_training --rows 100000 --work /tmp/embedded
 
 The benchmark shows whether memory grows with the dataset. It writes a small and a large dataset of random image
-embeddings with ten captions per row, in the format of `captions.embed`. On each dataset, it trains a model for a few
-steps in a separate process. The model has random weights and the size of the published CAPIVARA.
+embeddings, and trains a full-size model with random weights for a few steps on each. A second training on the large
+dataset measures a start with full caches.
 
-Then the benchmark trains on the large dataset once more, to measure a start with full caches. The first training has
-filled them, so the first step of the second training should start sooner.
-
-The memory is the sum of `RssAnon` in /proc over all processes of a training, which excludes memory-mapped files.
-Requires Linux.
+Memory-mapped files are not counted. Requires Linux.
 """
 
 import os
@@ -110,6 +106,7 @@ def _sum_anonymous_memory_of_process_tree(process: psutil.Process) -> int:
         # A process may end after it was listed. Its memory then counts as 0.
         with suppress(psutil.NoSuchProcess):
             memory = member.memory_info()
+            # Without shared memory, so that memory-mapped files do not count.
             total += memory.rss - memory.shared
     return total
 
@@ -188,6 +185,7 @@ def main(argv: list[str] | None = None) -> None:
         before = _count_bytes(cache)
         runs[name] = _measure_training_in_subprocess(args, dataset, name)
         disk[name] = {"dataset_bytes": _count_bytes(dataset), "caches_bytes": _count_bytes(cache) - before}
+    # The previous training has filled the caches, so this one should start sooner.
     runs["large, again"] = _measure_training_in_subprocess(args, dataset, "again")
     peak = max(runs[name]["peak_anonymous_bytes"] for name in ("large", "large, again"))
     results = {name: getattr(args, name) for name in ("rows", "small_rows", "steps")}

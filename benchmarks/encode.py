@@ -3,16 +3,11 @@
     python -m benchmarks.encode --output benchmarks/results/encode.json
     python -m benchmarks.encode --part pass --images 2000 --output benchmarks/results/encode_pass.json
 
-Both programs use the full published architecture with the same random weights. Both get the same PIL images and the
-same texts of 20 tokens. The measured time includes preprocessing and tokenization. The programs run alternately, and
-each rate is the median over the runs of a program.
+Both programs get the same images, texts and random weights. The measured time includes preprocessing and tokenization.
+By default, each run embeds one batch, in float32 and in bfloat16.
 
-By default, each run embeds one batch. With `--part pass`, each run embeds many images in batches, as the indexing of a
-folder does. These runs are measured in float32 and in the fastest precision on this CPU, which other commands choose
-with `--precision auto`.
-This project measures which number of images per forward pass is the fastest on this CPU
-(`capivara_common.embedding_speed`). The first run in each precision includes this measurement and takes longer, so its
-time is reported separately.
+With `--part pass`, each run embeds many images in batches. These runs use float32 and the fastest precision on this
+CPU. Before them, this project measures its fastest number of images per forward pass. This time is reported separately.
 """
 
 import os
@@ -145,8 +140,8 @@ def _compare_encoders(encoders: dict[str, Callable], item_count: int, precision:
         A dict with these keys:
 
         - "ours" and "open_clip": median, slowest and fastest rate of the runs in items per second.
-        - "ratio": median over the runs of open_clip's seconds divided by our seconds; above 1 if ours is faster.
-        - "largest_difference": largest absolute difference between corresponding elements of the embeddings.
+        - "ratio": median of open_clip's seconds divided by our seconds; above 1 if ours is faster.
+        - "largest_difference": largest absolute difference between elements of the embeddings.
     """
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
     with torch.inference_mode(), autocast:
@@ -177,12 +172,11 @@ def _measure_embedding_many_images(args: EncodeArguments) -> dict[str, Any]:
     Returns:
         A dict with these keys:
 
-        - "auto": the precision that is the fastest on this CPU, "float32" or "bf16".
-        - "float32" and, if "auto" is "bf16", "bf16": a dict with the rates and the ratio of both programs in this
-          precision (see `_compare_encoders`); "first_seconds", the time of our first run; and "smallest_cosine", the
-          smallest cosine between our embedding and open_clip's embedding of an image.
-        - "choices": contents of the cache files that record what was chosen, with the seconds of each candidate.
-        - "ratio_of_auto": median over the runs of our seconds in float32 divided by our seconds in precision "auto".
+        - "auto": the fastest precision on this CPU, "float32" or "bf16".
+        - "float32" and, if "auto" is "bf16", "bf16": rates and ratio (see `_compare_encoders`), "first_seconds" (time
+          of our first run), and "smallest_cosine" between our embedding and open_clip's embedding of an image.
+        - "choices": cache files with the chosen sizes and the seconds of each candidate.
+        - "ratio_of_auto": median of our seconds in float32 divided by our seconds in precision "auto".
     """
     ours, theirs, processor, preprocess = _build_models_and_preprocessors()
     # At most 64 different images are made and then repeated, because many different images would need much memory.
@@ -209,6 +203,7 @@ def _measure_embedding_many_images(args: EncodeArguments) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, CAPIVARA_CACHE=cache):
         auto, first, programs = choose_fastest_precision(ours, processor), {}, {}
         for precision in dict.fromkeys(["float32", auto]):
+            # The first run includes the choice of the images per forward pass (`capivara_common.embedding_speed`).
             first[precision] = tools.time_call(partial(run_ours, precision))
             programs |= {(name, precision): partial(run[name], precision) for name in run}
         seconds = tools.time_alternating(programs, args.runs, f"{args.images} images")

@@ -3,9 +3,8 @@
     python -m benchmarks.eval_retrieval --output benchmarks/results/eval_retrieval.json
     python -m benchmarks.eval_retrieval --images 100000 --captions 10 --worker   # only this project; half an hour
 
-The recalls are recall@1, recall@5 and recall@10 of text-to-image and of image-to-text retrieval. Both programs get the
-same embeddings: random unit vectors of width 512, with five captions per image. The time and peak memory of this
-project ("ours") are measured first. Then both programs run alternately.
+Both programs compute recall@1, recall@5 and recall@10 in both directions from the same random embeddings of width 512.
+The peak memory is measured for this project only.
 """
 
 import statistics

@@ -2,9 +2,8 @@
 
     python -m benchmarks.export --output benchmarks/results/export.json
 
-A model of the published size with random weights is exported for transformers, open_clip and sentence-transformers. The
-export runs in a separate process. The memory that the export needs is the peak memory of this process at the end minus
-its peak memory after the imports.
+A model with random weights is exported for transformers, open_clip and sentence-transformers, in a separate process.
+The memory of the imports is not counted.
 """
 
 import tempfile

@@ -5,16 +5,11 @@
     python -m benchmarks.nothing_fits --model MODEL --pictures ~/Fotos --sentences mine.yaml --output mine.json --keep
 
 The last command measures another model on your own photographs. The file `mine.yaml` has two lists of sentences, as
-benchmarks/nothing_fits.yaml does. Each sentence under `there` describes an object in a photograph. No photograph
-matches a sentence under `absent`.
+benchmarks/nothing_fits.yaml does: under `there`, sentences that match a photograph; under `absent`, sentences that
+match none. The result is an AUC: 1 if the search separates the two lists perfectly, 0.5 by chance.
 
-For each sentence, the z-score of its best photograph is computed: the number of standard deviations by which the best
-cosine lies above the mean of the cosines with all photographs. The AUC says how well the z-score separates the two
-lists of sentences. An AUC of 1 is perfect, and 0.5 is chance.
-
-If YOLO labels lie next to the photographs, the effect of feedback is measured, too. A simulated user asks for more or
-less of an object. The photographs with this object among the first ten results are counted before and afterwards.
-docs/reference/benchmarks.md shows the results.
+If YOLO labels lie next to the photographs, the effect of feedback is measured, too: a simulated user asks for more or
+less of an object.
 """
 
 from collections.abc import Iterator
@@ -37,8 +32,8 @@ from examples.real_images import PHOTOGRAPHS, load_example_photo
 TOP_K = 10  # number of first results of a search in which objects are counted
 FEEDBACK_WEIGHTS = (0.25, 0.5, 1.0, 2.0)
 BOOTSTRAP_RESAMPLES = 1000
-# Key of the results for the AUC of the best hit's z-score (see the module docstring). The search compares this z-score
-# with its relevance threshold, to decide whether any picture matches the sentence.
+# Key of the results for the AUC of the best hit's z-score. The z-score says by how many standard deviations the highest
+# cosine lies above the mean cosine of all pictures. The search compares this z-score with its relevance threshold.
 CHOSEN_STATISTIC = "best, in deviations"
 
 
@@ -69,7 +64,7 @@ def auc(present: np.ndarray, absent: np.ndarray) -> float:
 
     Returns:
         Probability, from 0 to 1, that a random value of `present` is larger than a random value of `absent`. A tie
-        counts as 0.5. Perfect separation gives 1, and chance gives 0.5.
+        counts as 0.5.
     """
     return float(((present[:, None] > absent) + (present[:, None] == absent) / 2).mean())
 
@@ -116,19 +111,18 @@ def _measure_feedback_effect_on_results(
     Args:
         model: Model that embeds the texts.
         feedback_queries: Queries from the YAML file, each `{"text": sentence to search for, "each": {class of an
-            object: words for the object}, "wanted": classes of objects that the results should show}`. For each entry
-            of "each", one case is measured: a user who asks for more or less of this object.
+            object: words for the object}, "wanted": classes of objects that the results should show}`.
         images: Image embeddings of shape (images, width).
         classes: Classes of the objects in each image.
 
     Yields:
-        A dict for each weight and for each kind of feedback, with these keys:
+        A dict for each weight and for each way to give feedback:
 
-        - "form": always "in deviations", because vectors are divided by a standard deviation (see `apply_feedback`).
-        - "by": "words" if the user names the object, "picture" if the user clicks on a result that shows the object.
+        - "form": always "in deviations".
+        - "by": "words" if the user names the object, "picture" if the user clicks on a result that shows it.
         - "weight": weight of the feedback; negative for less of the object.
         - "object": mean number of results that show the object, `[before feedback, after feedback]`.
-        - "wanted": mean number of results that show an object of a wanted class, `[before feedback, after feedback]`.
+        - "wanted": mean number of results that show a wanted object, `[before feedback, after feedback]`.
         - "cases": number of cases. "had": number of cases in which a result shows the object before feedback.
         - "gone": fraction (0 to 1) of the cases in "had" in which no result shows the object after feedback.
     """
@@ -138,6 +132,8 @@ def _measure_feedback_effect_on_results(
         for object_class, words in entry["each"].items()
     ]
     sentences, words = (model.embed_texts([case[column] for case in cases]) for column in (0, 2))
+    # For each entry of "each", one case is measured: a user who asks for more or less of this object. "in deviations"
+    # below means that vectors are divided by a standard deviation (see `apply_feedback`).
     for weight, by in product([-weight for weight in FEEDBACK_WEIGHTS] + [*FEEDBACK_WEIGHTS], ("words", "picture")):
         counts = []
         for sentence, word, (_, object_class, _, wanted) in zip(sentences, words, cases, strict=True):
@@ -161,9 +157,6 @@ def _measure_feedback_effect_on_results(
 
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark: measure how well sentences without a matching image are detected, and the effect of feedback.
-
-    The results are printed and written as JSON. Feedback asks for more or less of an object in the results of a search.
-    Its effect is measured only if YOLO labels exist.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

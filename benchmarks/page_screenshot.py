@@ -3,8 +3,8 @@
     pip install -e ".[test]"    # installs playwright; Chromium must be installed on the system
     python -m benchmarks.page_screenshot
 
-The command indexes the photographs that scikit-image, scikit-learn and matplotlib contain (all freely licensed), opens
-the search page in headless Chromium, searches for a Portuguese sentence, and saves a screenshot of the results.
+The command indexes freely licensed photographs from Python packages, opens the search page in headless Chromium, and
+searches for a Portuguese sentence.
 """
 
 import shutil

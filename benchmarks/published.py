@@ -1,20 +1,14 @@
 """Convert the published models, check the converted models, and evaluate them on the datasets of the CAPIVARA paper.
 
     python -m benchmarks.published --output results/published
-    python -m benchmarks.published --output results/quick --only flickr30k-pt mnist --limit 500
+    python -m benchmarks.published --output results/quick --only flickr30k-pt mnist --limit 500   # a quick check
 
-Needs network access, and the extras `train` and `open-clip`. The command works in three steps:
-
-- It downloads and converts CAPIVARA and the base model that CAPIVARA was trained from.
-- It compares the tokens, pixels and embeddings of the converted models with those of open_clip.
-- It evaluates both models with `eval.suite` on the retrieval and classification datasets of the paper (arXiv
-  2310.13683).
-
-Some datasets can't be downloaded. The command lists them, and says where to request them. Put their data into the
-folder --data_dir.
+The command downloads CAPIVARA and its base model, compares the converted models with open_clip, and evaluates both on
+the datasets of the paper (arXiv 2310.13683). It needs network access, and the extras `train` and `open-clip`. If a
+dataset can't be downloaded, the command says where to request it. Put its data into the folder --data_dir.
 
 The output folder gets `published.json`, `report.md`, and the files of `eval.suite`. To continue an interrupted run,
-repeat the command: downloads, conversions and embeddings are kept in caches.
+repeat the command.
 """
 
 import sys
@@ -59,8 +53,7 @@ IMAGE_SIZES = ((310, 227), (224, 224), (97, 640), (1200, 800), (16, 16))  # (wid
 class PublishedArguments(SuiteArguments):
     """Command-line arguments of `benchmarks.published`, which evaluates the published models.
 
-    These are the arguments of `eval.suite`, but `model` and `baseline` are the published models by default, and
-    `output` has another default. The argument `runs` is refused: it lists folders of training runs to evaluate.
+    They are the arguments of `eval.suite` with other defaults. Only `runs`, a list of training runs, is refused.
 
     Raises:
         ValueError: If `runs` is set, or `eval.suite` refuses an argument.
@@ -87,8 +80,7 @@ def fetch_download_sizes_from_hub(args: PublishedArguments, benchmarks: list[Ben
         benchmarks: Benchmarks whose datasets are needed.
 
     Returns:
-        `{Hub id: size of the download in bytes}`. The size is None if the Hub does not report it. Models and datasets
-        that are already on this machine are not included.
+        `{Hub id: size of the download in bytes, or None if unknown}`, without what is already on this machine.
     """
     sizes, api = {}, HfApi()
     sources = [(name, api.model_info, OPEN_CLIP_WEIGHT_FILES) for name in (args.model, args.baseline)]
@@ -116,18 +108,15 @@ def estimate_embedding_time(
 ) -> dict[str, Any]:
     """Estimate how long the evaluation will take to embed all images and texts on this machine.
 
-    Each model embeds a few images and texts, and the measured speed is multiplied by the number of items.
-
     Args:
-        args: Arguments of the command. They contain the device, the precision and the limit of images per dataset.
+        args: Arguments of the command: device, precision and limit of images per dataset.
         benchmarks: Benchmarks whose data can be read.
         folders: `{role of the model, such as "baseline": folder of the converted model}`.
 
     Returns:
-        A dict with these keys. The numbers are totals over all models.
+        Totals over all models:
 
-        - "images": number of images to embed. If models have the same image encoder, each image counts once.
-        - "texts": number of texts to embed.
+        - "images" and "texts": numbers of images and texts to embed.
         - "seconds": estimated time.
         - "unknown": keys of the benchmarks of unknown size, which are not counted.
     """
@@ -143,6 +132,7 @@ def estimate_embedding_time(
     seconds, image_encoders = {"image": 0.0, "text": 0.0}, set()
     for folder in folders.values():
         embedder = load_embedder(str(folder), args.device, precision=args.precision)
+        # Models with the same image encoder share the embeddings of images, so each image counts once.
         image_encoders.add(embedder.image_fingerprint)
         picture, sentence = PIL.Image.effect_noise((500, 375), 60).convert("RGB"), " ".join(TEXTS[:2])
         for kind, embed, item in (("image", embedder.embed_images, picture), ("text", embedder.embed_texts, sentence)):
@@ -158,8 +148,6 @@ def estimate_embedding_time(
 def compare_converted_model_with_open_clip(source: str, folder: Path) -> dict[str, Any]:
     """Check a converted model: compare its inputs and embeddings with those of open_clip's original model.
 
-    A few fixed texts and images are used, on the CPU.
-
     Args:
         source: Hub id or folder of the original model in open_clip's format.
         folder: Folder of the converted model.
@@ -168,9 +156,8 @@ def compare_converted_model_with_open_clip(source: str, folder: Path) -> dict[st
         A dict with these keys:
 
         - "equal_tokens" and "equal_pixels": whether token ids and preprocessed pixels equal those of open_clip.
-        - "text_embeds" and "image_embeds": largest absolute difference between corresponding elements of the embeddings
-          of both programs.
-        - "passed": whether tokens and pixels are equal and both differences are at most `MAX_EMBEDDING_DIFFERENCE`.
+        - "text_embeds" and "image_embeds": largest absolute difference between elements of the embeddings.
+        - "passed": whether the inputs are equal and both differences are at most `MAX_EMBEDDING_DIFFERENCE`.
     """
     import open_clip
 

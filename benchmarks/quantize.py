@@ -3,13 +3,9 @@
     pip install "torchao>=0.18"
     python -m benchmarks.quantize --output benchmarks/results/quantize.json
 
-Each kind of quantization is applied to a new copy of the model. The quantized model embeds the images and texts of a
-test split. Two things are measured: the cosines between these embeddings and the embeddings of the float32 model, and
-the mean recall of retrieval with the quantized model's embeddings. The model must be trained, because quantization
-errors depend on outliers, which random weights do not have.
-
-The linear layers of the towers are quantized. The projections are quantized only by the kind "torchao int8, weights,
-with projections", because one outlier in a projection can spoil all embeddings.
+For each kind of quantization, two things are measured on the test split: the cosines between the embeddings of the
+quantized model and of the float32 model, and the mean recall of retrieval. Only the linear layers of the towers are
+quantized, unless the name of the kind says otherwise.
 """
 
 import statistics
@@ -44,6 +40,7 @@ class QuantizeArguments:
     output: Path | None = flag(None, "JSON file for the results.")
 
 
+# One outlier in a projection can spoil all embeddings, so most kinds do not quantize the projections.
 def _in_tower(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and "projection" not in name
 
@@ -115,8 +112,7 @@ def compute_mean_and_lowest_cosine(reference: Tensor, embeds: Tensor) -> dict[st
         embeds: Embeddings of the same inputs by the quantized model, (rows, width), unit length.
 
     Returns:
-        `{"mean_cosine": mean cosine of corresponding rows, "min_cosine": lowest cosine of corresponding rows}`. 1 means
-        that nothing changed.
+        `{"mean_cosine": mean over the rows, "min_cosine": lowest of the rows}`. 1 means that nothing changed.
     """
     cosines = (reference * embeds).sum(dim=-1).tolist()
     return {"mean_cosine": statistics.mean(cosines), "min_cosine": min(cosines)}
@@ -125,6 +121,7 @@ def compute_mean_and_lowest_cosine(reference: Tensor, embeds: Tensor) -> dict[st
 def main(argv: list[str] | None = None) -> None:
     """Run the quantization benchmark: quantize the model in several ways, evaluate each, and print JSON results."""
     args = parse_arguments(QuantizeArguments, __doc__, argv)
+    # A trained model is necessary: quantization errors depend on outliers, which random weights do not have.
     source = args.model or str(get_or_build_miniature_folder())
     split = load_dataset_and_refuse_image_paths(args.dataset)["test"]
     rows = split.select(range(min(args.rows, len(split))))

@@ -3,11 +3,10 @@
     python -m benchmarks.recipe
     python -m benchmarks.recipe --base data/openmoji/base-sigmoid --output benchmarks/results/recipe_sigmoid.json
 
-For each seed, the base model of the demo is fine-tuned once. Each fine-tuned model is measured with its weights, and
-with weighted means of its weights and the base model's weights (WiSE-FT weight interpolation, arXiv 2109.01903). The
-training uses the loss that the base model was built with: contrastive in the first command, sigmoid in the second.
+Run `examples.openmoji.prepare` and `examples.openmoji.proxies` first. The demo's base model is fine-tuned with each
+seed. The trained weights are measured alone and mixed with the base weights (WiSE-FT weight interpolation, arXiv
+2109.01903). The second command trains with the sigmoid loss.
 
-Run `examples.openmoji.prepare` and `examples.openmoji.proxies` first, because this benchmark needs their output.
 Finished training runs stay in the work folder and are not repeated. docs/explanation/recipe.md shows the results.
 """
 
@@ -87,8 +86,6 @@ def _load_evaluation_data(args: RecipeArguments) -> dict[str, retrieval.Retrieva
 def find_or_train_run(seed: int, args: RecipeArguments, base_digest: str) -> Path:
     """Return the folder of the training run with a given seed. The run is trained first if it does not exist.
 
-    A finished run is reused if its config, base model and seed are the same.
-
     Args:
         seed: Seed of the training.
         args: Command-line arguments of the benchmark: config, base model, dataset and work folder of the training.
@@ -97,6 +94,7 @@ def find_or_train_run(seed: int, args: RecipeArguments, base_digest: str) -> Pat
     Returns:
         Output folder of the finished run, with the trained weights and run.json.
     """
+    # A finished run is reused if its config, base model and seed are the same.
     digest = json_digest([str([read_yaml_config(args.config), base_digest])])[:8]
     folder = args.work / digest / f"seed-{seed}"
     if (folder / "run.json").is_file():
@@ -116,16 +114,16 @@ def _build_row_of_recalls_and_gains(
         name: Name of the row, such as "interpolate-0.5".
         hits: Hits of the row's models, one dict per seed.
         reference: Hits of the models of the reference row, one dict per seed.
-        groups: For each condition, the image index of each query. The bootstrap resamples images.
+        groups: For each condition, the image index of each query.
 
     Returns:
         A dict with these keys:
 
         - "name": name of the row.
         - "values": `{condition: mean recall (0 to 1) of each seed}`.
-        - "gain": `{condition: (gain, low, high)}`, only for conditions whose images are drawings. The gain is the mean
-          recall of this row minus that of the reference row, both averaged over the seeds. Low and high are the ends of
-          its 95 % interval from a paired bootstrap. Empty if `reference` is the same object as `hits`.
+        - "gain": `{condition: (gain, low, high)}`, only for drawings and empty for the reference row. The gain is the
+          mean recall minus that of the reference row. Low and high are the ends of its 95 % interval (paired
+          bootstrap).
     """
 
     def average_seeds(hits_of_seeds: list[HitsByCondition], key: str) -> Tensor:
@@ -141,10 +139,6 @@ def _build_row_of_recalls_and_gains(
 
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark: train every seed that has no finished run, evaluate all runs, and write the results as JSON.
-
-    Each run is evaluated with its trained weights, and with weighted means of its trained weights and the weights of
-    the base model (WiSE-FT). `TRAINED_SHARES` lists the share of the trained weights in each mean. The base model is
-    evaluated, too.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

@@ -1,15 +1,11 @@
 """Measure the time and memory of searches in indexes of up to a million pictures, and the delay of index updates.
 
-    python -m benchmarks.search --parts index
+    python -m benchmarks.search --parts index                                # searches in indexes of several sizes
     python -m benchmarks.search --parts index --sizes 1000 10000 --output /tmp/search.json
-    python -m benchmarks.search --parts follow
+    python -m benchmarks.search --parts follow                               # an index that follows a folder
 
-`--parts index` measures time and memory of searches in indexes of several sizes. The indexes contain clusters of random
-vectors of width 512, but no thumbnails, colors or EXIF data. Each index is measured in a separate process, so that its
-peak memory is known. The text encoder has the full published size and random weights.
-
-`--parts follow` measures an index that `capivara app --watch` keeps up to date with a folder of photographs: for
-example, how soon a change of the folder is in the index. The code of this part is in `benchmarks/search_follow.py`.
+The measured indexes have random vectors of width 512. The text encoder has the full published size and random weights.
+`--parts follow` measures, for example, how soon a change of a folder is in the index (`capivara app --watch`).
 
 The results are in benchmarks/results/search.json and search_follow.json. docs/reference/benchmarks.md shows them.
 """
@@ -70,9 +66,6 @@ class SearchArguments:
 def main(argv: list[str] | None = None) -> None:
     """Run the search benchmark, and print and write its results as JSON.
 
-    `--parts index` measures searches in indexes of several sizes. `--parts follow` measures how fast `capivara app
-    --watch` brings changes of a folder into an index.
-
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
@@ -101,14 +94,14 @@ def _measure_indexes(args: SearchArguments) -> dict[str, Any]:
         args: Command-line arguments.
 
     Returns:
-        `{"index": {number of pictures: measurements}, "first_search_s": seconds of each first search}`. The
-        measurements are the results of `_measure_index_creation` and `_measure_searching_and_adding` in one dict, and
-        under "approximate" whether the index is searched approximately.
+        `{"index": {number of pictures: measurements}, "first_search_s": seconds of each first search}`. The measurement
+        "approximate" says whether the index is searched approximately.
     """
     sizes = {}
     for rows in tqdm(args.sizes, desc="Indexes", unit="size"):
         write_random_vectors_and_queries(args.work, rows)
         flags = {"rows": rows, "work": args.work, "runs": args.runs, "added": ADDED_COUNTS[rows == max(args.sizes)]}
+        # Separate processes, so that the peak memory of each index is known.
         filled = tools.run_module_in_subprocess("benchmarks.search", worker="fill", **flags)
         measured = tools.run_module_in_subprocess("benchmarks.search", worker="index", **flags)
         sizes[str(rows)] = filled | measured | {"approximate": rows > MAX_EXACT_ROWS}
@@ -148,8 +141,7 @@ def index_path(work: Path, rows: int) -> Path:
 def write_random_vectors_and_queries(work: Path, rows: int) -> None:
     """Generate random image vectors and search queries with exact answers, unless their files exist.
 
-    The benchmark puts the vectors into an index and compares the results of searches with the exact answers. Two files
-    are written:
+    Two files are written:
 
     - `vectors-ROWS.npy`: float16 vectors of shape (rows, width).
     - `answers-ROWS.npz`: `{"queries": vectors of shape (queries, width), "nearest": row numbers of the K vectors most
@@ -227,17 +219,16 @@ def _measure_index_creation(args: SearchArguments) -> dict[str, Any]:
 def build_picture_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table:
     """Build rows for the table of a search index from random vectors, without any image files.
 
-    The path, size and date of each picture are made up. Columns without a value are null.
-
     Args:
         vectors: Image vectors of shape (rows, width).
-        start: Index of the first row. The made-up values depend on it.
+        start: Index of the first row. The made-up path, size and date of each picture depend on it.
         digest: Digest of the image encoder, for the column `model`.
 
     Returns:
-        Arrow table with the schema of the search index and one row for each vector.
+        Arrow table with the schema of the search index and one row for each vector. Columns without a value are null.
     """
     numbers, count, schema = range(start, start + len(vectors)), len(vectors), pictures_schema(EMBEDDING_WIDTH)
+    # The rows have no thumbnails, colors or EXIF data.
     columns = dict.fromkeys(schema.names, [None] * count) | {
         "path": [picture_path(number) for number in numbers],
         "size": [3_000_000 + number for number in numbers],
@@ -258,16 +249,15 @@ def _measure_searching_and_adding(args: SearchArguments) -> dict[str, Any]:
         args: Command-line arguments: work folder, number of rows of the index, and largest number of pictures to add.
 
     Returns:
-        A dict with these keys. Each time of a search is the result of `_measure_latency_percentiles`.
+        A dict with these keys. Times of searches are results of `_measure_latency_percentiles`.
 
-        - "vector_ms": time of a search by vector.
-        - "text_ms": time of a search by text, which includes embedding the text.
+        - "vector_ms" and "text_ms": time of a search by vector and by text. The latter includes embedding the text.
         - "page_ms": time of a search by text as the search page makes it.
         - "page_newest_ms": time in which the search page finds the newest pictures.
         - "memory_bytes": peak resident memory after the searches by vector.
         - "recall": fraction (0 to 1) of the exact K nearest rows that a search by vector finds.
-        - "added_s": `{number of added pictures: {"seconds": time to add them}}`. For one picture, "seconds" is a
-          median, and "first_s" is the time of the first addition.
+        - "added_s": `{number of added pictures: {"seconds": time}}`. A single picture is added several times: "seconds"
+          is the median, and "first_s" the first time.
     """
     answers = np.load(args.work / f"answers-{args.rows}.npz")
     index = PictureIndex.open(index_path(args.work, args.rows), model=str(args.work / "model"))

@@ -1,14 +1,11 @@
 """Measure how well a search index keeps up with a changing folder of photographs (`benchmarks.search --parts follow`).
 
-To follow a folder means to watch it and to update the index after each change. The benchmark starts the command
-`capivara` in separate processes, as a user would. It measures:
+The benchmark starts the command `capivara` in separate processes. It measures:
 
 - how accurately an indexing run estimates its remaining time;
 - how long an indexing run without new photographs takes;
 - how soon a change of the folder is in the index;
 - how fast the search page answers meanwhile.
-
-The photographs of 640 x 480 pixels are random crops of real photographs, with added noise like that of a camera sensor.
 """
 
 import io
@@ -37,7 +34,7 @@ from capivara_search import PictureIndex
 from examples.real_images import CLASS_PHOTOGRAPHS, load_example_photo
 
 PHOTO_SIZE = (640, 480)  # width and height in pixels
-PIXEL_NOISE = 3.0  # standard deviation of the noise in each photograph, for pixel values from 0 to 255
+PIXEL_NOISE = 3.0  # standard deviation of the noise, like that of a camera sensor, for pixel values from 0 to 255
 # (start, end) of the photographs that each indexing run adds, as fractions of all photographs, by the name of the run
 INDEXING_SHARES = {"first": (0, 0.6), "second": (0.6, 0.8), "resumed": (0.8, 1)}
 INTERRUPTION_SHARE = 0.4  # the run "resumed" is first interrupted after this fraction of its pictures
@@ -54,23 +51,19 @@ def measure_indexing_watching_and_searches(work: Path, number: int, runs: int) -
     """Measure how soon a search index shows changes of a folder that it follows, and how fast the page answers.
 
     Args:
-        work: Folder in which the photographs and the index are created. Its subfolder `model` must already contain the
-            search model.
+        work: Folder for the photographs and the index. Its subfolder `model` must contain the search model.
         number: Number of photographs in the followed folder.
-        runs: Number of repetitions of each change of the folder, and of the indexing run without new photographs.
+        runs: Number of repetitions.
 
     Returns:
-        A dict with these keys, which is written to search_follow.json:
+        The content of search_follow.json:
 
         - "pictures": number of photographs in the folder.
-        - "estimates": `{name of an indexing run in INDEXING_SHARES: dict with its duration and the factors by which
-          its estimates of the remaining time were wrong}`.
-        - "nothing_new_s": seconds of each indexing run that finds nothing new.
-        - "change_in_the_answers_s": `{kind of change, such as "moved": seconds until the index shows the change, one
-          value per run}`.
-        - "page_ms": `{"following": search times while the folder does not change, "while_a_burst_is_read": search times
-          while many new photographs are indexed}`, in milliseconds.
-        - "burst": number of new photographs that are indexed during "while_a_burst_is_read".
+        - "estimates": duration of each indexing run, and how wrong its estimates of the remaining time were.
+        - "nothing_new_s": seconds of each indexing run without new photographs.
+        - "change_in_the_answers_s": `{kind of change: seconds of each run until the index shows the change}`.
+        - "page_ms": search times in milliseconds, "following" an unchanged folder and "while_a_burst_is_read".
+        - "burst": number of new photographs that are indexed at once.
     """
     work = work.absolute()  # absolute, because the index stores absolute paths
     folder, where = work / "followed", work / "followed.lance"
@@ -216,8 +209,7 @@ def wait_until(condition: Callable[[], object], seconds: float = WAIT_TIMEOUT_S)
     """Wait until a condition is true, and return how long that took.
 
     Args:
-        condition: Function without arguments that is called every 0.02 seconds. Waiting ends when it returns a true
-            value.
+        condition: Function without arguments. Waiting ends when it returns a true value.
         seconds: Longest time to wait, in seconds.
 
     Returns:

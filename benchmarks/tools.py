@@ -29,14 +29,12 @@ Result = TypeVar("R")
 
 
 def peak_resident_bytes() -> int:
-    """Return the peak resident memory that this process has used so far, in bytes.
-
-    The value is the field VmHWM of /proc/self/status (Linux). `getrusage` is not used, because the peak that it reports
-    includes the peak of the parent process.
+    """Return the peak resident memory that this process has used so far, in bytes. Requires Linux.
 
     Raises:
         OSError: If /proc/self/status does not exist or has no VmHWM.
     """
+    # `getrusage` is not used, because the peak that it reports includes the peak of the parent process.
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -46,10 +44,8 @@ def peak_resident_bytes() -> int:
 def reset_peak_memory() -> int:
     """Reset the peak memory that Linux records for this process to the memory in use now.
 
-    A later call of `peak_resident_bytes` then measures only the peak since the reset.
-
     Returns:
-        The peak right after the reset, that is, the resident memory in use now, in bytes.
+        The resident memory in use now, in bytes.
     """
     # 5 is the value for this reset (manual page proc(5)).
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -65,8 +61,6 @@ def time_call(call: Callable[[], Any]) -> float:
 
 def run_alternating(programs: dict[Any, Callable[[], Result]], runs: int, title: str) -> dict[Any, list[Result]]:
     """Call several functions alternately, so that a slow phase of the machine affects all of them equally.
-
-    With two functions a and b, the order of the calls is a, b, a, b, and so on.
 
     Args:
         programs: `{name: function to call}`.
@@ -92,15 +86,13 @@ def time_alternating(steps: dict[str, Callable[[], Any]], runs: int, title: str)
         title: Title of the progress bar.
 
     Returns:
-        `{name: list of the seconds of each run}`.
+        `{name: seconds of each run}`.
     """
     return run_alternating({name: partial(time_call, step) for name, step in steps.items()}, runs, title)
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     """Compare two programs by the median, over all runs, of the ratio of their times or rates.
-
-    A slow phase of the machine slows down both programs in the same run, so its effect cancels out in the ratio.
 
     Args:
         numerators: Seconds or rate of the first program in each run.
@@ -109,6 +101,7 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
     Returns:
         Median of `numerators[i] / denominators[i]` over the runs i.
     """
+    # A slow phase of the machine slows down both programs in the same run, so its effect cancels out in the ratio.
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
@@ -127,13 +120,10 @@ def summarize_rates(rates: Sequence[float]) -> dict[str, float]:
 def run_module_in_subprocess(module: str, root: Path = CODE_ROOT, **flags: Any) -> Any:
     """Run a benchmark module in a new process, and return the result that the module prints as JSON.
 
-    A new process is used because its peak memory then belongs to this measurement alone.
-
     Args:
         module: Name of the module, such as "benchmarks.export".
-        root: Folder of the project's checkout to run. The default is this checkout. Another checkout needs its own
-            `.venv`.
-        **flags: Command-line flags of the module by name, without the leading hyphens. `runs=5` becomes `--runs=5`.
+        root: Folder of the project's checkout to run. A checkout other than this one needs its own `.venv`.
+        **flags: Command-line flags of the module by name. `runs=5` becomes `--runs=5`.
 
     Returns:
         The JSON value in the last line of the module's output.
@@ -141,6 +131,7 @@ def run_module_in_subprocess(module: str, root: Path = CODE_ROOT, **flags: Any) 
     Raises:
         RuntimeError: If the process fails. The message contains the end of its error output.
     """
+    # The peak memory of a new process belongs to this measurement alone.
     python = sys.executable if root == CODE_ROOT else str(root.absolute() / ".venv" / "bin" / "python")
     words = [python, "-m", module, *(f"--{name}={value}" for name, value in flags.items())]
     process = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
@@ -196,8 +187,8 @@ def describe_measurement_conditions(*packages: str) -> dict[str, Any]:
         *packages: Names of packages whose versions are recorded, in addition to those that are always recorded.
 
     Returns:
-        `{"commit": short Git commit, with "+" appended if there are uncommitted changes, "date": today as YYYY-MM-DD,
-        "device": description of the CPU, "threads": number of torch's threads, "versions": {package: version}}`.
+        `{"commit": short Git commit, with "+" if there are uncommitted changes, "date": today as YYYY-MM-DD, "device":
+        description of the CPU, "threads": number of torch's threads, "versions": {package: version}}`.
     """
     import torch  # imported here, so that it does not count in the memory of processes that need no torch
 

@@ -1,59 +1,25 @@
 """Measure the speed and peak memory of training steps at full model size, compared with open_clip's trainer.
 
+    # default: the parts programs (96 pairs per step) and recipe (2816 pairs per step)
     python -m benchmarks.train_step
+    # SigLIP 2 B/16 with a small batch
     python -m benchmarks.train_step --model siglip2 --parts programs --runs 3
+    # measure batches of 352 and 704 pairs, and estimate the memory of 2816 pairs
     python -m benchmarks.train_step --model siglip2_so400m --parts recipe --pairs 704 --runs 1
+    # compare with another checkout of this project, which needs its own .venv
     python -m benchmarks.train_step --parts recipe --beside ../capivara-before
+    # time the commands of `make demo`, first without and then with their caches
     python -m benchmarks.train_step --parts demo --output benchmarks/results/main_job.json
 
-A program is one way to train: open_clip's trainer, or this project's trainer ("ours") with one of three settings.
+All models have random weights and a frozen image tower. Speed is measured in image-text pairs per second. The part
+`programs` compares these trainers on the same batches, in float32 and in bfloat16:
 
-- `open_clip`: open_clip's trainer, `open_clip_train`, with `--lock-image --grad-checkpointing --accum-freq`. It pads
-  all texts to 77 tokens.
-- `no_cache`: our trainer without cached image embeddings. At every step, the images pass through the frozen image
-  tower. The pixels are already in memory, as for open_clip.
-- `cache`: our trainer on image embeddings that were computed before.
-- `cache_recomputed`: the same as `cache`, but the autograd graphs of all micro-batches are recomputed in the backward
-  pass. This is necessary for a batch of 2816 pairs, because its graphs do not fit into memory.
+- `open_clip`: open_clip's trainer, with gradient accumulation and gradient checkpointing.
+- `no_cache`: our trainer. Every step encodes the images again.
+- `cache`: our trainer with precomputed image embeddings.
+- `cache_recomputed`: the same as `cache`, but needs less memory: the backward pass recomputes all activations.
 
-The benchmark has three parts, which `--parts` chooses. By default, `recipe` and `programs` are measured.
-
-- `programs`: all four programs with a small batch, in float32 and in bfloat16.
-- `recipe`: the program `cache_recomputed` with the batch of 2816 pairs that the CAPIVARA paper uses.
-- `demo`: the commands of `make demo`, without the installation. They run twice, because the second run finds the caches
-  of the first run.
-
-`--pairs` is the batch size of `programs`. If only `recipe` is measured, `--pairs` instead chooses which steps of
-`recipe` are measured:
-
-- Without `--pairs`: the first step of 2816 pairs.
-- `--pairs 2816`: the second step of 2816 pairs. It needs more memory than the first step, because Adam's moments exist
-  only after the first step.
-- `--pairs N`, with N below 2816: the second step of N pairs and the second step of N / 2 pairs. The memory of 2816
-  pairs is extrapolated from these two measurements by `EXTRAPOLATION_RULE`.
-
-Speed is measured in image-text pairs per second. A timed step includes the update of the weights by the optimizer. The
-part `programs` has an untimed step before the timed steps. Each measurement runs in a separate process, because its
-peak memory must not include other programs. The programs alternate: each runs once, then each runs again.
-
-The models have random weights and a frozen image tower. `--model` chooses the architecture:
-
-- `capivara`: CAPIVARA, with dropout and captions of 20 tokens on average. This is the default.
-- `siglip2`: SigLIP 2 B/16 with the sigmoid loss. open_clip trains its ViT-B-16-SigLIP2 with `--siglip`.
-- `siglip2_large`: SigLIP 2 L/16 at 256 pixels.
-- `siglip2_so400m`: SigLIP 2 So400m/14 at 224 pixels.
-
-The SigLIP models have no dropout. Their texts have 64 random token ids, because SigLIP always pads to 64 tokens.
-
-All programs get the same batch. Each program splits it into micro-batches of its own size, which the results contain.
-open_clip needs at least two micro-batches. With a single micro-batch, it would not accumulate gradients, and a batch of
-2816 pairs would be impossible. Apart from that, open_clip's time per pair does not depend on the number of
-micro-batches.
-
-`--beside CHECKOUT` compares this checkout with another checkout of the project, which needs its own .venv. All parts
-are measured in both checkouts, but the part `programs` has only the programs `no_cache` and `cache`. In the parts
-`programs` and `recipe`, the two checkouts take turns. The results contain the ratio: the rate of this checkout divided
-by the rate of the other checkout.
+The part `recipe` measures `cache_recomputed` with 2816 pairs per step, as in the CAPIVARA paper.
 """
 
 import os
@@ -90,6 +56,8 @@ from training.whole_batch import StepReport, WholeBatch
 PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16"}  # names of precisions in the results, by Accelerate's names
 PEER_PROGRAM = "open_clip"
 RECOMPUTED_PROGRAM = "cache_recomputed"
+# The programs "no_cache" and "cache" recompute only the autograd graphs that do not fit into memory. A batch of 2816
+# pairs needs "cache_recomputed", because its graphs do not fit.
 PROGRAMS = (PEER_PROGRAM, "no_cache", "cache", RECOMPUTED_PROGRAM)
 BEFORE_SUFFIX = "_before"  # ends the name of a program that runs in the other checkout (flag --beside)
 PROGRAM_PAIRS = 96  # image-caption pairs per step in the part `programs`, unless --pairs is given
@@ -102,7 +70,8 @@ EXTRAPOLATION_RULE = (
     "their gradients grow linearly. The logits of the loss grow with the square, up to 64 MiB for each copy. "
     "Differences between runs that have other causes are extrapolated too, so the result is more likely too high."
 )
-# Flags of open_clip's trainer for each value of our flag --model, with the same architecture and loss.
+# Flags of open_clip's trainer for each value of our flag --model, with the same architecture and loss. Unlike CAPIVARA,
+# the SigLIP models have no dropout.
 OPEN_CLIP_FLAGS = {
     "capivara": "--model xlm-roberta-base-ViT-B-32",
     "siglip2": "--model ViT-B-16-SigLIP2 --siglip",
@@ -139,19 +108,21 @@ class TrainStepArguments:
     """Command-line arguments of `benchmarks.train_step`, which measures speed and memory of training steps.
 
     Raises:
-        ValueError: If a number is too small, if `parts` has an unknown value, or if the requested parts can't be
-            measured with this number of `pairs`. The message says which numbers are possible.
+        ValueError: If a number is too small, if `parts` has an unknown value, or if `pairs` does not fit the parts.
     """
 
     model: Literal[*OPEN_CLIP_FLAGS] = flag("capivara", "Architecture: CAPIVARA, or SigLIP 2 B/16, L/16 or So400m/14.")
     pairs: int | None = flag(
         None,
         "Image-text pairs per training step. Default: 96 for the part programs, 2816 for the part recipe. If both "
-        "parts are measured, the flag sets only the pairs of programs.",
+        "parts are measured, the flag sets only the pairs of programs. For the part recipe alone, a value below 2816 "
+        "measures a step of half as many pairs, too, and estimates the memory of 2816 pairs.",
     )
     micro: int = flag(16, "Pairs per micro-batch of this project's trainer. The part recipe always uses 64.")
     peer_micro: int = flag(
-        48, "Pairs per micro-batch of open_clip (its flag --batch-size). Its --accum-freq becomes pairs / peer_micro."
+        48,
+        "Pairs per micro-batch of open_clip's trainer. The pairs per step of the part programs must be at least twice "
+        "this number, and a multiple of it.",
     )
     runs: int = flag(5, "Number of runs of each program. The programs run alternately.")
     steps: int = flag(1, "Timed training steps per run.")
@@ -185,6 +156,8 @@ class TrainStepArguments:
                 "many pairs is measured, too, and needs at least two micro-batches."
             )
         pairs = self.program_pairs
+        # With a single micro-batch, open_clip would not accumulate gradients, as it must for 2816 pairs. The number of
+        # micro-batches hardly changes its time per pair.
         if not self.worker and "programs" in self.parts and (pairs % self.peer_micro or pairs <= self.peer_micro):
             raise ValueError(
                 f"pairs must be a multiple of peer_micro ({self.peer_micro}) and at least {2 * self.peer_micro}, got "
@@ -200,9 +173,8 @@ class TrainStepArguments:
     def recipe_pairs(self) -> list[int]:
         """Batch sizes, in image-text pairs per training step, that the part `recipe` measures.
 
-        - [2816], the batch size of the CAPIVARA paper, if `pairs` is None or 2816, or if the part `programs` is
-          requested, too. In the last case, `pairs` is the batch size of `programs`.
-        - [pairs / 2, pairs] in all other cases. The memory of 2816 pairs is then extrapolated from these two sizes.
+        [2816], the batch size of the CAPIVARA paper. If only `recipe` is requested and `pairs` has another value,
+        [pairs / 2, pairs].
         """
         is_published = "programs" in self.parts or self.pairs in (None, RECIPE_PAIRS)
         return [RECIPE_PAIRS] if is_published else [self.pairs // 2, self.pairs]
@@ -221,22 +193,20 @@ def main(argv: list[str] | None = None) -> None:
 def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
     """Measure the training steps that `--parts` requests.
 
-    The compared programs run alternately, so that a slow phase of the machine affects all of them equally.
-
     Args:
         args: Command-line arguments of the benchmark.
 
     Returns:
-        The content of the results file: a dict with the conditions and sizes of the benchmark and these keys:
+        The content of the results file: the conditions of the measurement and these keys:
 
-        - "measured": `{precision: {program: result of _summarize_runs}}`, the speed and peak memory of each program.
-        - "recipe", only if requested: speed and memory of the largest measured batch, from
-          `_add_seconds_and_extrapolated_memory_to_step`.
-        - "recipe_before", only with `--beside`: the same as "recipe", measured in the other checkout.
-        - "demo", only if requested: `{"new": seconds and results of the demo's commands in this checkout, "old": the
-          same for the other checkout}`. "old" exists only with `--beside`.
+        - "measured": `{precision: {program: summary}}`, the speed and peak memory of each program.
+        - "recipe", if requested: speed and memory of the largest measured batch.
+        - "recipe_before", with `--beside`: the same for the other checkout.
+        - "demo", if requested: `{"new": seconds and results of the demo's commands}`. With `--beside`, also "old", the
+          same for the other checkout.
     """
     suffixes = ["", BEFORE_SUFFIX] if args.beside else [""]
+    # Compared with another checkout, the programs are only "no_cache" and "cache".
     names = [name + suffix for name in ("no_cache", "cache") for suffix in suffixes] if args.beside else PROGRAMS
     programs = {(title, name): {"precision": key} for key, title in PRECISION_NAMES.items() for name in names}
     sizes = {"micro": RECIPE_MICRO, "precision": resolve_mixed_precision("auto", torch.device("cpu")), "steps": 1}
@@ -277,9 +247,8 @@ def _add_seconds_and_extrapolated_memory_to_step(step: dict, smaller: dict | Non
         smaller: Result of this function for the smaller batch; None if no smaller batch was measured.
 
     Returns:
-        `step` with the additional key "step_s", the median seconds of a step. If a smaller batch was measured, it also
-        has "smaller", the argument, and "extrapolated": `{"pairs": 2816, "peak_memory_bytes": extrapolated memory,
-        "rule": EXTRAPOLATION_RULE}`.
+        `step` with "step_s", the median seconds of a step. With a smaller batch, also with "smaller", the argument, and
+        "extrapolated", the memory of 2816 pairs with the rule that estimates it.
     """
     step = step | {"step_s": step["pairs"] / step["pairs_per_second"]["median"]}
     if smaller is None:
@@ -291,10 +260,7 @@ def _add_seconds_and_extrapolated_memory_to_step(step: dict, smaller: dict | Non
 
 
 def _time_demo_commands(checkout: Path) -> dict[str, Any]:
-    """Run the commands of `make demo` twice in a checkout.
-
-    Both runs use the same cache folder, and the same folders for the base model and the dataset, so that the second run
-    finds everything that the first run stored there.
+    """Run the commands of `make demo` twice in a checkout. The second run finds the caches of the first run.
 
     Args:
         checkout: Folder of the checkout.
@@ -306,6 +272,7 @@ def _time_demo_commands(checkout: Path) -> dict[str, Any]:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"CAPIVARA_CACHE": f"{folder}/cache", "PYTHONPATH": str(checkout)}
+        # Both runs use these folders and the same cache folder, so that the second run finds what the first run stored.
         inputs = ["--model", f"{folder}/base", "--dataset", f"{folder}/dataset"]
         for run in ("first", "second"):
             flags = ["--config", "configs/openmoji.yaml", *inputs, "--output_dir", f"{folder}/{run}"]
@@ -320,11 +287,10 @@ def _time_demo_commands(checkout: Path) -> dict[str, Any]:
 
 
 def _measure_program_in_subprocess(name: str, args: TrainStepArguments, **flags: Any) -> dict[str, Any]:
-    """Time the training steps of one program in a separate process. The module docstring describes the programs.
+    """Time the training steps of one program in a separate process.
 
     Args:
-        name: Name in `PROGRAMS`. If `BEFORE_SUFFIX` is appended, the program of the checkout `--beside` is measured
-            instead of the program of this checkout.
+        name: Name in `PROGRAMS`. With `BEFORE_SUFFIX` appended, the program of the checkout `--beside` is measured.
         args: Command-line arguments of the benchmark.
         **flags: Flags of the worker that override `args`.
 
@@ -336,6 +302,7 @@ def _measure_program_in_subprocess(name: str, args: TrainStepArguments, **flags:
     if args.model != "capivara":
         # The default is not passed, because an older checkout in --beside may not know the flag --model.
         flags["model"] = args.model
+    # A separate process, because its peak memory must not include other programs.
     root = args.beside if name.endswith(BEFORE_SUFFIX) else tools.CODE_ROOT
     flags["worker"] = name.removesuffix(BEFORE_SUFFIX)
     return tools.run_module_in_subprocess("benchmarks.train_step", root, **flags)
@@ -354,8 +321,8 @@ def _summarize_runs(runs: list[dict], peer: list[dict] | None, before: list[dict
 
         - "pairs_per_second": median, slowest and fastest rate of the runs.
         - "peak_memory_bytes": largest peak memory of a run.
-        - "ratio", if `peer` was measured: median over the runs of the program's rate divided by open_clip's rate.
-        - "ratio_to_before", if `before` was measured: the same with the rate in the other checkout.
+        - "ratio", with `peer`: median of the program's rate divided by open_clip's rate.
+        - "ratio_to_before", with `before`: median of the program's rate divided by its rate in the other checkout.
     """
     rates = [run["pairs_per_second"] for run in runs]
     memory = max(run["peak_memory_bytes"] for run in runs)
@@ -386,12 +353,12 @@ def make_random_token_ids(config: PreTrainedConfig, pairs: int) -> Tensor:
     """Generate random token ids as a stand-in for tokenized captions. The same arguments give the same ids.
 
     Args:
-        config: Config of the model. It decides between CAPIVARA's and SigLIP's format.
+        config: Config of the model, CAPIVARA or SigLIP.
         pairs: Number of captions.
 
     Returns:
-        Token ids. For CAPIVARA, they have the shape (pairs, 77): captions of 20 tokens on average, sorted by length and
-        padded. For SigLIP, they have the shape (pairs, 64), without padding.
+        Token ids. For CAPIVARA, (pairs, 77): captions of 20 tokens on average, sorted by length and padded. For SigLIP,
+        (pairs, 64), without padding.
     """
     generator, siglip = torch.Generator().manual_seed(0), isinstance(config, SiglipConfig)
     shape = pairs, SIGLIP_TOKENS if siglip else PEER_CONTEXT_LENGTH
@@ -422,18 +389,15 @@ def _make_random_pixels(config: PreTrainedConfig, pairs: int) -> Tensor:
 
 
 class TrainingEngine:
-    """A model with random weights and its optimizer. Each call runs one training step, as this project's trainer does.
+    """A model with random weights and its optimizer. Each call runs one training step of this project's trainer.
 
-    The benchmark uses it to time a training step alone. A call computes what `training.loop.TrainingLoop` computes in a
-    step: forward and backward passes and the update of the weights. Data loading, evaluation and checkpoints are left
-    out.
+    A step includes the forward and backward passes and the weight update, but no data loading.
 
     Args:
         config: Config of the model.
         args: Command-line arguments of the benchmark.
-        budget: Memory in bytes for the autograd graphs of micro-batches, which are kept until the backward pass. Graphs
-            that exceed this memory are recomputed in the backward pass. 0: all graphs are recomputed. None: most of the
-            free memory is used.
+        budget: Memory in bytes for autograd graphs of micro-batches. The backward pass recomputes graphs that do not
+            fit. None: most of the free memory.
     """
 
     def __init__(self, config: PreTrainedConfig, args: TrainStepArguments, budget: float | None = None) -> None:
@@ -461,8 +425,7 @@ class TrainingEngine:
             images: Pixel values (pairs, 3, side, side), or cached image embeddings (pairs, width).
 
         Returns:
-            Report of the step. It includes the number of micro-batches whose autograd graph was kept until the backward
-            pass, instead of being recomputed.
+            Report of the step. It includes the number of micro-batches whose autograd graph was not recomputed.
         """
         if images.ndim == 4:
             # Without the cache of embeddings, `images` has pixel values, which must be embedded in every step.
@@ -488,13 +451,11 @@ def make_random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tup
 
     Args:
         config: Config of the model.
-        args: Command-line arguments of the benchmark: the number of pairs, the size of a micro-batch, and in
-            `args.worker` the name of the training program that is measured.
+        args: Command-line arguments of the benchmark: `pairs`, `micro` (texts per micro-batch) and `worker` (program).
 
     Returns:
-        Tuple (texts, images). The texts are token ids, split into micro-batches of `args.micro` texts. The program
-        "no_cache" computes the embeddings of images in each step, so its images are pixel values of shape (pairs, 3,
-        side, side). For all other programs, they are image embeddings of shape (pairs, width) and unit length.
+        Tuple (micro-batches of token ids, images). The images are pixel values of shape (pairs, 3, side, side) for the
+        program "no_cache". Otherwise, they are embeddings of shape (pairs, width) and unit length.
     """
     texts = []
     for number, ids in enumerate(make_random_token_ids(config, args.pairs).split(args.micro)):
@@ -503,6 +464,7 @@ def make_random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tup
         mask = None if isinstance(config, SiglipConfig) else (ids != PAD_TOKEN_ID).long()
         texts.append(MicroBatch(number, number * args.micro, ids, mask))
     if args.worker == "no_cache":
+        # The pixels are in memory before the first step, as for open_clip.
         return texts, _make_random_pixels(config, args.pairs)
     vectors = torch.randn(args.pairs, embedding_width(config), generator=torch.Generator().manual_seed(0))
     return texts, F.normalize(vectors, dim=-1)
@@ -517,10 +479,9 @@ def measure_our_trainer(args: TrainStepArguments) -> dict[str, Any]:
     Returns:
         A dict with these keys:
 
-        - "pairs_per_second": number of image-text pairs divided by the median seconds of the timed steps.
+        - "pairs_per_second": image-text pairs divided by the median seconds of the timed steps.
         - "step_s": seconds of each timed step.
-        - "graphs_kept": for each timed step, the number of micro-batches whose autograd graph was kept until the
-          backward pass instead of being recomputed.
+        - "graphs_kept": for each timed step, number of micro-batches whose autograd graph was not recomputed.
         - "peak_memory_bytes": peak resident memory of the process.
     """
     config, seconds, reports = build_published_config(args.model), [], []
@@ -550,12 +511,12 @@ def measure_open_clip_trainer(args: TrainStepArguments) -> dict[str, Any]:
     """Time training steps of open_clip's trainer in this process, and read the peak memory of the process.
 
     Args:
-        args: Command-line arguments of the benchmark. `args.model` is the architecture of the model.
+        args: Command-line arguments of the benchmark.
 
     Returns:
         A dict with these keys:
 
-        - "pairs_per_second": number of image-text pairs divided by the median seconds of the timed steps.
+        - "pairs_per_second": image-text pairs divided by the median seconds of the timed steps.
         - "step_s": seconds of each timed step.
         - "padded_tokens": number of tokens to which all texts are padded.
         - "peak_memory_bytes": peak resident memory of the process.
@@ -612,8 +573,6 @@ def build_open_clip_arguments(args: TrainStepArguments) -> Any:
 def build_open_clip_optimizer(model: nn.Module, open_clip_args: Any) -> torch.optim.AdamW:
     """Build the same AdamW optimizer that open_clip 3.3 builds for its training.
 
-    open_clip has no function for this: the code is copied from the middle of its `main` function.
-
     Args:
         model: open_clip's model. Only parameters with `requires_grad` are trained.
         open_clip_args: Arguments from `build_open_clip_arguments`.
@@ -621,6 +580,7 @@ def build_open_clip_optimizer(model: nn.Module, open_clip_args: Any) -> torch.op
     Returns:
         The optimizer. Biases, gains of normalization layers and the logit scale get no weight decay.
     """
+    # open_clip has no function that builds the optimizer. This code is copied from the middle of its `main` function.
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     gain_or_bias = {n for n, p in trained if p.ndim < 2 or any(w in n for w in ("bn", "ln", "bias", "logit_scale"))}
     groups = [

@@ -3,18 +3,11 @@
     python -m benchmarks.trim_vocabulary
     python -m benchmarks.trim_vocabulary --models metaclip2 --runs 3
 
-A base model is the model that a training starts from. Trimming its vocabulary removes the token embeddings that the
-texts of the chosen languages do not need.
+A base model is a model that a training can start from. Trimming removes the token embeddings that the texts of the
+chosen languages do not need. Here, all models have random weights. MetaCLIP 2 needs 12 GB of memory and 7 GB of disk.
 
-Here, each base model has random weights and a text tower of the published size. Its image tower is tiny, because
-trimming does not change it. The parameters and the download size of the published image tower are added to the results.
-Each base model is built and measured in separate processes, one after another. The original and the trimmed model are
-measured alternately. The largest base model, MetaCLIP 2, needs 12 GB of memory and 7 GB of disk.
-
-CAPIVARA and the base model with XLM-R large have the vocabulary of XLM-R, which is used here. The vocabularies of
-SigLIP 2 (Gemma's) and MetaCLIP 2 (XLM-V's) are not on PyPI. For these two models, the benchmark builds vocabularies of
-the same kind and size from the most frequent words of all languages in the package `wordfreq`. The number of remaining
-tokens for two languages is therefore only an estimate.
+The vocabularies of SigLIP 2 and MetaCLIP 2 are not on PyPI. The benchmark replaces them by vocabularies of the same
+kind and size, so their number of remaining tokens is only an estimate.
 """
 
 import json
@@ -85,8 +78,7 @@ class TrimBenchmarkArguments:
 def main(argv: list[str] | None = None) -> None:
     """Run the vocabulary benchmark: measure each requested base model before and after trimming.
 
-    The results are printed as JSON and written to the file `--output` after each model. Results in this file for other
-    base models are kept.
+    The results are printed as JSON and written to the file `--output`. Results in this file for other models are kept.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
@@ -103,11 +95,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def build_or_measure_model(args: TrimBenchmarkArguments) -> dict[str, Any]:
-    """Do the work of one process that the benchmark starts: build one model, or measure one model.
+    """Build one model, or measure one model. The benchmark starts a process for each.
 
     Args:
-        args: Command-line arguments of the process. If `worker` is "make", the model `models[0]` is built with random
-            weights and saved in `folder`. If `worker` is "measure", the model in `folder` is measured.
+        args: Command-line arguments of the process. "make" as `worker` saves the model `models[0]` with random weights
+            in `folder`. "measure" measures the model in `folder`.
 
     Returns:
         For "make", `{"vocabulary": "real" or "synthesized", "left_out_parameters": parameters of the published image
@@ -263,13 +255,10 @@ def _build_processor_and_vocabulary_kind(name: str, image_size: int) -> tuple[tr
 
 
 def iter_words_of_all_languages() -> Iterator[str]:
-    """Yield the frequent words of all languages of the package wordfreq, each word once.
-
-    The words are ordered by rank: first the most frequent word of every language, then the second most frequent word of
-    every language, and so on.
-    """
+    """Yield the frequent words of all languages of the package wordfreq, the most frequent first and each word once."""
     import wordfreq
 
+    # Ordered by rank: the most frequent word of every language, then the second of every language, and so on.
     lists = [frequent_words(language, WORDS_PER_LANGUAGE) for language in sorted(wordfreq.available_languages())]
     yield from dict.fromkeys(word for words in zip_longest(*lists) for word in words if word)
 

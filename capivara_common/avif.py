@@ -1,12 +1,7 @@
 """Read the size of the frames in an AVIF file without decoding them.
 
 A frame is one picture in the file, in compressed form. A hostile file can declare a small image and contain huge
-frames, which would fill the memory during decoding. `image_files.py` therefore reads the size of the frames first, and
-refuses such a file before it is decoded.
-
-An AVIF file consists of nested boxes (ISO/IEC 14496-12 and 23008-12). The `ispe` box declares the size of the image,
-but the decoder allocates memory for the frames, which may be larger. The frames are stored in AV1 streams. The sequence
-header of a stream states the size of its frames (AV1 specification, section 5.5.1).
+frames, which would fill the memory during decoding. `image_files.py` refuses such a file before it is decoded.
 """
 
 import io
@@ -14,6 +9,10 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count, islice
+
+# An AVIF file consists of nested boxes (ISO/IEC 14496-12 and 23008-12). The box `ispe` declares the size of the image,
+# but the decoder allocates memory for the frames. Their size is in the sequence headers of the AV1 streams (AV1
+# specification, section 5.5.1). A still image has one stream per tile, and further streams for transparency.
 
 # Limits on the work for one file, so that a malicious file can't keep the parser busy for long. Valid files stay below
 # them.
@@ -32,15 +31,13 @@ TRACK_PATH = (b"moov", b"trak", b"mdia", b"minf", b"stbl")  # nested boxes that 
 def largest_frame_size(data: bytes) -> tuple[int, int]:
     """Return the size of the largest frame in an AVIF file, without decoding it, so that huge frames can be refused.
 
-    The size is read from the headers of the AV1 streams in the file. A still image has one stream, or one stream per
-    tile, and further streams if it has transparency. Of an image sequence, only the first sample (frame) of each track
-    is read.
+    Of an image sequence, only the first frame of each track is read.
 
     Args:
         data: Content of the whole file.
 
     Returns:
-        (width, height) in pixels of the frame with the most pixels. (0, 0) if no stream has a readable header.
+        (width, height) in pixels of the frame with the most pixels. (0, 0) if no size can be read.
     """
     file, sizes = memoryview(data), [(0, 0)]
     for find_streams in (_item_streams, _track_streams):

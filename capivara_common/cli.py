@@ -1,7 +1,6 @@
 """Parse the flags of a command into a dataclass, and report user errors in one line instead of a traceback.
 
 Each field of the dataclass defines a flag. A YAML config file can set values under the names of the fields.
-`HfArgumentParser` of transformers turns the fields into flags, checks the types of the values and prints `--help`.
 
 Example:
     @dataclass
@@ -45,30 +44,28 @@ def make_coded_error(
 
     Args:
         error_type: Exception class, such as ValueError.
-        code: Key of the message in the translations of `capivara_search`. None if the message is not translated.
+        code: Key of the message in the translations of `capivara_search`. None: the message is not translated.
         template: English message with placeholders such as `{path}`.
         **values: Value for each placeholder, such as `path="a.jpg"`.
 
     Returns:
-        The exception with the English message. It is not raised yet. With its attributes `code` and `values`,
-        `capivara_search` builds the translated message.
+        The exception with the English message, to be raised by the caller.
     """
     error = error_type(template.format(**values))
-    error.code, error.values = code, values
+    error.code, error.values = code, values  # with these, `capivara_search` builds the translated message
     return error
 
 
 def run_main_and_report_user_errors(main: Callable[[], object], resumable: bool = False) -> None:
     """Run the `main` function of a command and report user errors in one line instead of a traceback.
 
-    User errors are wrong values, unreadable files and missing packages (ValueError, OSError, ImportError). They end the
-    process with exit code 1; a `UsageError` ends it with exit code 2. Ctrl-C raises KeyboardInterrupt in `main`, so
-    that `main` can clean up, and then ends the process with exit code 130.
+    User errors (ValueError, OSError, ImportError) end the process with exit code 1, or 2 for a `UsageError`. Ctrl-C
+    raises KeyboardInterrupt in `main`, so that `main` can clean up. The process then ends with exit code 130.
 
     Args:
         main: Function without arguments that does the work of the command.
-        resumable: True: the same command continues the work if it is run again after Ctrl-C, and the last line of
-            output says so. False: the last line says only that the command was stopped.
+        resumable: Whether the same command continues the work if it is run again. The message after Ctrl-C then says
+            so.
     """
     raise_on_interrupt()
     configure_console()
@@ -84,12 +81,12 @@ def run_main_and_report_user_errors(main: Callable[[], object], resumable: bool 
 
 
 def configure_console() -> None:
-    r"""Set up stdout and stderr so that printing any text never fails.
+    r"""Set up stdout and stderr so that printing any text never fails. On Windows, their encoding becomes UTF-8.
 
-    A character that the terminal can't show is printed as an escape such as `\u2026`. Without this setting, it would
-    raise UnicodeEncodeError. On Windows, the output is UTF-8. For output to a file or to another program, Windows would
-    otherwise use a code page of 256 characters.
+    A character that the terminal can't show is printed as an escape such as `\u2026`, instead of raising
+    UnicodeEncodeError.
     """
+    # For output to a file or to another program, Windows would otherwise use a code page of 256 characters.
     options = {"encoding": "utf-8"} if sys.platform == "win32" else {}
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # the stream may be None (no console) or an object without `reconfigure`
@@ -102,20 +99,17 @@ def parse_arguments(
     """Parse the command line of this process into a dataclass with one field per flag.
 
     Args:
-        arguments_type: Dataclass whose fields are created by `flag`. If it inherits from several dataclasses, its class
-            attribute `groups` may list these dataclasses. `--help` then shows the flags of each listed dataclass under
-            a separate title. The title is the attribute `_argument_group_name` of the listed dataclass.
+        arguments_type: Dataclass whose fields are created by `flag`. Its attribute `groups` may list base classes,
+            whose flags `--help` then shows under separate titles.
         description: Text that `--help` shows above the flags.
         argv: Words of the command line, without the name of the program. Default: `sys.argv[1:]`.
-        config: True: add the flag `--config FILE.yaml`, which reads values of flags from a YAML file. Flags on the
-            command line override the file. False: the command has no such flag.
+        config: Whether to add the flag `--config FILE.yaml`. Flags on the command line override the file.
 
     Returns:
         An instance of `arguments_type`.
 
     Raises:
-        UsageError: If a flag, or a key of the config file, is unknown. The message suggests the most similar name.
-            Also if a required flag is missing, or a value is of the wrong type or out of range.
+        UsageError: If a flag is unknown or missing, or a value is invalid, on the command line or in the file.
         SystemExit: After `--help`.
     """
     words = sys.argv[1:] if argv is None else list(argv)
@@ -176,6 +170,7 @@ def _build_parser(arguments_type: Any, description: str | None) -> argparse.Argu
         def error(self, message: str) -> NoReturn:
             raise ValueError(message if message.endswith(".") else f"{message}. `--help` lists all flags.")
 
+    # For a list of dataclasses, HfArgumentParser takes the titles in `--help` from their `_argument_group_name`.
     options = {"allow_abbrev": False, "formatter_class": CommandHelpFormatter}
     return Parser(getattr(arguments_type, "groups", arguments_type), description=description, **options)
 
@@ -192,20 +187,18 @@ class CommandHelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawD
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
-    """Declare a command-line flag as a field of a dataclass.
+    """Declare a command-line flag as a field of a dataclass that `parse_arguments` fills.
 
-    For example, the field `steps: int = flag(100, "Number of steps.")` declares the flag `--steps`. `parse_arguments`
-    reads the value of the field from the command line.
+    For example, `steps: int = flag(100, "Number of steps.")` declares the flag `--steps`.
 
     Args:
-        default: Default value. The value `...` (Ellipsis) makes the flag required.
+        default: Default value. `...` (Ellipsis) makes the flag required.
         help: Description of the flag for `--help`.
-        **options: Keyword arguments of `argparse.ArgumentParser.add_argument`. Two more options are possible:
-            `positional=True` makes a positional argument instead of a flag. `group="title"` lists the flag in `--help`
-            under this title, after the flags without a group.
+        **options: Keyword arguments of `argparse.ArgumentParser.add_argument`. `positional=True` makes a positional
+            argument instead. `group="title"` lists the flag under this title in `--help`.
 
     Returns:
-        A dataclass field. Its metadata contain `help` and `options`, from which the parser is built.
+        A dataclass field.
     """
     metadata = {"help": help, **options}
     if isinstance(default, list):
@@ -217,9 +210,9 @@ def check_at_least(arguments: Any, minimum: float, *names: str) -> None:
     """Check that numeric attributes of an object, such as command-line flags, are not too small.
 
     Args:
-        arguments: Object with the attributes, such as a dataclass of command-line arguments.
+        arguments: Object with the attributes.
         minimum: Smallest allowed value.
-        *names: Names of the attributes to check. An attribute with the value None is accepted.
+        *names: Names of the attributes to check. The value None is accepted.
 
     Raises:
         ValueError: If an attribute is below `minimum` or NaN.
@@ -233,10 +226,10 @@ def check_between(arguments: Any, low: float, high: float, *names: str) -> None:
     """Check that numeric attributes of an object, such as command-line flags, lie in an allowed range.
 
     Args:
-        arguments: Object with the attributes, such as a dataclass of command-line arguments.
+        arguments: Object with the attributes.
         low: Smallest allowed value.
         high: Largest allowed value.
-        *names: Names of the attributes to check. An attribute with the value None is accepted.
+        *names: Names of the attributes to check. The value None is accepted.
 
     Raises:
         ValueError: If an attribute is below `low`, above `high` or NaN.
@@ -247,14 +240,13 @@ def check_between(arguments: Any, low: float, high: float, *names: str) -> None:
 
 
 def read_yaml_config(path: Path) -> dict[str, Any]:
-    """Read a YAML config file into a dict. Numbers and booleans stay text, because the flag parser converts them later.
+    """Read a YAML config file into a dict, in which numbers and booleans stay text, such as "1e-4".
 
     Args:
-        path: The YAML file. It must contain lines of the form `key: value`.
+        path: The YAML file, with lines of the form `key: value`.
 
     Returns:
-        `{key: value}`. A number, boolean or other single value is returned as text, such as "1e-4". The dict is empty
-        if the file is empty.
+        `{key: value}`. Empty if the file is empty.
 
     Raises:
         OSError: If the file can't be read.
@@ -281,12 +273,10 @@ def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str)
         subject: Name of the file for error messages.
 
     Returns:
-        Words of a command line, such as `["--steps=100", "--seeds", "0", "1"]`. Keys without a value (empty, `~`,
-        `null` or an empty list) are skipped, so that the default value applies.
+        Words of a command line, such as `["--steps=100", "--seeds", "0", "1"]`. Keys without a value are skipped.
 
     Raises:
-        ValueError: If a key is unknown, a value is a mapping, or a list contains a word that looks like a flag, such as
-            "-x".
+        ValueError: If a key is unknown, a value is a mapping, or a list contains a word that looks like a flag.
     """
     flags, names = [], [known.name for known in fields(arguments_type)]
     for key, value in content.items():
@@ -314,8 +304,8 @@ def unknown_name_message(name: str, kind: str, known: list[str], advice: str = "
 
     Args:
         name: The unknown name that the user wrote.
-        kind: Noun that says what the name should be, for example "flag" or "key in config.yaml".
-        known: All valid names. If one or more are similar to `name`, the message suggests the most similar name.
+        kind: Noun for the name, for example "flag" or "key in config.yaml".
+        known: All valid names. The message suggests the most similar name, if there is one.
         advice: Last sentence of the message.
     """
     known_by_bare_name = {key.lstrip("-"): key for key in known}

@@ -3,15 +3,9 @@
     embed = with_tuned_chunk_size(embed, len(images), device, encoder_digest, output)
     vectors = embed(images[:32])  # the first call measures
 
-The fastest value differs between CPUs. A run that embeds many images measures the speed before its first batch: it
-embeds images of this batch several times with each candidate value, and chooses the value with the smallest median
-time. The choice is stored in the folder `embedding_speed` of the cache, in one file for each CPU, model and version of
-torch and transformers, so that later runs do not measure again.
-
-The number of images per forward pass changes the last bits of embeddings. If the caller passes the folder `record`, for
-example the output folder of the run, the choice is therefore also recorded there. A resumed run reads this record, even
-on another machine. So do all parallel processes that write to the same output. The embeddings of the measurement are
-discarded, so that all rows of the output are computed in the same way.
+`with_tuned_chunk_size` chooses the number of images per forward pass. `load_or_measure_fastest_setting` chooses the
+value of any setting, for example the precision. Both embed some images several times with each value, and choose the
+value with the smallest median time. The choice is stored, so that later runs do not measure again.
 """
 
 import logging
@@ -49,27 +43,26 @@ def with_tuned_chunk_size(
 ) -> Callable[[Sequence[Any]], Any]:
     """Wrap a function that embeds images, so that it uses the fastest number of images per forward pass on this CPU.
 
-    This number differs between CPUs, so it is measured.
+    The first call of the new function measures, unless the number is already stored. On a GPU, or for fewer than
+    `LONG_PASS_IMAGES` images, `embed` itself is returned.
 
     Args:
-        embed: Function that embeds a list of images. It must have the keyword parameter `chunk_images`, the number of
-            images per forward pass on a CPU.
-        image_count: Number of images to embed in total, including images that an earlier run or a parallel process
-            embeds. If there are fewer than `LONG_PASS_IMAGES`, nothing is measured, and `embed` uses its default.
-        device: Device of the model. On a GPU, nothing is measured, and `embed` uses its default.
-        encoder: Digest of the image encoder and the precision. It is part of the cache key of the chosen number.
-        record: Folder in which the chosen number is written, for example the output folder of the run. A resumed run
-            then uses the same number. None: the number is stored only in the cache of this machine.
+        embed: Function that embeds a list of images. It has the keyword parameter `chunk_images`, the number to choose.
+        image_count: Number of images that all runs and processes embed in total.
+        device: Device of the model.
+        encoder: Digest of the image encoder and the precision.
+        record: Folder, such as the output folder, that stores the number for resumed runs. None: only the cache stores
+            it.
 
     Returns:
-        Function that embeds a list of at least one image. Its first call measures, unless the number is already stored
-        in `record` or in the cache. On a GPU or for few images, `embed` itself is returned.
+        Function that embeds a list of at least one image.
     """
     if image_count < LONG_PASS_IMAGES or str(device).partition(":")[0] != "cpu":
         return embed
     chosen: list[int] = []
 
     def embed_tuned(images: Sequence[Any]) -> Any:
+        # The embeddings of the measurement are discarded, so that all rows are computed in the same way.
         if not chosen:
             sample = list(islice(cycle(images), SAMPLE_IMAGES))
             candidates = {size: partial(embed, sample, chunk_images=size) for size in CHUNK_SIZES}
@@ -84,24 +77,22 @@ def load_or_measure_fastest_setting(
 ) -> Any:
     """Return the value of a setting, such as the precision, with which images are embedded fastest on this CPU.
 
-    The value is taken from the first of these sources that has it:
-
-    1. a file in the folder `record`, if this folder is given;
-    2. the cache of this machine, for the same CPU, model and versions of torch and transformers;
-    3. a measurement of the speed with each candidate value. The default value stays, unless another value is faster by
-       the factor `MIN_SPEEDUP` and hardly changes the embeddings (`MIN_COSINES`).
+    A stored value is used again. Otherwise each candidate is measured. The default is replaced only by a value that is
+    faster (`MIN_SPEEDUP`) and hardly changes the embeddings (`MIN_COSINES`).
 
     Args:
         setting: Name of the setting, a key of `MIN_COSINES`.
-        candidates: `{value: function}`. The function embeds a sample of images with this value of the setting, and
-            returns vectors of unit length as an array (images, width). The first value is the default.
+        candidates: `{value: function}`. The function embeds sample images, and returns vectors of unit length of shape
+            (images, width). The first value is the default.
         encoder: Digest of the image encoder.
-        record: Folder in which the chosen value is written, for example the output folder of the run. A resumed run
-            then uses the same value. None: the value is stored only in the cache of this machine.
+        record: Folder, such as the output folder, that stores the value for resumed runs. None: only the cache stores
+            it.
 
     Returns:
         The chosen value, a key of `candidates`.
     """
+    # The number of images per forward pass changes the last bits of embeddings. The record makes all processes that
+    # write to the same output, and a resumed run on another machine, use the same value.
     output_file = record and record / f"fastest-{setting}.json"
     if output_file and (content := _read_choice(output_file, candidates)):
         return content["choice"]

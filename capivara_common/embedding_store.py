@@ -4,10 +4,7 @@
     table = store.load_or_embed(image_digests, load, embed, "Images")
     vectors = vectors_to_array(table.filter(pc.equal(table["reason"], "")))  # (good rows, width)
 
-This module does not depend on a model or dataset. The caller passes a function that loads items (images or texts) and a
-function that embeds a batch of loaded items. Training and evaluation keep the embeddings in an `EmbeddingStore`. The
-commands `captions.score` and `captions.embed` store embeddings in other ways. They only use the function
-`embed_batch_except_bad_images`.
+The caller passes a function that loads items (images or texts) and a function that embeds a batch of loaded items.
 """
 
 import itertools
@@ -42,14 +39,12 @@ def embed_batch_except_bad_images(
     """Embed a batch in which some images could not be loaded, so that a bad image does not stop the whole run.
 
     Args:
-        items: One entry per image: the loaded image, or the error if the image must be skipped. The error is a
-            `BadImage` if the image could not be loaded, or another `BadRow`.
-        embed: Function that embeds a list of at least one loaded image. It raises ValueError if it refuses an image.
-        skip_refused: What to do if `embed` raises ValueError. True: embed the images one by one, and return a
-            `BadImage` error for each image that is refused. False: raise the error.
+        items: One entry per image: the loaded image, or the `BadRow` error if it could not be loaded.
+        embed: Function that embeds a list of at least one image. It raises ValueError if it refuses an image.
+        skip_refused: True: return a `BadImage` error for an image that `embed` refuses. False: raise the error.
 
     Returns:
-        One entry per item: the embedding of shape (width,), or the error if the image can't be used.
+        One entry per item: the embedding of shape (width,), or the error.
 
     Raises:
         ValueError: If `embed` refuses an image and `skip_refused` is False.
@@ -70,25 +65,14 @@ def embed_batch_except_bad_images(
 class EmbeddingStore:
     """A cache of embeddings on disk, which computes each missing embedding once and then reads it from a file.
 
-    All embeddings of a store were computed with the same settings. They are stored in shards, that is, Arrow files with
-    the embeddings of consecutive rows. A shard has these columns:
-
-    - `vectors`: the embeddings of the row. The list is empty for a bad row, for example if the image is unreadable.
-    - `reason` and `detail`: what is wrong with a bad row; "" for a good row, and for a row without an image or text.
-
-    The file name of a shard contains a digest of its images or texts. If rows are appended to a dataset, the shards
-    that were full before stay valid. A shard is written atomically and ends with a digest of its content, so that an
-    incomplete or damaged file is detected. If an interrupted run is repeated, only missing and damaged shards are
-    computed. The processes of a distributed launch divide the shards among themselves. All items of a batch belong to
-    the same shard, so the numbers in a shard do not depend on which process computes it.
+    If an interrupted run is repeated, only missing and damaged files are computed.
 
     Args:
-        root: Folder of all stores. A store is a folder in it, named by a digest of the settings.
-        settings: Everything besides the images or texts that changes an embedding, as JSON values: the encoder with
-            its preprocessing, and the precision. For augmented images also the augmentation, with its seed and library
-            version.
-        batch_size: Number of items that are embedded together. It changes the last bits of embeddings, so each batch
-            size has its own store.
+        root: Folder of all stores. Each store is a folder in it, named by a digest of its settings.
+        settings: Everything besides the images or texts that changes an embedding, such as the encoder, the precision
+            and the augmentation, as JSON values.
+        batch_size: Number of items that are embedded together. Each batch size has its own store, because it changes
+            the last bits of embeddings.
         dtype: NumPy type of the stored numbers.
     """
 
@@ -98,10 +82,9 @@ class EmbeddingStore:
         self.batch_size, self.dtype = batch_size, dtype
 
     def record_folder(self, items: Sequence[str]) -> Path:
-        """Return a folder in which callers can record how the embeddings of some items were computed.
+        """Return a folder in which callers can record how some items were embedded. The folder need not exist.
 
-        For example, callers record the number of images per forward pass. The path depends on the settings of the store
-        and on the items. The folder need not exist.
+        For example, callers record the number of images per forward pass.
 
         Args:
             items: The same list of image digests or texts that is passed to `load_or_embed`.
@@ -120,48 +103,46 @@ class EmbeddingStore:
     ) -> pa.Table:
         """Return the embeddings of all rows: read them from disk, after computing the embeddings that are missing.
 
-        Embeddings are computed and stored in shards, that is, files with the embeddings of consecutive rows.
-
         Args:
-            items: Identifier of the content of each row: the digest of the image, or the text. An empty string marks a
-                bad row, for example a row without an image. Bad rows are not embedded.
-            load: Function that loads images or texts. It gets an iterator over the batches of this process. A batch is
-                a list of tuples (row index, view index). The function returns an iterable over the loaded batches, in
-                the same order. A loaded batch is a list with one entry per tuple: the loaded item, or a `BadImage`
-                error if it can't be loaded. The function may load batches before they are needed.
+            items: One text per row that identifies its content: the digest of the image, or the text to embed. "" marks
+                a bad row, which is not embedded.
+            load: Function that gets an iterator over batches, that is, lists of tuples (row index, view index). It
+                returns an iterable over the loaded batches: one item or `BadImage` error per tuple.
             embed: Function that gets a list of loaded items, and returns one vector of shape (width,) per item.
             title: Label of the progress bar.
-            kind: Singular noun for a row, such as "image" or "text". It is the unit of the progress bar and part of the
-                file names.
-            rows_per_shard: Number of rows per shard (file). An interruption loses at most one shard per process.
-            views: Number of embeddings per row. It is larger than 1 if several views of each image are embedded, that
-                is, augmented copies.
+            kind: Noun for a row, such as "image", for the progress bar and file names.
+            rows_per_shard: Number of rows per file.
+            views: Number of embeddings per row, one per augmented copy (view) of the image.
 
         Returns:
             A memory-mapped table with one row per item and these columns:
                 vectors: List of views * width numbers; empty for a bad row.
-                reason: Why the row is bad, such as "unreadable image"; "" for a good row, and for an empty string in
-                    `items`.
-                detail: Description of the problem; "" if `reason` is "".
+                reason: Why the row is bad, such as "unreadable image"; "" for a good row and for the item "".
+                detail: Description of the problem, or "".
 
         Raises:
-            ValueError: If a shard has the wrong number of rows, or `embed` refuses an item.
-            OSError: If the disk is full. Complete shards stay; call the method again to compute the rest.
+            ValueError: If a file has the wrong number of rows, or `embed` refuses an item.
+            OSError: If the disk is full. Call the method again to compute the rest.
         """
         from tqdm.auto import tqdm  # imported here because only this method needs it
 
         items, parts, state = list(items), split_rows(len(items), rows_per_shard), get_or_init_distributed_state()
+        # The file name of a shard (file) has a digest of its items. If rows are appended to a dataset, the shards that
+        # were full before stay valid.
         digests = (json_digest(items[part.start : part.stop]) for part in parts)
         paths = [self.folder / f"{kind}s-{digest}.arrow" for digest in digests]
 
+        # All items of a batch belong to the same shard, so its numbers do not depend on which process computes it.
         def plan_batches(part: range) -> list[list[Place]]:
             places = [(row, view) for row in part if items[row] for view in range(views)]
             return [places[start : start + self.batch_size] for start in range(0, len(places), self.batch_size)]
 
-        # Each process gets consecutive shards, because some datasets can only be read in order.
+        # The processes of a distributed launch divide the shards. Each process gets consecutive shards, because some
+        # datasets can only be read in order.
         missing = np.array_split(np.array(self._find_missing(paths), dtype=int), state.num_processes)
         local = [(paths[number], parts[number]) for number in missing[state.process_index]]
-        # `load` is called once for all shards, because it may start worker processes, which takes seconds.
+        # `load` is called once for all shards, because it may start worker processes, which takes seconds. It may load
+        # batches before they are needed.
         loaded = iter(load(batch for _, part in local for batch in plan_batches(part)) if local else ())
         is_hidden = not (local and state.is_main_process)
         with tqdm(total=sum(len(part) for _, part in local), desc=title, unit=kind, disable=is_hidden) as bar:
@@ -201,7 +182,7 @@ class EmbeddingStore:
         return broadcast_object_list([missing])[0]
 
     def _write_shard(self, path: Path, rows: list[list[np.ndarray | BadImage]]) -> None:
-        """Write one shard atomically.
+        """Write one shard atomically, with a digest at its end.
 
         Args:
             path: File of the shard.
@@ -231,16 +212,13 @@ def _load_shard(path: Path, row_count: int) -> pa.Table:
 
 
 def vectors_to_array(column: pa.ChunkedArray) -> np.ndarray:
-    """Convert an Arrow column of vectors to a NumPy array.
-
-    For example, convert the column `vectors` of a table from `EmbeddingStore.load_or_embed`, without the bad rows.
+    """Convert an Arrow column of vectors, such as `vectors` in a table of `EmbeddingStore`, to a NumPy array.
 
     Args:
-        column: Column of lists of numbers. All lists must have the same length. No list may be empty or null. Lists of
-            lists are flattened.
+        column: Column of lists of numbers, all of the same length and none empty or null. Lists of lists are flattened.
 
     Returns:
-        Array of shape (rows, numbers per row), which is read-only.
+        Read-only array of shape (rows, numbers per row).
     """
     values = column.combine_chunks()
     while pa.types.is_nested(values.type):

@@ -39,9 +39,9 @@ def require_packages(purpose: str, extra_name: str | None, *modules: str) -> Non
     """Check that the modules of an optional feature are installed; otherwise tell the user how to install them.
 
     Args:
-        purpose: Name of the feature that needs the modules. The error message begins with this name.
+        purpose: Name of the feature, with which the error message begins.
         extra_name: Name of the extra (group of optional packages in setup.cfg) that installs the modules. None: the
-            error message tells the user to install the modules by their own names.
+            user has to install the modules by their own names.
         *modules: Import names of the modules.
 
     Raises:
@@ -102,12 +102,11 @@ def package_versions(*extra_packages: str) -> dict[str, str]:
 def get_or_init_distributed_state(timeout: timedelta | None = None) -> "PartialState":
     """Return the role of this process in a distributed launch: its rank, its device, and the number of processes.
 
-    The first call initializes Accelerate's `PartialState`. If a launcher such as torchrun has started several
-    processes, this call also connects them through torch.distributed. Later calls return the same state.
+    If a launcher such as torchrun has started several processes, the first call connects them.
 
     Args:
         timeout: How long this process waits for the other processes before it fails. None: the default of
-            torch.distributed, which is ten minutes on the CPU. Only the first call can set the timeout.
+            torch.distributed. Later calls ignore it.
 
     Returns:
         Accelerate's `PartialState`. Without a distributed launch, it describes a single process.
@@ -129,8 +128,7 @@ def resolve_device(name: str | None) -> "torch.device":
     """Return the torch device to compute on, after checking that this machine has it.
 
     Args:
-        name: Name that torch accepts, for example "cpu" or "cuda:1". None or "": the GPU if the machine has one,
-            otherwise the CPU.
+        name: Name such as "cpu" or "cuda:1". None or "": the GPU if the machine has one, otherwise the CPU.
 
     Returns:
         The device. Its index is set for a GPU, for example `cuda:0` for the name "cuda".
@@ -156,8 +154,7 @@ def resolve_mixed_precision(requested: str, device: "torch.device") -> str:
         device: Device that runs the model.
 
     Returns:
-        For "auto": "bf16" if the hardware computes in bfloat16, which is faster than float32; otherwise "no". Any other
-        value of `requested` is returned as it is.
+        For "auto": "bf16" if the hardware computes in bfloat16, otherwise "no". Any other value stays unchanged.
     """
     import torch
 

@@ -3,14 +3,9 @@
 Example:
     run_phases(PhaseStep.from_phases(args, PHASES, "score"), args)
 
-A command consists of phases (`Phase` in `tasks.py`), for example first scoring rows and then merging the scores. The
-rows of a phase are split into tasks. Each phase becomes a datatrove pipeline with a single step, `PhaseStep`. A phase
-starts when the previous phase is complete.
-
-A task skips the rows that are already in the output files. So an interrupted run can be resumed with another number of
-tasks. datatrove writes a completion file for each task that ends successfully. If this file is missing, the task is
-still running or has failed. The reason of a failure is in the file `failures/RANK.txt` in the log folder of the phase,
-where RANK is the number of the task, from 0.
+A command consists of phases (`Phase` in `tasks.py`), which run one after another. For example, a command first scores
+rows and then merges the scores. The rows of a phase are split into tasks. If a task fails, the file `failures/RANK.txt`
+in the log folder of the phase says why.
 """
 
 import logging
@@ -55,17 +50,15 @@ START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_met
 class PhaseStep(PipelineStep):
     """Adapter that lets datatrove run one phase of a command, that is, one step such as scoring rows.
 
-    datatrove calls `run` once for each task of the phase. Tasks on other machines import the function of the phase by
-    the name of its module, so the function must not be defined in `__main__`.
-
     Args:
-        phase: Phase to run.
-        args: Command-line arguments of the command. They are passed to the function of the phase.
+        phase: Phase to run. Its function must not be defined in `__main__`.
+        args: Command-line arguments of the command, which the function of the phase gets.
         log_folder: Folder for the logs and failure reasons of all tasks.
         title: Name of the step for logs and error messages, such as "score: merge" (command and phase).
     """
 
     def __init__(self, phase: Phase, args: Any, log_folder: Path, title: str):
+        # Tasks on other machines import the function of the phase by the name of its module.
         self.phase, self.args, self.log_folder, self.title = phase, args, log_folder, title
         self.package = phase.run.__module__.partition(".")[0]
         super().__init__()
@@ -77,12 +70,10 @@ class PhaseStep(PipelineStep):
     def from_phases(cls, args: ExecutorArguments, phases: dict[str, Phase], title: str) -> "list[PhaseStep]":
         """Wrap each phase of a command as a datatrove step, so that `run_phases` can run the phases in order.
 
-        A phase is one step of a command, such as scoring rows. Several tasks can share its work.
-
         Args:
             args: Command-line arguments of the command.
-            phases: `{name: phase}`, in the order in which the phases run. The logs of a phase are written to a
-                subfolder of `args.log_folder`, which has the name of the phase.
+            phases: `{name: phase}`, in the order in which the phases run. The logs of a phase are written to the folder
+                `args.log_folder / name`.
             title: Name of the command for logs and error messages.
 
         Returns:
@@ -93,11 +84,11 @@ class PhaseStep(PipelineStep):
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         """Run one task of the phase, and record on disk whether it has failed. datatrove calls this method.
 
-        While the task runs, the file `failures/RANK.txt` in the log folder says that the task has not ended. If the
-        task raises an exception, the reason is written to this file. If the task succeeds, the file is removed.
+        The file `failures/RANK.txt` in the log folder says that the task has not ended, or why it has failed. If the
+        task succeeds, the file is removed.
 
         Args:
-            data: Not used. datatrove passes the output of the previous step of the pipeline.
+            data: Not used; datatrove passes the output of the previous step.
             rank: Index of the task, from 0.
             world_size: Total number of tasks.
         """
@@ -119,34 +110,29 @@ def read_task_failures(log_folder: Path) -> dict[int, str]:
     """Read from a log folder which parallel tasks of a command have failed or have not ended, and why.
 
     Args:
-        log_folder: Log folder of a phase, that is, one step of a command. The subfolder `failures` has one text file
-            for each task that has failed or has not ended.
+        log_folder: Log folder of a phase, that is, one step of a command.
 
     Returns:
-        `{index of the task, from 0: reason on one line}`. Tasks that ended successfully are not included.
+        `{index of the task, from 0: reason on one line}`, without the tasks that ended successfully.
     """
     paths = sorted((log_folder / "failures").glob("*.txt"))
     return {int(path.stem): path.read_text(encoding="utf-8").split("\n\n")[0] for path in paths}
 
 
 def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
-    """Run the phases of a command one after another, each as several tasks on this machine or on a cluster.
-
-    A phase is one step of a command, such as scoring rows. Its rows are divided among the tasks. A phase whose
-    `is_parallel` is False has a single task.
+    """Run the phases (steps) of a command one after another, each as several tasks on this machine or on a cluster.
 
     Args:
         steps: One step per phase, in order. A step starts only if the previous step is complete.
-        args: Command-line arguments with the executor flags. `args.executor` says where all steps run. The other
-            executor flags, such as `workers`, also apply to each step, unless the step has its own (`step.args`).
+        args: Command-line arguments with the executor flags. `args.executor` says where all steps run. For the other
+            flags, such as `workers`, a step may have its own values (`step.args`).
 
     Returns:
-        True if all phases are complete. False if the phases were submitted to Slurm as jobs that run later.
+        True if all phases are complete. False if they were submitted to Slurm as jobs that run later.
 
     Raises:
-        ValueError: If a phase has several tasks and some of them fail. The message lists the failed tasks with their
-            reasons. Later phases are not started.
-        Exception: If a phase has a single task that fails. The error of the task is raised unchanged.
+        ValueError: If some of several tasks fail. The message lists the reasons. Later phases are not started.
+        Exception: If the only task of a phase fails. Its error is raised unchanged.
     """
     previous = None
     for step in steps:
@@ -159,6 +145,7 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
             previous = _submit_step_to_slurm(step, step_args, previous)
             continue
         executor = _run_step_locally(step, step_args) if args.executor == "local" else _run_step_on_ray(step, step_args)
+        # datatrove writes a completion file for each task that ends successfully.
         if failed := executor.get_incomplete_ranks(skip_completed=True):
             reasons, named = read_task_failures(step.log_folder), failed[:MAX_NAMED_FAILURES]
             failures = [f"task {rank}: {reasons.get(rank, UNKNOWN_OUTCOME_MESSAGE)}" for rank in named]

@@ -1,7 +1,6 @@
 """Write files and folders so that a crash never leaves incomplete output, and refuse links that leave a dataset folder.
 
-To write atomically, a process first writes a temporary file or folder, and renames it when it is complete. If the
-process is killed in between, the next process that writes the same output removes the temporary files. `AllowedFolders`
+To write atomically, a process writes a temporary file or folder, and renames it when it is complete. `AllowedFolders`
 refuses paths and links that lead out of the folder of a dataset.
 """
 
@@ -65,16 +64,15 @@ def read_json(path: Path, **fields: type) -> Any:
 
     Args:
         path: The JSON file.
-        **fields: Name and exact type of each field that the JSON object must have. For example, `splits=list` requires
-            a field "splits" whose value is a list. Without fields, any JSON value is accepted.
+        **fields: Exact type of each required field. For example, `splits=list` requires a JSON object with a field
+            "splits" whose value is a list. Without fields, any JSON value is accepted.
 
     Returns:
         The parsed JSON value.
 
     Raises:
         OSError: If the file can't be read.
-        ValueError: If the file is not JSON, or a field in `fields` is missing or has another type. If `fields` are
-            given and the JSON value is not an object.
+        ValueError: If the file is not JSON, or a required field is missing or has another type.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -128,14 +126,13 @@ def read_appended_digest(path: Path) -> str:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Write a file atomically: the `with` block writes a temporary file, which is then renamed to `path`.
 
-    Other processes never see an incomplete file. If the `with` block raises an exception, the temporary file is
-    removed, and a file that exists at `path` stays unchanged.
+    If the `with` block raises an exception, the temporary file is removed, and an existing file stays unchanged.
 
     Args:
         path: Final path of the file. Missing parent folders are created.
 
     Yields:
-        Path of the temporary file, in the same folder. The `with` block must create this file.
+        Path of the temporary file, which the `with` block must create.
 
     Raises:
         OSError: If writing fails. If the disk is full, the message says so.
@@ -151,20 +148,18 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Write a folder atomically: the `with` block fills a temporary folder, which is then renamed to `path`.
 
-    Other processes never see an incomplete folder. If the `with` block raises an exception, the temporary folder is
-    removed.
+    If the `with` block raises an exception, the temporary folder is removed.
 
     Args:
         path: Final path of the folder.
-        overwrite: True: a folder that exists at `path` is replaced when the new folder is complete. False: such a
-            folder must be empty.
+        overwrite: True: a folder that exists at `path` is replaced. False: such a folder must be empty.
 
     Yields:
-        Path of the temporary folder, next to `path`. It exists and is empty.
+        Path of the temporary folder, which exists and is empty.
 
     Raises:
-        ValueError: If `path` is a file or a mount point, or can't be written to. If `path` is a folder that is not
-            empty, and `overwrite` is False.
+        ValueError: If `path` is not empty (unless `overwrite` is True), is a file or mount point, or can't be written
+            to.
         OSError: If writing fails. If the disk is full, the message says so.
     """
     path = path.resolve()  # if `path` is a link, replace the folder that it points to
@@ -274,13 +269,11 @@ def get_partial_folder_path(path: Path) -> Path:
 def list_seed_run_folders(folder: Path) -> list[Path]:
     """List the output folders of a training that was repeated with several random seeds, one folder per seed.
 
-    Such a training writes the run of each seed to a subfolder: `seed-0`, `seed-1`, and so on.
-
     Args:
         folder: Output folder of the finished training.
 
     Returns:
-        Folders of the runs, sorted by name. Empty if the training had a single seed.
+        Folders of the runs (`seed-0`, `seed-1`, …), sorted by name. Empty if the training had a single seed.
 
     Raises:
         ValueError: If the training is unfinished.
@@ -293,14 +286,12 @@ def list_seed_run_folders(folder: Path) -> list[Path]:
 def rename_partial_folder(path: Path, overwrite: bool = False) -> None:
     """Move the files of a finished training run to its output folder, by renaming the folder that contains them.
 
-    Until it is finished, a run writes to a folder with the suffix ".partial" (`get_partial_folder_path`).
-
     Args:
-        path: Output folder of the run, without the suffix.
+        path: Output folder of the run. The files are in the folder with the additional suffix ".partial".
         overwrite: True: a folder that exists at `path` is replaced. False: such a folder must be empty.
 
     Raises:
-        ValueError: If `path` is a mount point or a file, can't be written to, or is a folder that may not be replaced.
+        ValueError: If `path` is a mount point or a file, can't be written to, or may not be replaced.
     """
     path, partial = path.resolve(), get_partial_folder_path(path)
     check_output_folder_and_clean_leftovers(path, overwrite)
@@ -312,17 +303,15 @@ def rename_partial_folder(path: Path, overwrite: bool = False) -> None:
 def check_output_folder_and_clean_leftovers(path: Path, overwrite: bool | None = None) -> None:
     """Check that a command can write its output folder, so that it fails at its start instead of after hours of work.
 
-    A process that was killed may have left temporary folders next to the output folder. They are removed first. If the
-    process was replacing an old output folder, the old folder is restored (see `remove_or_restore_leftovers`).
+    Leftovers of killed processes are cleaned up first (see `remove_or_restore_leftovers`).
 
     Args:
         path: The output folder.
-        overwrite: True: a folder that exists and is not empty may be replaced. False: such a folder is an error, and
-            the message suggests `--overwrite_output_dir`. None: the same error without the suggestion, for commands
-            that do not have this flag.
+        overwrite: True: a folder that is not empty may be replaced. False: it is an error, and the message suggests
+            `--overwrite_output_dir`. None: the same error without the suggestion.
 
     Raises:
-        ValueError: If `path` is a mount point or a file, can't be written to, or is a folder that may not be replaced.
+        ValueError: If `path` is a mount point or a file, can't be written to, or may not be replaced.
     """
     path = path.resolve()
     remove_or_restore_leftovers(path)
@@ -344,7 +333,7 @@ def check_inputs_outside(output: Path, *inputs: str | Path | None) -> None:
 
     Args:
         output: Output folder of the command.
-        *inputs: Files and folders that the command reads. Hub ids and None are accepted and not checked.
+        *inputs: Files and folders that the command reads. Hub ids and None are not checked.
 
     Raises:
         ValueError: If an input or the current folder lies in `output`.
@@ -359,15 +348,11 @@ def check_inputs_outside(output: Path, *inputs: str | Path | None) -> None:
 def remove_or_restore_leftovers(path: Path) -> None:
     """Clean up the hidden folders that killed processes have left next to an output folder.
 
-    To write an output folder, a process fills a hidden temporary folder, and then renames it. If the process is killed,
-    hidden folders may remain next to the output folder:
-
     - An incomplete new folder is removed.
     - An old output folder that was being replaced is renamed back if the output folder is missing or empty. Otherwise
-      the new folder is complete, and the old folder is removed.
+      it is removed.
 
-    Folders that a running process uses are locked, so they are not changed. On a file system without locks, no folder
-    is changed.
+    Folders that a running process uses are not changed.
 
     Args:
         path: The output folder. It need not exist.
@@ -378,7 +363,7 @@ def remove_or_restore_leftovers(path: Path) -> None:
     for leftover in sorted(path.parent.glob(".*")):
         if not (match := name.fullmatch(leftover.name)):
             continue
-        # Ignore OSError: the folder is locked, or another process has removed it in the meantime.
+        # Ignore OSError: the folder is locked, the file system has no locks, or another process has removed the folder.
         with suppress(OSError), ExitStack() as stack:
             stack.callback(os.close, acquire_folder_lock(leftover))
             if match[1] == "old" and not (path.exists() and any(path.iterdir())):
@@ -438,14 +423,9 @@ def is_disk_full(error: BaseException) -> bool:
 def acquire_folder_lock(folder: Path, wait: bool = False) -> int:
     """Lock a folder, so that only one process at a time works in it.
 
-    On Linux and macOS, the folder itself is opened and locked, so no lock file is needed. On Windows, which can't open
-    folders, an empty lock file in the system's folder for temporary files is locked instead. Its name is a hash of the
-    folder's path. The lock file is never removed. If it were removed while a process holds the lock, another process
-    could create and lock a new file of the same name, and both would hold the lock.
-
     Args:
         folder: The folder to lock. It must exist, except on Windows.
-        wait: What to do if another process holds the lock. True: wait until it is released. False: raise an error.
+        wait: True: wait while another process holds the lock. False: raise an error.
 
     Returns:
         The locked file descriptor. The lock is released when the descriptor is closed or the process ends.
@@ -454,6 +434,8 @@ def acquire_folder_lock(folder: Path, wait: bool = False) -> int:
         BlockingIOError: If another process holds the lock, and `wait` is False.
         OSError: If the folder can't be opened, or the file system does not support locks.
     """
+    # Windows can't open folders, so a file in the folder for temporary files is locked. It is never removed: otherwise
+    # another process could lock a new file of the same name while this process holds the lock.
     if CAN_OPEN_FOLDERS:
         lock = os.open(folder, os.O_RDONLY)
     else:
@@ -477,7 +459,7 @@ def locked_folder(folder: Path, wait: bool = False) -> Iterator[None]:
 
     Args:
         folder: The folder to lock. It is created if it does not exist.
-        wait: What to do if another process holds the lock. True: wait until it is released. False: raise an error.
+        wait: True: wait while another process holds the lock. False: raise an error.
 
     Raises:
         BlockingIOError: If another process holds the lock, and `wait` is False.
@@ -496,9 +478,8 @@ def locked_folder(folder: Path, wait: bool = False) -> Iterator[None]:
 class AllowedFolders:
     """Folders from which the files of a dataset may be read; paths that lead elsewhere are refused.
 
-    Without this check, a path or link in an untrusted dataset could lead to private files of the user. A path is
-    accepted if it lies in one of the folders after all links are resolved. For a dataset in the Hub's cache, the folder
-    `blobs` of the same repository is allowed, too, because the files of the dataset are links to this folder.
+    A path or link in an untrusted dataset could lead to private files of the user. A path is accepted if it lies in one
+    of the folders after all links are resolved.
 
     Args:
         folder: Folder of the dataset. Its path may contain links.
@@ -508,6 +489,7 @@ class AllowedFolders:
     def __init__(self, folder: Path, extra_folders: Sequence[Path] = ()):
         self.folder = folder
         self.folders = [Path(os.path.realpath(allowed)) for allowed in (folder, *extra_folders)]
+        # The files of a dataset in the Hub's cache are links to the folder `blobs` of its repository.
         for parent in (self.folders[0], *self.folders[0].parents):
             if parent.name == "snapshots" and parent.parent.name.startswith(("datasets--", "models--")):
                 self.folders.append(parent.parent / "blobs")
@@ -535,21 +517,18 @@ class AllowedFolders:
 
 
 def find_windows_path_fault(path: str | Path, folders: Sequence[str | Path] | None = None) -> str | None:
-    r"""Check whether an untrusted path can be opened safely on Windows, and return the reason if it can't.
+    """Check whether an untrusted path can be opened safely on Windows, and return the reason if it can't.
 
-    On Windows, it can be dangerous even to look up a path. Looking up a network path sends the user's credentials to
-    the server. Some names, such as NUL, are devices in every folder. Therefore, this function checks only the text of
-    the path.
+    Unsafe are devices such as NUL, names that Windows changes, and network shares other than those of `folders`.
 
     Args:
-        path: Path of the file.
-        folders: Folders that may be read. A network path (`\\server\share`) or a path of a device (`\\.\`) is accepted
-            only if one of the folders is on the same share or device. The prefix `\\?\`, which lifts the length limit
-            of paths, is ignored. None: all drives, network shares and devices are accepted.
+        path: Path of the file. Only its text is checked.
+        folders: Folders that may be read. None: all drives, network shares and devices are accepted.
 
     Returns:
         The reason as the end of a sentence, such as "has the reserved name 'NUL'". None if the path is safe.
     """
+    # Only the text is checked: just looking up a network path sends the user's credentials to the server.
     drive, drives = _windows_drive(path), set(map(_windows_drive, folders or ()))
     if folders is not None and drive.startswith("\\") and drive not in drives:
         return "lies on another network share, or is a device"
@@ -570,10 +549,9 @@ def _windows_drive(path: str | Path) -> str:
 
 
 def check_folder_for_outside_links_and_pipes(folder: Path) -> None:
-    """Check that a folder has no links that lead out of it and no pipes, before a library reads it without checks.
+    """Check that a folder and its subfolders have no pipes, and no links that lead out of the folder.
 
-    A link could lead to private files outside of the folder. Opening a pipe would wait forever. All subfolders are
-    checked, too.
+    A link could lead to private files, and opening a pipe would wait forever.
 
     Raises:
         ValueError: If a link leads out of the folder, or the folder contains a pipe, a socket or a device.

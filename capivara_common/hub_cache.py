@@ -1,12 +1,8 @@
 """Find Hub models in the cache of this machine, download missing models, and convert open_clip models.
 
-Each model is downloaded and converted only once. The converted copy of a Hub model lies in the folder
-`cache_home()/open_clip/OWNER--NAME/COMMIT`. The file `refs/BRANCH` in the folder `OWNER--NAME` contains the commit to
-which the branch pointed at the last conversion. Conversions are written atomically.
-
-A cached model is used without a request to the Hub, unless the caller requests a branch or tag. Then the Hub is asked
-whether the branch or tag has moved to another commit. If the files of a local open_clip model change, the model is
-converted again, and the previous conversion is removed.
+Each model is downloaded and converted only once. A cached model is used without a request to the Hub, unless the caller
+requests a branch or tag, which may have moved to another commit. If the files of a local open_clip model change, the
+model is converted again.
 """
 
 import hashlib
@@ -40,7 +36,8 @@ DEFAULT_BRANCH = "main"
 COMMIT_RE = re.compile(r"[0-9a-f]{40}")
 CONVERSION_FILE = "conversion.json"  # file in the folder of a converted model that names the original model
 # Function that converts a model. Its arguments are the source, the target folder and the revision (None for a local
-# model). It writes the converted model and returns the digest of its weights.
+# model). It writes the converted model and returns the digest of its weights. It is called only if a conversion is
+# necessary, because it imports torch.
 Converter = Callable[[str, Path, str | None], str]
 logger = logging.getLogger("capivara")
 
@@ -48,23 +45,20 @@ logger = logging.getLogger("capivara")
 def find_download_or_convert_model_folder(source: str, convert: Converter, revision: str | None = None) -> Path:
     """Return a local folder with a model in transformers' format, whatever the source of the model is.
 
-    A Hub model is downloaded if it is not cached. An open_clip model is converted if no converted copy is cached.
+    A Hub model is downloaded, and an open_clip model is converted, unless the result is in the cache.
 
     Args:
-        source: Model folder, Hub id, or open_clip checkpoint file. A Hub id may have the prefix `hf-hub:`. A path may
-            have the prefix `local-dir:`.
-        convert: Function that converts an open_clip model to transformers' format. It is called only if a conversion is
-            necessary, because it imports torch. Its arguments are the source, the target folder, and the revision (None
-            for a local model). It returns the digest of the weights.
-        revision: Branch, tag or commit of a Hub model. Default: the cached version if the model is cached, otherwise
-            the main branch.
+        source: Model folder, Hub id, or open_clip checkpoint file. A Hub id may have the prefix `hf-hub:`, a path the
+            prefix `local-dir:`.
+        convert: Function (source, target folder, revision or None) that converts an open_clip model to transformers'
+            format and returns the digest of its weights.
+        revision: Branch, tag or commit of a Hub model. Default: the cached version, otherwise the main branch.
 
     Returns:
         Path of the model folder.
 
     Raises:
-        ValueError: If the model does not exist or can't be downloaded. Also if a file is missing, or the type of the
-            model is not supported (see `get_supported_model_kind`).
+        ValueError: If the model does not exist, can't be downloaded, is incomplete, or its type is not supported.
         OSError: If the disk is full.
     """
     name = source.removeprefix("local-dir:")
@@ -90,8 +84,8 @@ def find_cached_model(repo_id: str, revision: str | None = None) -> Path | None:
         revision: Branch, tag or commit. Default: the main branch.
 
     Returns:
-        Folder with the model in transformers' format: the downloaded files or, for an open_clip model, the converted
-        copy. None if the model is not completely cached.
+        Folder with the model in transformers' format, which may be a converted copy. None if the model is not
+        completely cached.
     """
     snapshot = _find_cached_hub_snapshot(repo_id, "config.json", revision)
     converted = _get_hub_model_conversion_folder(repo_id, revision or DEFAULT_BRANCH)
@@ -116,18 +110,18 @@ def is_model_reachable(repo_id: str) -> bool:
 def check_hub_model_reachable(source: str | Path, *names: str, revision: str | None = None) -> None:
     """Check that a model exists before it is loaded, with at most one short request to the Hub.
 
-    If the Hub can't be reached, the loading functions of other libraries retry for minutes. This check fails early.
+    Local models are not checked. If one of the files `names` is in the cache, no request is sent.
 
     Args:
-        source: Folder or Hub id of the model. Local files and folders are not checked.
-        *names: Names of files of the model, such as "config.json". If one of these files is in the Hub's cache, the
-            check passes without a request. Otherwise the Hub is asked for the first file. Default: "config.json".
+        source: Folder or Hub id of the model.
+        *names: Names of files of the model. Default: "config.json".
         revision: Branch, tag or commit. Default: the main branch.
 
     Raises:
         ValueError: If the model is not cached, and the Hub has no such model or can't be reached.
     """
     source, names = str(source), names or ("config.json",)
+    # If the Hub can't be reached, the loading functions of other libraries retry for minutes.
     # A local model need not be checked here: if it is missing, loading it fails at once with a clear error message.
     is_local = Path(source).exists() or not looks_like_hub_id(source)
     if is_local or any(_find_cached_hub_snapshot(source, name, revision) for name in names):
@@ -302,6 +296,8 @@ def _get_hub_model_conversion_folder(repo_id: str, revision: str) -> Path:
         repo_id: Hub id, OWNER/NAME.
         revision: Commit, branch or tag. A branch or tag stands for the commit that it had at the last conversion.
     """
+    # A converted copy lies in `open_clip/OWNER--NAME/COMMIT`. The file `refs/BRANCH` in `OWNER--NAME` contains the
+    # commit to which the branch pointed at the last conversion.
     folder = cache_home() / "open_clip" / repo_id.replace("/", "--")
     with suppress(OSError, ValueError):
         revision = (folder / "refs" / revision).read_text(encoding="utf-8")
@@ -326,13 +322,11 @@ def _find_cached_hub_snapshot(repo_id: str, name: str, revision: str | None = No
 def lock_model_cache_folder(folder: Path) -> AbstractContextManager:
     """Lock the cache folder of a model for a `with` block, so that two processes don't convert it at the same time.
 
-    The lock is a file next to the folder.
-
     Args:
-        folder: The cache folder. It need not exist.
+        folder: The cache folder. It need not exist. The lock is a file next to it.
 
     Returns:
-        Context manager that holds the lock during the `with` block. It waits while another process holds the lock.
+        Context manager that waits for the lock, and holds it during the `with` block.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     return WeakFileLock(folder.parent / f".{folder.name}.lock")

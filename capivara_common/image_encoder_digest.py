@@ -1,9 +1,7 @@
 """Compute a digest that identifies a model's image encoder. Models with the same digest embed images in the same way.
 
-The digest covers the weights of the image encoder (image tower and projection), the settings of the image tower, and
-the image preprocessing. For example, a model and its fine-tuned version have the same digest if only the text encoder
-was trained. A search index that was built with one of them is then also valid for the other one. The digest of the
-weights is cached until the path, size or a time stamp of a weight file changes.
+For example, a model and its fine-tuned version have the same digest if only the text encoder was trained. A search
+index that was built with one of them is then also valid for the other one.
 """
 
 import hashlib
@@ -38,7 +36,7 @@ IMAGE_PROCESSOR_FIELDS = (
 def image_encoder_digest(folder: Path) -> str:
     """Return a digest that identifies a model's image encoder; models with equal digests embed images in the same way.
 
-    The digest covers the weights and settings of the image encoder, and the image preprocessing.
+    It covers the weights and settings of the image encoder, and the image preprocessing.
 
     Args:
         folder: Model folder in transformers' format.
@@ -61,8 +59,7 @@ def image_processor_settings(folder: Path) -> dict[str, Any]:
         folder: Model folder in transformers' format.
 
     Returns:
-        `{name of the setting: value}` for all settings in `IMAGE_PROCESSOR_FIELDS`, which change the embedding of an
-        image. An example is `{"size": {"shortest_edge": 224}}`.
+        `{name: value}` for all names in `IMAGE_PROCESSOR_FIELDS`, for example `"size": {"shortest_edge": 224}`.
 
     Raises:
         ValueError: If files of the model are missing or damaged.

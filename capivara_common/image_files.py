@@ -1,11 +1,9 @@
 """Open untrusted images safely: images in dataset rows, in indexed folders, and in uploads to the search page.
 
-A dataset may come from anybody, and its rows may contain paths of image files. A file is opened only if it lies in the
-folder of the dataset or in a folder that the user allows, after all links are resolved. URLs are never downloaded. The
-format and size in the header of an image are checked before its pixels are decoded.
+A file is opened only if it lies in the folder of the dataset or in a folder that the user allows, after all links are
+resolved. URLs are never downloaded. The format and size of an image are checked before its pixels are decoded.
 
-The main functions are `decode_image` for one dataset row and `decode_row_images` for many rows. They combine
-`open_regular_file_safe_from_link_swaps`, `check_and_open_image_without_decoding` and `decode_upright`.
+The main functions are `decode_image` for one dataset row and `decode_row_images` for many rows.
 """
 
 import errno
@@ -106,8 +104,7 @@ class ImageAccess:
     """Rules that say which images of a dataset may be loaded: where their files may lie, and how large they may be.
 
     Attributes:
-        allowed_folders: Folders in which image files may lie. None: no file is opened, so rows must contain the bytes
-            of their images.
+        allowed_folders: Folders in which image files may lie. None: rows must contain the bytes of their images.
         max_pixels: Largest number of pixels (width x height) of an image.
     """
 
@@ -158,22 +155,19 @@ class ImageFileArguments:
 
 
 def read_image_bytes(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -> bytes:
-    """Return the encoded image file of a dataset row as bytes, without decoding the pixels.
-
-    The header of the image is checked, so that only images of an allowed format and size are returned.
+    """Return the encoded image file of a dataset row as bytes, after checking its format and size.
 
     Args:
-        row_image: Value of the image column in the row: `{"bytes": content of the file or None, "path": path of the
-            file or None}`. For an image in a tar: `{"path": name in the tar, "archive": path of the tar, "offset":
-            first byte, "size": number of bytes}`.
-        access: Folders in which image files may lie, and largest number of pixels. Default: no file is opened, so the
-            row must contain the bytes.
+        row_image: Value of the image column: `{"bytes": file content or None, "path": path or None}`. For an image in a
+            tar, "path" is its name, and "archive" (path of the tar), "offset" and "size" (in bytes) say where it is.
+        access: Folders in which image files may lie, and largest number of pixels. Default: the row must contain the
+            bytes.
 
     Returns:
         Content of the image file. The header is valid, but the pixels may be damaged.
 
     Raises:
-        BadImage: If there is no image, it may not be opened or can't be read, it is not an image, or it is too large.
+        BadImage: If the row has no image, or the image can't be read or is not allowed.
     """
     return _read_row_image_without_decoding(row_image, access)[0]
 
@@ -182,19 +176,16 @@ def decode_image(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -> PI
     """Load and decode the image of a dataset row.
 
     Args:
-        row_image: Value of the image column in the row: `{"bytes": content of the file or None, "path": path of the
-            file or None}`. For an image in a tar: `{"path": name in the tar, "archive": path of the tar, "offset":
-            first byte, "size": number of bytes}`.
-        access: Folders in which image files may lie, and largest number of pixels. Default: no file is opened, so the
-            row must contain the bytes.
+        row_image: Value of the image column: `{"bytes": file content or None, "path": path or None}`. For an image in a
+            tar, "path" is its name, and "archive" (path of the tar), "offset" and "size" (in bytes) say where it is.
+        access: Folders in which image files may lie, and largest number of pixels. Default: the row must contain the
+            bytes.
 
     Returns:
-        The image, rotated upright by its EXIF data, with 8 bits per channel. It is not converted to RGB: it keeps the
-        PIL mode of the file, such as RGB or L.
+        The upright image with 8 bits per channel, in the PIL mode of the file, such as RGB or L.
 
     Raises:
-        BadImage: If there is no image, it may not be opened or can't be read, it is not an image, it is too large, or
-            its pixels are damaged.
+        BadImage: If the row has no image, or the image can't be decoded or is not allowed.
     """
     return decode_upright(*_read_row_image_without_decoding(row_image, access)[1:])
 
@@ -235,15 +226,13 @@ def decode_row_images(
 
     Args:
         rows: Indices of the rows to decode.
-        row_image: Function that takes a row index and returns the value of the image column in this row: a dict, as
-            described at `decode_image`, or None.
+        row_image: Function that takes a row index, and returns the row's image as `decode_image` takes it.
         access: Folders in which image files may lie, and largest number of pixels.
-        describe_error: Function that takes a row index and the `BadImage` error of this row. It returns the text that
-            replaces the `detail` of the error. Default: the detail stays as it is.
+        describe_error: Function that takes a row index and its `BadImage` error, and returns the new `detail` of the
+            error.
 
     Yields:
-        The decoded images, in the order of `rows`. If an image can't be used, its `BadImage` error is yielded in its
-        place.
+        The decoded images, in the order of `rows`. If an image can't be used, its `BadImage` error takes its place.
     """
 
     def read(row: int) -> PIL.Image.Image | BadImage:
@@ -263,22 +252,19 @@ def check_and_open_image_without_decoding(
 ) -> PIL.Image.Image:
     """Open an image with PIL and check its format and size, before its pixels are decoded.
 
-    Only the header is read. A malicious image of huge size is therefore refused before it fills the memory.
-
     Args:
         data: Content of the image file.
         name: Name of the image for error messages.
         max_pixels: Largest number of pixels (width x height).
-        hint: Advice for the user on the limit `max_pixels`. The error message contains it directly after this limit, so
-            it must begin with a blank or punctuation.
+        hint: Advice that the error message adds directly after this limit. It must begin with a blank or punctuation.
 
     Returns:
-        The opened image, whose pixels are not decoded yet. Pass it to `decode_upright` to decode them.
+        The opened image. Pass it to `decode_upright` to decode its pixels.
 
     Raises:
-        BadImage: If the data are not an image in a format of `IMAGE_FORMATS`, the header is damaged, or the image
-            exceeds a limit.
+        BadImage: If the format is not in `IMAGE_FORMATS`, the header is damaged, or the image exceeds a limit.
     """
+    # Only the header is read, so a malicious image of huge size is refused before it fills the memory.
     # PIL's own pixel limit must not be lower than `max_pixels`. It is set in this function, because worker processes
     # call it, too. They do not run the code that checks the command-line flags.
     PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, max_pixels)
@@ -310,18 +296,14 @@ def check_and_open_image_without_decoding(
 def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -> PIL.Image.Image:
     """Decode the pixels of an opened image, and rotate it upright by its EXIF data.
 
-    Damaged EXIF data is ignored. To limit memory, large images (more than `MAX_IMAGE_PIXELS` pixels) and AVIF images
-    are decoded one at a time, even if several threads call this function.
-
     Args:
-        image: Image from `check_and_open_image_without_decoding`, whose pixels are not decoded yet.
+        image: Image from `check_and_open_image_without_decoding`.
         name: Name of the image for error messages.
-        min_short_side: Smallest acceptable number of pixels of the image's short side. To save time, a JPEG may be
-            decoded at 1/2, 1/4 or 1/8 of its size, but not below this limit. 0: every image is decoded at full size.
+        min_short_side: To save time, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, if its short side keeps at
+            least this many pixels. 0: full size.
 
     Returns:
-        The upright image with 8 bits per channel. It is not converted to RGB: it keeps the PIL mode of the file, such
-        as RGB or L.
+        The upright image with 8 bits per channel, in the PIL mode of the file, such as RGB or L.
 
     Raises:
         BadImage: If the pixels can't be decoded.
@@ -330,6 +312,7 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
     # the image was opened, but a hostile file may hide or understate it.
     is_large = image.format == "AVIF" or image.width * image.height > MAX_IMAGE_PIXELS
     try:
+        # To limit memory, threads decode large images one at a time.
         with LARGE_IMAGE_LOCK if is_large else nullcontext():
             if min_short_side:
                 image.draft(None, (min_short_side, min_short_side))
@@ -348,8 +331,8 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
 def exif_orientation(image: PIL.Image.Image) -> int:
     """Return the EXIF orientation of an image, from 1 to 8, which says how to rotate or mirror it. 1 means upright.
 
-    The result is also 1 if the orientation is missing, damaged or out of range. For a TIFF image, the result is always
-    1, because PIL rotates a TIFF image upright when it decodes the pixels.
+    The result is also 1 if the orientation is missing or invalid. It is always 1 for a TIFF image, which PIL itself
+    rotates.
     """
     try:
         orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation)
@@ -367,14 +350,13 @@ def to_8_bit(image: PIL.Image.Image) -> PIL.Image.Image:
     - 32-bit integers: 0 to 255 if no pixel exceeds 255, otherwise 0 to 65,535;
     - floats: 0 to 1 if no pixel exceeds 1, otherwise 0 to 255.
 
-    The model's image processor, which is published without this package, scales pixels in the same way.
-
     Raises:
         ValueError: If a pixel is negative, too large or not finite.
     """
     if not image.mode.startswith(("I", "F")):
         return image
     pixels = np.asarray(image)
+    # The model's image processor, which is published without this package, scales pixels in the same way.
     low, high, floating = float(pixels.min()), float(pixels.max()), pixels.dtype.kind == "f"
     limit = 255 if floating else 65535
     if not (low >= 0 and high <= limit):  # written with `not`, so that NaN is refused too
@@ -444,31 +426,25 @@ def open_regular_file_safe_from_link_swaps(
 ) -> BinaryIO:
     """Open a file for reading, but only if it lies in an allowed folder and is a regular file.
 
-    An attacker could replace a folder of the path by a link between the check and the opening (a time-of-check to
-    time-of-use race). To prevent this, all links in the path are resolved once. Then the resulting path is opened
-    folder by folder without following links, so the opened file is the one that was checked.
-
-    Windows can't open a file in this way. There, the file is compared before and after it is opened. Paths that lead to
-    devices or to other network shares are refused (`find_windows_path_fault`).
+    This also protects against an attacker who replaces a folder of the path by a link after the check.
 
     Args:
         path: The file.
         name: Name of the file for error messages.
-        folders: Allowed folders, whose paths must not contain links. The file must lie in one of these folders after
-            all links in `path` are resolved. None: the file may lie anywhere, because the user named it explicitly.
+        folders: Allowed folders, as paths without links. None: the file may lie anywhere.
 
     Returns:
-        The file, opened for reading in binary mode.
+        The file, opened in binary mode.
 
     Raises:
-        BadImage: If the path does not lead to a regular file (reason "no regular file"), or leads out of `folders`
-            (reason "link out of the folder").
-        OSError: If the file does not exist or can't be opened, or a folder on its path has been replaced by a link in
-            the meantime.
+        BadImage: If the path leads to no regular file, or out of `folders`.
+        OSError: If the file can't be opened, or a folder on its path was replaced by a link.
         ValueError: If the path contains a NUL character.
     """
     if IS_WINDOWS and (fault := find_windows_path_fault(path, folders)):
         raise BadImage("no regular file", f"{name} {fault}")
+    # All links are resolved once. The resulting path is then opened folder by folder without following links, so that
+    # nobody can replace a folder by a link after the check (a time-of-check to time-of-use race).
     real = Path(os.path.realpath(path))
     if folders is not None and not any(real.is_relative_to(folder) for folder in folders):
         raise BadImage("link out of the folder", f"{name} leads out of the folders that may be read")
@@ -567,12 +543,11 @@ def image_display_path(row_image: dict | None) -> str:
     """Return the path of a dataset row's image, so that a message can say which image it is about.
 
     Args:
-        row_image: Value of the image column in the row: a dict that may have the keys "path" and, for an image in a
-            tar, "archive" (path of the tar). None if the row has no image.
+        row_image: Value of the image column in the row, as for `decode_image`.
 
     Returns:
-        The path of the image file. For an image in a tar: path of the tar, a slash, and the name in the tar. "" if the
-        row contains only bytes or no image.
+        Path of the image file. For an image in a tar: path of the tar, a slash, and the name in the tar. "" if the row
+        has no path.
     """
     image = row_image or {}
     return "/".join(filter(None, (image.get("archive"), image.get("path"))))

@@ -43,15 +43,15 @@ def raise_on_interrupt() -> None:
 
 
 def exit_if_native_code_runs(code: int) -> None:
-    """End the process without an error message if a thread still runs C++ code, for example to load a model.
+    """End the process at once if a thread still runs C++ code, for example to load a model. Otherwise do nothing.
 
-    Such threads have the name `NATIVE_THREAD_NAME`. If there is none, nothing happens, and the process can exit
-    normally. At a normal exit, Python would end the thread as soon as it returns from C++ code. The C++ runtime would
-    then abort the process with the error "terminate called without an active exception".
+    At a normal exit, such a thread could abort the process with a C++ error message.
 
     Args:
         code: Exit code of the process, if it is ended.
     """
+    # At a normal exit, Python ends such a thread when it returns from C++ code. The C++ runtime then aborts the process
+    # with the error "terminate called without an active exception".
     if any(thread.name == NATIVE_THREAD_NAME for thread in threading.enumerate()):
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):

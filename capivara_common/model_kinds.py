@@ -3,13 +3,10 @@
     kind = get_supported_model_kind(read_json(folder / "config.json"))
     kind.pads_to_max_length
 
-A supported model has two towers, that is, one encoder for images and one for texts. The dict `KINDS` has one entry for
-each kind. A kind corresponds to a `model_type` of transformers. An entry states only the differences from transformers'
-CLIP, so a kind that is built like CLIP needs only its names:
+The dict `KINDS` has one entry for each kind, under its `model_type` of transformers. An entry states only the
+differences from CLIP, so a kind that is built like CLIP needs only its names:
 
     KINDS["my_clip"] = ModelKind(model_type="my_clip", title="My CLIP", class_name="MyCLIPModel")
-
-`KINDS` holds plain data, because `capivara_search` reads it without importing torch or transformers.
 """
 
 from collections.abc import Callable, Mapping
@@ -68,60 +65,48 @@ class ModelKind:
     """Properties that distinguish one kind of image-text model, such as SigLIP, from other kinds.
 
     A supported model has two towers: one encoder for images and one for texts. The default values describe CLIP.
-
-    Attributes:
-        model_type: Value of `model_type` in config.json.
-        title: Name of the kind for messages.
-        class_name: Name of the model class, as results and model cards record it.
-        is_native: True: the classes of the model, processor and tokenizer belong to this project. They clean and
-            truncate texts themselves, and their code is saved with the model. False: these classes are part of
-            transformers.
-        processors: Names of the processor classes that models of this kind may have.
-        pads_to_max_length: True: texts are padded to the maximum length, and the model sees the padding, because there
-            is no attention mask. False: texts are padded to the longest text of the batch, and padding is masked.
-        read_widths: Function that gets the content of config.json and returns the width of the embeddings as
-            `{name of the setting: width}`. If each tower has its own setting, the dict has two entries, first the entry
-            of the text tower.
-        text_towers: Supported values of `text_config.model_type`. Empty if the kind has a single type of text tower, or
-            supports all types.
-        text_defaults: Default values of `text_config`.
-        vision_towers: For a kind with several types of image tower: `{vision_config.model_type: default values}`. The
-            default values are those of the settings that change the embedding of an image. The first type is the
-            default type.
-        vision_defaults: For a kind with a single type of image tower: the default values of the settings that change
-            the embedding of an image.
-        numpy_text_tower: Name of the class in `capivara_search/text_tower.py` that embeds texts with NumPy, without
-            torch. None: texts are embedded with PyTorch.
-        open_clip_layout: Layout of the weights in open_clip: "hf_text" for a text tower of transformers with a
-            projection, "timm_siglip" for SigLIP. None: an export has no files for open_clip.
-        immich_name: Name of a model in Immich's list that has this architecture. None: the export formats `immich` and
-            `drop_in` are not available.
-        js_image_processor: Class of transformers.js that preprocesses images. None: the class has the same name as in
-            Python.
     """
 
+    # Value of `model_type` in config.json
     model_type: str
+    # Name of the kind for messages
     title: str
+    # Name of the model class, as results and model cards record it
     class_name: str
+    # True: the classes of the model, processor and tokenizer belong to this project. They clean and truncate texts
+    # themselves, and their code is saved with the model. False: these classes are part of transformers.
     is_native: bool = False
+    # Names of the processor classes that models of this kind may have
     processors: tuple[str, ...] = (
         *("CLIPProcessor", "ChineseCLIPProcessor", "AltCLIPProcessor", "VisionTextDualEncoderProcessor"),
     )
+    # True: texts are padded to the maximum length, and the model sees the padding, because there is no attention mask.
+    # False: texts are padded to the longest text of the batch, and padding is masked.
     pads_to_max_length: bool = False
+    # Function that gets the content of config.json and returns the width of the embeddings as `{name of the setting:
+    # width}`. If each tower has its own setting, the text tower comes first.
     read_widths: Callable[[Mapping[str, Any]], dict[str, Any]] = _read_projection_dim
+    # Supported values of `text_config.model_type`. Empty: there is a single type of text tower, or all are supported.
     text_towers: tuple[str, ...] = ()
+    # Default values of `text_config`
     text_defaults: Mapping[str, Any] = field(default_factory=dict)
+    # For a kind with several types of image tower: `{vision_config.model_type: default values}` of the settings that
+    # change the embedding of an image. The first type is the default type.
     vision_towers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # For a kind with a single type of image tower: default values of the settings that change an image's embedding
     vision_defaults: Mapping[str, Any] = field(default_factory=lambda: CLIP_VISION_DEFAULTS)
+    # Class in `capivara_search/text_tower.py` that embeds texts with NumPy. None: texts are embedded with PyTorch.
     numpy_text_tower: str | None = None
+    # Layout of the weights in open_clip: "hf_text" for a text tower of transformers with a projection, "timm_siglip"
+    # for SigLIP. None: an export has no files for open_clip.
     open_clip_layout: Literal["hf_text", "timm_siglip"] | None = None
+    # Model in Immich's list that has this architecture. None: there are no exports in the formats immich and drop_in.
     immich_name: str | None = None
+    # Class of transformers.js that preprocesses images. None: it has the same name as in Python.
     js_image_processor: str | None = None
 
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """Check that a model of this kind is supported: the types of its towers, and the widths of their embeddings.
-
-        The image tower and the text tower must have embeddings of the same width.
+        """Check that a model of this kind has supported towers, whose embeddings have the same width.
 
         Args:
             config: Content of the model's config.json.
@@ -144,14 +129,12 @@ class ModelKind:
     def select_vision_settings(self, vision: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the settings of a model's image tower that change the embedding of an image, and only these.
 
-        The digest that identifies an image encoder covers these settings and the weights.
-
         Args:
             vision: Section `vision_config` of the model's config.json.
 
         Returns:
-            `{name of the setting: value}`. Settings that `vision` omits have their default values. None if this kind
-            does not support the type of the image tower.
+            `{name of the setting: value}`, with default values for the settings that `vision` omits. None if the type
+            of the image tower is not supported.
         """
         tower, defaults = self.model_type, self.vision_defaults
         if self.vision_towers:
@@ -172,9 +155,8 @@ def get_supported_model_kind(config: Mapping[str, Any]) -> ModelKind:
         The entry of `KINDS` for the `model_type` of the model.
 
     Raises:
-        ValueError: If the type of the model or of one of its two towers (image encoder and text encoder) is not
-            supported. Also if the towers have embeddings of different widths. The message starts in lowercase, such as
-            "model_type is 'bert'; …", because callers append it to a sentence.
+        ValueError: If the type of the model or of a tower is not supported, or the embeddings of its two towers differ
+            in width. The message starts in lowercase, because callers append it to a sentence.
     """
     model_type = config.get("model_type")
     if model_type not in KINDS:
@@ -186,6 +168,7 @@ def get_supported_model_kind(config: Mapping[str, Any]) -> ModelKind:
     return KINDS[model_type]
 
 
+# Plain data, because `capivara_search` reads it without importing torch or transformers.
 KINDS = {
     kind.model_type: kind
     for kind in (

@@ -113,10 +113,9 @@ _PATH_PATTERNS = (
 _ABSOLUTE_START = rf"/[^\s/]|(?<!:)//[\w-]+/|\\{{2}}{_HOST_PATTERN}\\(?!\\)|[A-Za-z]:[\\/][^\\/\n]"
 # Matches a text that is a path as a whole. Group 1 is what may precede the path, such as `--flag=`.
 _WHOLE_PATH_RE = re.compile(rf"((?:[\w-]+[=:])*)((?:{_ABSOLUTE_START})[^\n]*)")
-# Characters that a terminal executes or hides: control characters, format characters (writing direction marks, soft
-# hyphens, tag letters), line separators, and lone surrogates. Python represents the bytes of a file name that is not
-# valid UTF-8 by lone surrogates. Format characters that names need are not included: joiners (in Arabic, Indic scripts
-# and emoji) and Arabic number signs.
+# Characters that a terminal executes or hides: control and format characters, line separators, and lone surrogates
+# (bytes of a file name that is not valid UTF-8). Format characters that names need are not included: joiners (in
+# Arabic, Indic scripts and emoji) and Arabic number signs.
 UNSAFE_CHARACTER_RE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e007f]"
@@ -130,9 +129,8 @@ def find_secret(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
         content: Text, bytes or memory-mapped file to search.
 
     Returns:
-        None if `content` contains no secret. Otherwise the tuple (description, position) of one secret, which is not
-        necessarily the first. The description states what kind of secret it is, without the secret itself. The position
-        is an offset in `content`, in characters for a text, otherwise in bytes.
+        None if there is no secret. Otherwise the tuple (kind of secret, position) of one secret, not necessarily the
+        first. The position is an offset in characters for a text, otherwise in bytes.
     """
     encode = str if isinstance(content, str) else str.encode
     for token in read_hub_tokens():
@@ -207,9 +205,7 @@ def read_hub_tokens() -> list[str]:
 def find_machine_path(text: str) -> str | None:
     """Find the first absolute path in a text, which could reveal private folder names if the text is published.
 
-    A path must have at least two parts (`/folder/file`), or one part in quotes (`"/folder"`). The private folders of
-    this machine (`list_private_folders`) are recognized, too. URLs, Hub ids, fractions and dates are not mistaken for
-    paths.
+    URLs, Hub ids, fractions and dates are not mistaken for paths.
 
     Returns:
         The path. None if the text contains no absolute path.
@@ -220,8 +216,7 @@ def find_machine_path(text: str) -> str | None:
 def shorten_absolute_paths(value: Any) -> Any:
     """Shorten all absolute paths in a text or JSON value, so that it can be published without private folder names.
 
-    A path inside the current folder becomes relative to the current folder. Any other path is reduced to its last part
-    (the name of the file or folder), because the folders above may be named after a person.
+    A path inside the current folder becomes relative to it. Any other path is reduced to its last part.
 
     Args:
         value: A text, or a JSON value that contains texts. Paths in the keys of objects are shortened, too.
@@ -252,11 +247,11 @@ def get_publishable_model_or_dataset_name(name: str) -> str:
     """Return the name of a model or dataset without private folders, so that it can appear in published files.
 
     Args:
-        name: Hub id or local path of the model or dataset.
+        name: Hub id or local path.
 
     Returns:
-        A Hub id stays unchanged. A local path becomes relative to the current folder if it lies in this folder, and at
-        most its last two parts are kept. A path outside the current folder is reduced to its last part.
+        A Hub id stays unchanged. A path inside the current folder becomes relative, with at most its last two parts.
+        Any other path is reduced to its last part.
     """
     is_local = name.startswith(("/", "~", "\\\\")) or ".." in Path(name).parts or Path(name).exists()
     return "/".join(PurePosixPath(_shorten_absolute_path(name) if is_local else name).parts[-2:]) or "."
@@ -282,6 +277,7 @@ def _compile_path_pattern() -> re.Pattern[str]:
     It also matches URLs and other texts with slashes as a whole, so that their ends are not mistaken for paths. The
     group `path` matches only if an absolute path was found.
     """
+    # A path has at least two parts (`/folder/file`), is in quotes (`"/folder"`), or begins with a private folder.
     local_folder = rf"(?:{'|'.join(map(re.escape, list_private_folders()))})(?![\w.-])"
     site_path = rf"{_SITE_PATH}(?!{local_folder})[^\s\"'<>`|;,)\]]*"
     path = rf"(?P<path>{_PATH_START}{local_folder}{_PATH_TAIL}|{'|'.join(_PATH_PATTERNS)})"
@@ -296,4 +292,5 @@ def _shorten_absolute_path(path: str) -> str:
     is_inside = target.is_relative_to(current) and current not in Path.home().parents
     if is_inside and not re.match(r"~|\\\\|[A-Za-z]:[\\/]", path):
         return target.relative_to(current).as_posix()
+    # The folders above may be named after a person.
     return re.split(r"[\\/]+", path.rstrip("\\/"))[-1]

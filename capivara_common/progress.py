@@ -20,10 +20,10 @@ def set_progress_bar_timing() -> None:
     """Set when the progress bars of this process are drawn, so that short work shows no bar and log files stay short.
 
     In a terminal, a bar appears after `BAR_DELAY_S` seconds. In a file or pipe, a line is written every
-    `LOG_INTERVAL_S` seconds. The function changes the class `tqdm` itself, because datasets, transformers,
-    huggingface_hub and accelerate also create progress bars of this class.
+    `LOG_INTERVAL_S` seconds.
     """
     log_options = dict.fromkeys(("mininterval", "maxinterval", "delay"), LOG_INTERVAL_S)
+    # The class itself is changed, because datasets, transformers, huggingface_hub and accelerate also use it.
     tqdm.__init__ = partialmethod(_init, **{"delay": BAR_DELAY_S} if sys.stderr.isatty() else log_options)
     tqdm.set_postfix = partialmethod(_set_postfix, refresh=False)
     tqdm.display = _display_after_delay

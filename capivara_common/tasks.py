@@ -1,8 +1,8 @@
 """Define the executor flags and the class `Phase` for commands whose work is split into tasks.
 
 A task is a share of the work. Tasks can run in parallel on this machine or on a cluster. `ExecutorArguments` has the
-command-line flags that say where and how tasks run. A `Phase` is one step of such a command. The module `executors`
-runs the phases. This module imports no large library, so that `--help` answers at once.
+command-line flags that say where and how tasks run. A `Phase` is one step of a command. The module `executors` runs the
+phases.
 """
 
 import os
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from capivara_common.cli import check_at_least, flag
+
+# This module imports no large library, so that `--help` answers at once.
 
 # End of the error message if a distributed launcher has started a command that must not be started in this way
 TASK_SHARING_HINT = (
@@ -26,8 +28,8 @@ TASKS, CLUSTER = "tasks", "Slurm and Ray clusters"
 class ExecutorArguments:
     """Command-line arguments that choose where the tasks of a command run: on this machine, a Slurm or a Ray cluster.
 
-    A task is a share of the work of the command. Most flags have the names that datatrove, the library that runs the
-    tasks, uses for its own options.
+    A task is a share of the work of the command. datatrove, the library that runs the tasks, has most flags under the
+    same names.
     """
 
     executor: Literal["local", "slurm", "ray"] = flag(
@@ -72,12 +74,8 @@ class ExecutorArguments:
         """Check the values of the flags.
 
         Raises:
-            ValueError: In one of these cases:
-                - A flag is out of range, a required flag is missing, or an entry of `sbatch` is not KEY or KEY=VALUE.
-                - With `--executor slurm`, `node_script` is not a file, or a value contains characters that are unsafe
-                  in a job script.
-                - A distributed launcher (Accelerate, torchrun) has started the command. Each of its processes would
-                  then do all the work.
+            ValueError: If a flag is invalid or missing. Also if a distributed launcher (Accelerate, torchrun) has
+                started the command, because each of its processes would do all the work.
         """
         check_at_least(self, 1, "tasks", "workers", "cpus_per_task", "mem_per_cpu_gb")
         check_at_least(self, 0, "gpus_per_task")
@@ -120,14 +118,12 @@ class ExecutorArguments:
 class Phase:
     """One step of a command, such as scoring rows. Its work is divided among tasks that can run in parallel.
 
-    A command runs its phases in order.
-
     Attributes:
-        run: Function that does the work of one task. Its arguments are the command-line arguments, the number of the
-            task (counted from 0), and the total number of tasks. It returns at once if the task has no work left.
-        is_parallel: True: all tasks share the work of the phase. False: a single task does all the work.
-        uses_model: True: the tasks run a model, so each task gets `gpus_per_task` GPUs on a cluster. False: the tasks
-            run no model, and get no GPU on a cluster.
+        run: Function that does the work of one task. Its arguments are the command-line arguments, the index of the
+            task (from 0), and the number of tasks. It returns at once if the task has no work left.
+        is_parallel: True: all tasks share the work. False: a single task does all the work.
+        uses_model: Whether the tasks run a model. On a cluster, each task then gets `gpus_per_task` GPUs, otherwise
+            none.
     """
 
     run: Callable[[Any, int, int], Any]
@@ -143,7 +139,6 @@ def split_rows(row_count: int, rows_per_part: int) -> list[range]:
         rows_per_part: Number of rows in each part. The last part may have fewer rows.
 
     Returns:
-        One range of row indices for each part, in order. For 5 rows and 2 rows per part, these are `range(0, 2)`,
-        `range(2, 4)` and `range(4, 5)`.
+        One range of row indices per part. For 5 rows and 2 rows per part: `range(0, 2)`, `range(2, 4)`, `range(4, 5)`.
     """
     return [range(start, min(start + rows_per_part, row_count)) for start in range(0, row_count, rows_per_part)]

@@ -1,7 +1,7 @@
 """Read single tensors of safetensors files as NumPy arrays, without torch and without loading whole files.
 
-The files are memory-mapped, so only the bytes that are used are read from the disk. For example, to embed a text, only
-some rows of the token embedding matrix are read: the rows for the tokens of this text.
+The files are memory-mapped. For example, to embed a text, only the rows of its tokens are read from the token embedding
+matrix.
 """
 
 import json
@@ -23,8 +23,8 @@ class TensorInfo(NamedTuple):
     Attributes:
         dtype: Name of the number type in safetensors, such as "F32".
         shape: Shape of the tensor.
-        start: Position of the first byte of the tensor, counted from the beginning of the file.
-        end: Position after the last byte of the tensor, counted from the beginning of the file.
+        start: Offset of the first byte of the tensor in the file.
+        end: Offset after the last byte of the tensor.
     """
 
     dtype: str
@@ -41,7 +41,7 @@ class WeightFile:
 
     Attributes:
         path: Path of the file.
-        tensors: `{name of the tensor: TensorInfo}`, with the type, shape and position of each tensor.
+        tensors: Type, shape and position of each tensor, by its name.
 
     Raises:
         ValueError: If the file is missing, truncated or not a safetensors file.
@@ -79,8 +79,7 @@ class WeightFile:
             name: Name of the tensor.
 
         Returns:
-            Array with the shape of the tensor. It is read-only if the tensor is stored as float32, because it is then a
-            view of the memory map.
+            Array with the shape of the tensor. It is read-only if the tensor is stored as float32.
 
         Raises:
             ValueError: If the type of the tensor is not F32, F16 or BF16.
@@ -93,13 +92,13 @@ class WeightFile:
 
         Args:
             name: Name of the tensor, of shape (rows, width).
-            indices: Indices of the rows to read, as an integer array of shape (n,).
+            indices: Indices of the rows, as an integer array of shape (n,).
 
         Returns:
             Array of shape (n, width).
 
         Raises:
-            ValueError: If an index is out of range, or the type of the tensor is not F32, F16 or BF16.
+            ValueError: If an index is out of range, or the type is not F32, F16 or BF16.
         """
         info = self.tensors[name]
         if len(indices) and not 0 <= indices.min() <= indices.max() < info.shape[0]:
@@ -113,14 +112,13 @@ def read_scalar(folder: Path, name: str) -> float | None:
 
     Args:
         folder: Model folder with safetensors files.
-        name: Name of the weight, for example "logit_scale".
+        name: Name of the weight.
 
     Returns:
         The number; None if the model has no weight of this name.
 
     Raises:
-        ValueError: If the weight is not a single number, its type is not F32, F16 or BF16, or a weight file is missing
-            or damaged.
+        ValueError: If the weight is not a single number of type F32, F16 or BF16, or a file is missing or damaged.
     """
     for weights in map(WeightFile, find_weight_files(folder)):
         if name in weights.tensors:
@@ -159,12 +157,10 @@ def find_weight_files(folder: Path) -> list[Path]:
         folder: Model folder in transformers' format.
 
     Returns:
-        Paths of the weight files. This is the single file model.safetensors if it exists. Otherwise the weights are
-        split into several files, which model.safetensors.index.json lists.
+        Only model.safetensors if it exists; otherwise the files that model.safetensors.index.json lists.
 
     Raises:
-        ValueError: If the folder has neither model.safetensors nor model.safetensors.index.json. Also if the index is
-            invalid, or a file that it lists is missing.
+        ValueError: If the folder has neither file, or a listed file is missing or not allowed.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():

@@ -1,7 +1,7 @@
 """Search your own pictures with a sentence.
 
-The package provides an index of pictures (`PictureIndex`), the command `capivara`, and a search page for the browser.
-The index stores an embedding of each picture in your folders, and can be updated when the folders change.
+`PictureIndex` stores an embedding of each picture in your folders. The command `capivara` and a search page for the
+browser use it.
 
 Example:
     index = PictureIndex.open("fotos.lance", model="hiaac-nlp/CAPIVARA")

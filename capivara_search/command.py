@@ -4,8 +4,7 @@
     capivara search "cachorro correndo na praia"  # capivara buscar
 
 Each function that is decorated with `_register_command` is one command. All texts that are printed for users are in
-`messages.yaml`. Slow imports, such as `PictureIndex`, are inside the functions, so that `--help` and usage errors are
-printed at once.
+`messages.yaml`.
 """
 
 import errno
@@ -48,6 +47,7 @@ from capivara_search.terminal import (
     show_hits,
 )
 
+# Slow imports, such as `PictureIndex`, are inside the functions, so that `--help` and usage errors are printed at once.
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
 
@@ -129,8 +129,7 @@ def index(
         messages: Texts to print, in the user's language.
         folders: Folders to add. If it is empty, all folders that were added on this machine are updated.
         exclude: Patterns of files and folders to ignore, in the syntax of a .gitignore file.
-        include: Exclusions to undo: `exclude` patterns that the index should no longer use, and paths that
-            `capivara forget` removed and that should be indexed again.
+        include: Exclusions to undo: patterns of an earlier `exclude`, and paths that `capivara forget` removed.
         batch_size: Maximum number of pictures per forward pass of the model.
     """
     pictures = _open_index()
@@ -153,11 +152,11 @@ def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callab
 
     Args:
         messages: Texts to print, in the user's language.
-        leave: True: the bar stays on the screen after the block has ended. False: the bar is removed.
+        leave: Whether the bar stays on the screen after the block has ended.
 
     Yields:
-        A function `(done, total)` that can be passed to `PictureIndex.add` as `on_progress`. The arguments are the
-        number of processed pictures and the total number of pictures.
+        A callback to pass to `PictureIndex.add` as `on_progress`. It takes the number of processed pictures and the
+        total number.
     """
     from capivara_search.index_progress import RateEstimator
 
@@ -239,8 +238,7 @@ def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
     Args:
         messages: Texts to print, in the user's language.
         folders: Folders to watch. If it is empty, all folders that were added on this machine are watched.
-        poll: True: check all files every two seconds. False: do this only if one of the folders is on a network drive;
-            otherwise, the operating system reports the changes.
+        poll: True: check all files every two seconds. False: check them only if a folder is on a network drive.
     """
     pictures = _open_index() if folders else _open_filled_index(allow_indexing=True)
     _print_miniature_model_notice(pictures, messages, with_name=True)
@@ -277,20 +275,19 @@ def search(
     Args:
         messages: Texts to print, in the user's language.
         query: Words of the sentence to search for.
-        like: File of a picture to find similar pictures for. None: search only with words.
+        like: Picture file to find similar pictures for.
         k: Maximum number of pictures.
-        folder: Return only pictures in this folder and its subfolders. None: all folders.
-        since: Return only pictures from this day on. None: no earliest day.
-        until: Return only pictures up to and including this day. None: no latest day.
-        more: Texts that the query vector is moved towards, each with an optional weight, such as "0.5:praia".
-        less: Texts that the query vector is moved away from, each with an optional weight.
-        relevance_threshold: Whether each hit is marked as relevant or not. "on" (or "sim"): yes. "off" (or "não"): no.
-            "auto": only if a measurement shows that the model separates relevant from irrelevant pictures well.
-        exact: True: compare the query with every picture. False: search a large index approximately, which is faster.
-        all: True: show near-duplicates as separate pictures. False: show one picture of each group of near-duplicates.
-        open: True: also open the pictures of the result in the system's picture viewer.
-        json: True: print JSON instead of a table.
-        csv: True: print CSV instead of a table.
+        folder: Return only pictures in this folder and its subfolders.
+        since: Return only pictures from this day on.
+        until: Return only pictures up to and including this day.
+        more: Texts to move the query towards, each with an optional weight, such as "0.5:praia".
+        less: Texts to move the query away from, each with an optional weight.
+        relevance_threshold: Whether hits are marked as relevant or not: a key of `RELEVANCE_THRESHOLD_VALUES`.
+        exact: True: compare the query with every picture. False: search a large index approximately.
+        all: True: show near-duplicates as separate pictures. False: show one picture of each group.
+        open: Also open the pictures of the result in the system's picture viewer.
+        json: Print JSON instead of a table.
+        csv: Print CSV instead of a table.
 
     Returns:
         Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
@@ -331,8 +328,7 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
         messages: Texts to print, in the user's language.
         path: Picture file, or folder of pictures.
         labels: Labels to choose from.
-        template: Sentence with the placeholder {}. For each label, a sentence is made in which the label replaces the
-            placeholder. These sentences are compared with the pictures.
+        template: Sentence in which each label replaces the placeholder {}.
         json: Print JSON instead of a table.
         csv: Print CSV instead of a table.
 
@@ -340,8 +336,7 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
         Exit code: 0, or `EXIT_NOTHING_FOUND` if no picture could be classified.
 
     Raises:
-        ValueError: If a label ends with a comma, or if the only label contains a comma. The user probably meant several
-            labels.
+        ValueError: If a label ends with a comma, or the only label contains a comma.
     """
     from capivara_search.picture_reading import open_query_picture
     from capivara_search.query import clean_and_check_labels
@@ -388,10 +383,9 @@ def app(
         port: Port that the page listens on.
         host: Address that the page listens on.
         allow_host: Further host names that a request may have in its Host header. Other requests are refused.
-        relevance_threshold: Whether each hit is marked as relevant or not. "on" (or "sim"): yes. "off" (or "não"): no.
-            "auto": only if a measurement shows that the model separates relevant from irrelevant pictures well.
-        no_open: True: do not open the browser.
-        watch: True: also update the index when its folders change. A separate process does this.
+        relevance_threshold: Whether hits are marked as relevant or not: a key of `RELEVANCE_THRESHOLD_VALUES`.
+        no_open: Do not open the browser.
+        watch: Also update the index when its folders change.
     """
     from capivara_search.page.guard import list_allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index
@@ -515,11 +509,9 @@ def move(messages: Messages, old: Path, new: Path) -> None:
 def export(messages: Messages, file: Path) -> None:
     """Write the metadata of all pictures in the index to a CSV or Parquet file.
 
-    A Parquet file contains the vectors (embeddings) of the pictures, too.
-
     Args:
         messages: Texts to print, in the user's language.
-        file: File to write, with the extension .csv or .parquet.
+        file: File to write. The extension is .csv, or .parquet to include the vectors (embeddings).
 
     Raises:
         click.UsageError: If the folder of the file does not exist.
@@ -663,14 +655,13 @@ def detect_user_language(argv: Sequence[str]) -> str:
     """Find out in which language `capivara` prints its texts.
 
     If the command line contains `--lang`, its value decides. Otherwise, the first of the environment variables LC_ALL,
-    LC_MESSAGES and LANG that is set decides. The language is Portuguese if the variable's value begins with "pt". In
-    all other cases, it is English.
+    LC_MESSAGES and LANG that is set decides.
 
     Args:
         argv: Command-line arguments.
 
     Returns:
-        "pt" or "en".
+        "pt" if the deciding value begins with "pt", otherwise "en".
     """
     if match := re.search(r"^--lang[=\n](pt|en)$", "\n".join(argv), re.MULTILINE):
         return match[1]
@@ -736,8 +727,8 @@ def get_exit_code_and_message(error: Exception, messages: Messages) -> tuple[int
         messages: Texts to print, in the user's language.
 
     Returns:
-        Tuple (exit code, message). The message is one line of text. It is in the user's language if `messages.yaml` has
-        a text for the error, otherwise in English.
+        Tuple (exit code, message). The message is one line in the user's language, or in English if `messages.yaml` has
+        no text for the error.
     """
     if isinstance(error, click.UsageError):
         return EXIT_USAGE_ERROR, cli.describe_usage_error(error, messages)

@@ -1,9 +1,8 @@
 """Parts of the bilingual command line of `capivara`, built on click: types of values, shared flags, help, usage errors.
 
-The attribute `obj` of a click context is the `Messages` object of the user's language. This module uses these keys of
-`messages.yaml`:
+The texts in the user's language come from these keys of `messages.yaml`:
 
-    about.COMMAND                      description of a command; its first paragraph is also in the list of commands
+    about.COMMAND                      description of a command
     flag.COMMAND.FLAG or flag.FLAG     help of a flag, for one command or for all commands
     metavar.KEY                        placeholder of a value in the help; KEY is the click metavar or type of the flag
     bad.TYPE                           error message for a value that the type rejects
@@ -23,6 +22,7 @@ import click
 from capivara_common.privacy import escape_control_characters
 from capivara_search.messages import COMMAND_NAMES, Messages
 
+# The attribute `obj` of a click context is the `Messages` object of the user's language.
 CONTEXT_SETTINGS = {
     "token_normalize_func": lambda name: name.replace("_", "-"),
     "max_content_width": 100,
@@ -32,8 +32,6 @@ CONTEXT_SETTINGS = {
 
 def localize_click_type_errors(param_type: click.ParamType) -> click.ParamType:
     """Make a click type report rejected values in the user's language.
-
-    click itself has only English error messages.
 
     Args:
         param_type: Type of a flag's value, such as `click.Choice(("a", "b"))`. It is changed in place. For a rejected
@@ -160,8 +158,6 @@ class LocalizedCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse a command line, in which `--labels` may be followed by several values.
 
-        click takes one value per flag, so `--labels a b` is first changed to `--labels a --labels b`.
-
         Args:
             ctx: click context of the command.
             args: Words of the command line after the name of the command.
@@ -170,9 +166,10 @@ class LocalizedCommand(click.Command):
             The words that were not parsed. A group passes them to its subcommand.
 
         Raises:
-            click.UsageError: If a word is neither a flag nor a value that the command takes, or both `--json` and
-                `--csv` are given.
+            click.UsageError: If a word is neither a flag nor a value of the command, or both `--json` and `--csv` are
+                given.
         """
+        # click takes one value per flag, so `--labels a b` is changed to `--labels a --labels b`.
         words, in_labels = list[str](), False
         for word in args:
             if word.startswith("-"):
@@ -211,6 +208,7 @@ class LocalizedCommand(click.Command):
         if is_group:
             order = 1 if messages.language == "en" else -1  # the name in the user's language comes first
             names = [", ".join(both_names[::order]) for both_names in COMMAND_NAMES.items()]
+            # The first paragraph of a command's description is its summary.
             summaries = [messages(f"about.{name}").partition("\n\n")[0] for name in COMMAND_NAMES]
             with formatter.section(messages("commands")):
                 formatter.write_dl(list(zip(names, summaries, strict=True)))
@@ -233,8 +231,8 @@ class LocalizedGroup(LocalizedCommand, click.Group):
             Tuple (name of the command, the command, remaining words of the command line).
 
         Raises:
-            click.UsageError: If no command has this name. The error message suggests the most similar name. If the word
-                is a whole sentence, the message suggests `capivara search` with this sentence.
+            click.UsageError: If no command has this name. The message suggests the most similar name, or
+                `capivara search` if the word is a whole sentence.
         """
         if not self.get_command(ctx, args[0]) and not ctx.resilient_parsing:
             error = click.NoSuchOption(args[0], possibilities=self.list_commands(ctx))
@@ -253,9 +251,8 @@ def get_localized_help_record(param: click.Parameter, ctx: click.Context) -> tup
         ctx: Context of the command that has the flag or argument.
 
     Returns:
-        Tuple (name, description). The name of a flag includes a placeholder for the value, such as "--index FOLDER".
-        The name of an argument is only the placeholder. The description is in the user's language, and "" for an
-        argument.
+        Tuple (name, description). The name of a flag ends with a placeholder for its value, as in "--index FOLDER". For
+        an argument, the name is only the placeholder, and the description is "".
     """
     messages, name = ctx.obj, param.opts[0].lstrip("-").replace("-", "_")
     placeholder = ""

@@ -38,7 +38,7 @@ def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, 
     Args:
         file: Open text file.
         columns: Names of the columns, in order.
-        rows: Each row is a dictionary `{name of a column: value}`. Keys that are not in `columns` are ignored.
+        rows: Dictionaries `{name of a column: value}`. Keys that are not in `columns` are ignored.
 
     Returns:
         Number of rows that were written, without the header.

@@ -1,20 +1,9 @@
 """Near-duplicate detection: find pictures that are resized, re-encoded or slightly edited copies of each other.
 
-The module works for hundreds of thousands of pictures.
-
-The model's vectors (embeddings) alone don't show reliably whether one picture is a copy of another. The vector of a
-picture changes when the picture is reduced, whereas photographs of two different lawns have almost the same vector.
-Therefore color signatures are compared as well. A color signature contains the colors of the picture at 6 x 6 pixels.
-This is a tiny-image descriptor (Torralba et al., 80 Million Tiny Images, 2008).
-
-Groups are formed by sequential leader clustering (Hartigan, Clustering Algorithms, 1975). The first picture of a group
-is its leader, and every other picture of the group is similar to the leader. With connected components instead, a chain
-of small differences could put pictures of different scenes into one group.
-
-Flat pictures are pictures such as icons, charts and blank pages, in which many pixels have exactly the same color. Two
-different flat pictures often share most pixels, and the model hardly distinguishes such pictures. Two flat pictures are
-therefore compared by their details only, and a much smaller difference is allowed. The details of a picture are its
-planes in the color space YCbCr: the brightness at 18 x 18 pixels, and the two color planes at 6 x 6 pixels.
+Two pictures are compared by the model's vectors (embeddings) and by color signatures: the pictures' colors at 6 x 6
+pixels (tiny images: Torralba et al., 80 Million Tiny Images, 2008). Two flat pictures, such as icons and charts, are
+compared by finer details instead. Similar pictures are then grouped by sequential leader clustering (Hartigan,
+Clustering Algorithms, 1975). This works for hundreds of thousands of pictures.
 """
 
 from collections.abc import Sequence
@@ -39,13 +28,16 @@ FLOAT16_TOLERANCE = 1e-3
 # A color signature is a picture shrunk to this many pixels per side. The value was chosen by the experiment in
 # docs/reference/benchmarks.md, together with `DUPLICATE_MIN_SIMILARITY`.
 SIGNATURE_SIDE = 6
-SIGNATURE_WEIGHT = 2 / 3  # weight of the color signatures in the similarity; the model's vectors have the weight 1/3
+# Weight of the color signatures in the similarity. The model's vectors have the weight 1/3. Vectors alone are not
+# reliable: the vector changes when a picture is reduced, and two different lawns have almost the same vector.
+SIGNATURE_WEIGHT = 2 / 3
 # A color signature is ignored if the standard deviation of its colors (0 to 255) is lower than this. Such a picture
 # has hardly any differences in color, and scaling its signature to unit length would only amplify noise.
 MIN_SIGNATURE_STD = 2.0
 SIGNATURE_BYTES = 3 * SIGNATURE_SIDE * SIGNATURE_SIDE  # bytes of a color signature's pixels (3 color channels)
-# A picture is flat (see the module docstring) if at least this share of its pixels has exactly the same color. In the
-# test pictures of `benchmarks.duplicates`, this share is at least 0.21 for icons, and at most 0.18 for photographs.
+# A picture is flat, such as an icon, a chart or a blank page, if at least this share of its pixels has exactly the same
+# color. In the test pictures of `benchmarks.duplicates`, this share is at least 0.21 for icons, and at most 0.18 for
+# photographs.
 MIN_FLAT_PIXEL_SHARE = 0.2
 # A picture is also flat if the standard deviation of its pixels (0 to 255) is lower than this in each color channel.
 MAX_CONSTANT_STD = 4.0
@@ -63,24 +55,21 @@ DETAIL_COLUMNS = slice(-DETAIL_BYTES, None)  # columns of the details in the res
 def compute_color_signature(image: PIL.Image.Image) -> bytes:
     """Compute the color signature of a picture: a small fingerprint of its colors for finding near-duplicates.
 
-    Flat pictures are pictures such as icons and charts, in which many pixels have exactly the same color. Two different
-    flat pictures often have almost the same colors at low resolution. The signature of a flat picture therefore also
-    contains its details, in which the brightness has a higher resolution.
-
     Args:
         image: The picture, in any mode.
 
     Returns:
-        The RGB values (one byte each) of the picture at `SIGNATURE_SIDE` x `SIGNATURE_SIDE` pixels. For a flat picture,
-        its details follow: the values of its Y, Cb and Cr planes, resized to the sides in `DETAIL_SIDES`.
+        The RGB values (one byte each) of the picture at `SIGNATURE_SIDE` x `SIGNATURE_SIDE` pixels. For a flat picture
+        (many pixels have exactly the same color, as in icons), its details follow: the values of its Y, Cb and Cr
+        planes, resized to the sides in `DETAIL_SIDES`.
     """
     image = image.convert("RGB")
     signature = image.resize((SIGNATURE_SIDE, SIGNATURE_SIDE), PIL.Image.Resampling.BOX).tobytes()
     if not _is_flat_picture(np.asarray(image)):
         return signature
-    # A cell is the area of the picture that becomes one pixel of the details. In a smaller or larger copy of the
-    # picture, other pixels lie on the borders of the cells. HAMMING gives pixels on the border of a cell less weight
-    # than pixels in its middle, so the details hardly change. BOX weights all pixels of a cell equally.
+    # Different flat pictures often have almost the same colors at low resolution, so details are added.
+    # HAMMING gives pixels on the border of a cell (the area that becomes one pixel) less weight than pixels in its
+    # middle. So the details of a smaller or larger copy are almost the same. BOX weights all pixels equally.
     for plane, side in zip(image.convert("YCbCr").split(), DETAIL_SIDES, strict=True):
         signature += plane.resize((side, side), PIL.Image.Resampling.HAMMING).tobytes()
     return signature
@@ -106,28 +95,16 @@ def _is_flat_picture(pixels: np.ndarray) -> bool:
 def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes | None]) -> np.ndarray:
     """Combine the model's vectors and the color signatures of pictures into vectors for near-duplicate detection.
 
-    The model's vectors alone do not show reliably whether one picture is a copy of another. A combined vector has three
-    sections:
-
-    - The model's vector, scaled.
-    - The color signature, scaled: a copy of the picture that is shrunk to a few pixels. First, the average of the
-      picture's mean color and its mean brightness is subtracted. Otherwise any two crops of a red picture would be
-      similar.
-    - The details: a copy of the picture whose brightness has a higher resolution, only for flat pictures such as icons,
-      in which many pixels have exactly the same color.
-
-    The dot product of the first two sections of two pictures is one third of the cosine of the model's vectors plus two
-    thirds of the cosine of the color signatures. If a picture has no signature, or a uniform color, its first section
-    is the model's vector without scaling, and its second section is zeros.
+    Compare the results with `compute_duplicate_similarity`: one third of the similarity comes from the model's vectors,
+    two thirds from the colors. Flat pictures, such as icons, are compared by their details in the last columns.
 
     Args:
         vectors: The model's vector of each picture: array (rows, width), of unit length.
-        signatures: The color signature of each picture (`compute_color_signature`), or None if the picture has no
-            signature.
+        signatures: The color signature of each picture (`compute_color_signature`), or None if it has no signature.
 
     Returns:
-        Array (rows, width + `SIGNATURE_BYTES` + `DETAIL_BYTES`), float32. The last columns (`DETAIL_COLUMNS`) contain
-        the details of flat pictures as values from -127 to 128. They are zeros for other pictures.
+        Array (rows, width + `SIGNATURE_BYTES` + `DETAIL_BYTES`), float32. The last columns (`DETAIL_COLUMNS`) are
+        integers from -127 to 128 for flat pictures, and zeros for other pictures.
     """
     # Missing bytes are filled with 127. So a missing signature becomes a uniform color. Missing details become zeros,
     # because 127 is subtracted from all details.
@@ -136,11 +113,14 @@ def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes |
     values = np.frombuffer(b"".join(filled), np.uint8).reshape(len(signatures), size)
     pixels = values[:, :SIGNATURE_BYTES].reshape(len(signatures), SIGNATURE_SIDE**2, 3).astype(np.float32)
     details = values[:, SIGNATURE_BYTES:] - np.float32(127)
+    # The average of the picture's mean color and its mean brightness is subtracted. Otherwise any two crops of a red
+    # picture would be similar.
     pixels -= (pixels.mean(axis=1, keepdims=True) + pixels.mean(axis=(1, 2), keepdims=True)) / 2
     pixels = pixels.reshape(len(signatures), SIGNATURE_BYTES)
     norms = np.linalg.norm(pixels, axis=1, keepdims=True)
     is_uniform = norms < MIN_SIGNATURE_STD * SIGNATURE_BYTES**0.5
     pixels *= np.where(is_uniform, 0, SIGNATURE_WEIGHT**0.5 / np.maximum(norms, 1)).astype(np.float32)
+    # Without a signature, or with a uniform color, only the model's vector counts, so it is not scaled.
     vector_scale = np.where(is_uniform, 1, (1 - SIGNATURE_WEIGHT) ** 0.5).astype(np.float32)
     return np.concatenate([vectors * vector_scale, pixels, details], axis=1, dtype=np.float32)
 
@@ -148,21 +128,16 @@ def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes |
 def compute_duplicate_similarity(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Compute how similar each picture of a first set is to each picture of a second set.
 
-    The similarity of most pairs is the dot product of their vectors, without the columns of the details. The details
-    are a copy of the picture whose brightness has a higher resolution (`compute_color_signature`). Only flat pictures
-    have details: pictures such as icons, in which many pixels have exactly the same color.
-
-    Two flat pictures are compared by their details only. Their similarity is 1 minus the scaled mean squared difference
-    of the details. The scale is chosen so that a root mean square difference of `DUPLICATE_DETAIL_RMS` gives the
-    similarity `DUPLICATE_MIN_SIMILARITY`.
+    The similarity is the dot product of two vectors, without the columns of the details. Two flat pictures, such as
+    icons, are compared by their details only. The similarity `DUPLICATE_MIN_SIMILARITY` then stands for a root mean
+    square difference of `DUPLICATE_DETAIL_RMS`.
 
     Args:
         vectors: First set: array (rows, columns), a result of `combine_vectors_and_colors`.
         others: Second set: array (others, columns), a result of `combine_vectors_and_colors`.
 
     Returns:
-        Array (rows, others) of similarities, which are at most 1. The value in row i and column j compares `vectors[i]`
-        and `others[j]`.
+        Array (rows, others) of similarities, which are at most 1.
     """
     vectors, others = np.asarray(vectors, np.float32), np.asarray(others, np.float32)
     details, other_details = vectors[:, DETAIL_COLUMNS], others[:, DETAIL_COLUMNS]
@@ -171,6 +146,8 @@ def compute_duplicate_similarity(vectors: np.ndarray, others: np.ndarray) -> np.
     square_sums, other_square_sums = (details**2).sum(axis=1), (other_details**2).sum(axis=1)
     mean_squares = (square_sums[:, None] + other_square_sums - 2 * (details @ other_details.T)) / DETAIL_BYTES
     products = vectors[:, : DETAIL_COLUMNS.start] @ others[:, : DETAIL_COLUMNS.start].T
+    # Two different flat pictures often share most pixels, and the model hardly distinguishes them. Therefore only a
+    # small difference of their details is allowed.
     flat_similarities = 1 - (1 - DUPLICATE_MIN_SIMILARITY) / DUPLICATE_DETAIL_RMS**2 * mean_squares
     return np.where(np.outer(square_sums, other_square_sums) > 0, flat_similarities, products)
 
@@ -178,17 +155,15 @@ def compute_duplicate_similarity(vectors: np.ndarray, others: np.ndarray) -> np.
 def get_comparison_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
     """Compute vectors for near-duplicate detection from rows of an index.
 
-    Each vector combines the model's vector (embedding) of a picture with the picture's color signature.
-
     Args:
         model: Model in use.
         rows: Rows of the table `pictures`, with the columns that `table.comparison_columns` lists. The column of color
-            signatures may be missing, as in indexes of older versions.
+            signatures may be missing.
 
     Returns:
         Array (rows, columns), one vector per row: the result of `combine_vectors_and_colors`.
     """
-    signatures = [None] * len(rows)
+    signatures = [None] * len(rows)  # indexes of older versions have no column of color signatures
     if COLOR_SIGNATURE_COLUMN in rows.column_names:
         signatures = rows[COLOR_SIGNATURE_COLUMN].to_pylist()
     return combine_vectors_and_colors(extract_unit_vectors_of_model_or_zeros(model, rows), signatures)
@@ -211,19 +186,20 @@ def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUP
 def assign_near_duplicate_leaders(vectors: np.ndarray, threshold: float, max_groups: int | None = None) -> np.ndarray:
     """Group near-duplicates by assigning each picture to the leader of its group (sequential leader clustering).
 
-    The leader is the first picture of a group. Each row of the array is a picture, and rows are processed in order. If
-    a row is similar to at least one earlier leader, it joins the group of the first such leader. Otherwise it becomes
-    the leader of a new group.
+    Rows are processed in order. Each row joins the first earlier leader that it is similar to. If there is no such
+    leader, the row becomes a leader itself.
 
     Args:
         vectors: Array (rows, columns), a result of `combine_vectors_and_colors`.
         threshold: Minimum similarity of a row to its leader (`compute_duplicate_similarity`).
-        max_groups: Stop early, after the block of rows in which this number of leaders is reached. Later rows may then
-            be returned as leaders, although they are near-duplicates of earlier rows. None: process all rows.
+        max_groups: Stop early, after about this number of leaders. Later rows may then be returned as leaders without
+            comparison. None: process all rows.
 
     Returns:
-        Array (rows,) with the row index of each row's leader. The entry of a leader is the leader's own row index.
+        Array (rows,) with the row index of each row's leader. A leader has its own row index.
     """
+    # Groups are not connected components, because a chain of small differences could then put pictures of different
+    # scenes into one group.
     rows = np.arange(len(vectors))
     leader_of = rows.copy()
     for start in range(0, len(vectors), BLOCK_ROWS):

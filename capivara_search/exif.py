@@ -14,14 +14,12 @@ FIRST_PHOTOGRAPH_YEAR = 1826  # year of the oldest surviving photograph; earlier
 def read_exif_date_and_location(image: PIL.Image.Image) -> tuple[datetime | None, float | None, float | None]:
     """Read from the EXIF data of a picture when and where it was taken.
 
-    Values that are missing or invalid become None. No error is raised, because many programs write invalid EXIF data.
-
     Args:
         image: An image that was opened from a file.
 
     Returns:
         Tuple (date and time, latitude, longitude). The date and time are in the camera's local time. Latitude and
-        longitude are in degrees, negative in the south and in the west. A value that is not known is None.
+        longitude are in degrees, negative in the south and in the west. A missing or invalid value is None.
     """
     taken, position, dates, exif = None, (None, None), [], PIL.Image.Exif()
     # Each value is read in a `suppress` block of its own, because PIL raises a dozen kinds of errors for invalid EXIF

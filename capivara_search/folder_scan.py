@@ -80,10 +80,8 @@ def to_absolute_path(folder: str | Path) -> Path:
 def to_absolute_path_with_disk_case(folder: str | Path) -> Path:
     """Return the absolute path of a folder or file, with upper and lower case as on the disk.
 
-    `~` and `..` are resolved, but symbolic links are not. The case matters only on Windows, where a user can write the
-    same path in upper or lower case. With the case of the disk, a folder always has the same path in the index.
-
-    This function looks the path up on the disk. Do not call it with a path that a visitor of the web page has sent.
+    `~` and `..` are resolved, but symbolic links are not. The case matters only on Windows. Do not pass a path that a
+    visitor of the web page has sent, because the function looks the path up on the disk.
 
     Args:
         folder: Absolute path, or path relative to the working directory.
@@ -93,6 +91,7 @@ def to_absolute_path_with_disk_case(folder: str | Path) -> Path:
     """
     path = to_absolute_path(folder)
     real_path = os.path.realpath(path)
+    # With the case of the disk, a folder always has the same path in the index.
     return Path(real_path) if os.path.normcase(path) == os.path.normcase(real_path) else path
 
 
@@ -104,32 +103,24 @@ def find_pictures_and_unreadable_files(
 ) -> tuple[list[FileState], list[SkippedFile]]:
     """Find the picture files in folders and their subfolders, and the files and folders that can't be read.
 
-    Symbolic links inside the folders are not followed, but an element of `folders` may itself be a symbolic link.
+    Symbolic links inside the folders are not followed.
 
     Args:
-        folders: Folders to scan. Either a list of paths, or a dictionary `{path: expected real path}`. A real path is a
-            path with all symbolic links resolved. If the real path of a folder is not the expected one, an error is
-            raised, because the path probably leads to another folder now, for example after a link was replaced.
-        rules: The user's rules for ignoring files. None: no rules. Hidden files and the names in `SYSTEM_NAMES` are
-            always ignored.
-        ignored_counts: Dictionary that the function fills with the numbers of ignored files: `{folder: {reason:
-            number}}`. None: the numbers are not returned. What is counted depends on the reason:
-
-            - "forgotten" (the user has removed the path from the index) and "excluded" (a rule matches): pictures.
-            - "hidden" and "system": pictures and folders, but not the content of these folders.
-            - "link": symbolic links that lead to a folder or have the name of a picture.
-            - "video": video files.
-        only_paths: Absolute paths of files and folders inside `folders`. Only these files and folders are scanned, and
-            it is no error if they contain no picture. None: everything in the folders is scanned.
+        folders: Folders to scan: a list of paths, or a dictionary `{path: expected real path}`. In a real path,
+            symbolic links are resolved.
+        rules: The user's rules for ignoring files. Hidden files and the names in `SYSTEM_NAMES` are always ignored.
+        ignored_counts: Dictionary that is filled with `{folder: {reason: number of ignored files and folders}}`. The
+            reasons are "forgotten" (removed from the index by the user), "excluded" (by a rule), "hidden", "system",
+            "link" and "video".
+        only_paths: Absolute paths inside `folders`. Only these are scanned, and they may contain no picture. None:
+            everything is scanned.
 
     Returns:
         Tuple (states of the picture files, files and folders that could not be read). Both are lists sorted by path.
 
     Raises:
-        ValueError: If a folder does not exist or can't be opened. If the user has removed a folder from the index
-            (`IgnoreRules.forgotten`). If the real path of a folder is not the expected real path. If a folder contains
-            no picture. This is no error if `only_paths` is given, if something in the folder could not be read, if
-            pictures in it were ignored because of the user's rules, or if links in it were ignored.
+        ValueError: If a folder can't be opened, was removed from the index by the user, has another real path than
+            expected, or contains no picture.
     """
     roots, rules = [str(to_absolute_path(folder)) for folder in folders], rules or IgnoreRules()
     for root in roots:
@@ -233,6 +224,7 @@ class _FolderScan:
                         is_link = is_link_or_junction(entry)
                         is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
                         if reason := self.rules.reason(entry.path, root, is_folder) or "link" * is_link:
+                            # In folders that the user ignores, pictures are counted. Other folders count as 1.
                             is_counted = is_folder and not is_link and reason in ("forgotten", "excluded")
                             is_entry = is_folder or is_picture_name(entry.name)
                             self.ignored_counts[root][reason] += _count_pictures(entry.path) if is_counted else is_entry

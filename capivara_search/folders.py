@@ -1,9 +1,8 @@
 """Manage the folders of an index: record them, load and save rules for ignoring files, and move or remove folders.
 
-The list of folders that an index stores can't be trusted, because the index may come from another machine. A malicious
-index could list the folder "/" and so give access to every picture on this machine. Therefore picture files are read
-only in folders that the user has named on this machine. These folders are recorded in a file outside the index,
-together with the real path (with symbolic links resolved) that each folder had when the user named it.
+An index from another machine can't be trusted: its list of folders could contain "/" and so give access to every
+picture on this machine. Therefore picture files are read only in folders that the user has named on this machine. A
+file outside the index records these folders with their real paths (symbolic links resolved).
 """
 
 import json
@@ -28,15 +27,14 @@ RULES_KEY = "rules"  # key in the metadata of the index; the value is JSON with 
 def load_requested_folders(table: PictureTable) -> dict[str, str]:
     """Load the list of folders that the user has added to an index on this machine.
 
-    The list is in a file outside the index, because an index from another machine can't be trusted. Folders that were
-    added on another machine are not in the list.
+    Folders that were added on another machine are not in the list.
 
     Args:
-        table: Object that reads and writes the LanceDB tables of the index.
+        table: LanceDB tables of the index.
 
     Returns:
-        Dictionary `{path of the folder: its real path when it was added}`. In a real path, symbolic links are resolved.
-        The dictionary is empty if this machine has no list for the index.
+        Dictionary from the path of each folder to its real path (with symbolic links resolved) when it was added. It is
+        empty if this machine has no list for the index.
     """
     with suppress(OSError, ValueError):
         recorded = read_json(_get_requested_folders_file_path(table), folders=dict)["folders"]
@@ -49,16 +47,13 @@ def record_requested_folders(
 ) -> None:
     """Add folders to this machine's list of the folders that the user has added to an index.
 
-    Pictures are read only in folders of this list. The list is stored outside of the index, because an index from
-    another machine could list any folder, even a private folder. If the list can't be written, a message is logged, and
-    no error is raised.
+    Pictures are read only in folders of this list. If the list can't be written, a message is logged, and no error is
+    raised.
 
     Args:
-        table: Object that reads and writes the LanceDB tables of the index.
-        folders: Dictionary `{path of the folder: its real path when the user added it}`. In a real path, symbolic links
-            are resolved.
+        table: LanceDB tables of the index.
+        folders: Dictionary `{path of the folder: its real path}`. In a real path, symbolic links are resolved.
         moved_from: Old path of a folder that was moved. This path and the paths inside it are removed from the list.
-            None: nothing is removed.
     """
     recorded = load_requested_folders(table)
     if moved_from:
@@ -94,7 +89,7 @@ def save_ignore_rules(table: PictureTable, rules: IgnoreRules) -> None:
     """Store the rules for ignoring files and folders in an index, in place of its earlier rules.
 
     Args:
-        table: Object that reads and writes the LanceDB tables of the index.
+        table: LanceDB tables of the index.
         rules: The new rules. Nothing is written if they are equal to the stored rules.
     """
     if rules != load_ignore_rules(table):
@@ -105,15 +100,14 @@ def save_ignore_rules(table: PictureTable, rules: IgnoreRules) -> None:
 def load_ignored_counts_by_reason(table: PictureTable) -> Counter[str]:
     """Return how many files and folders of an index are ignored for each reason, summed over all indexed folders.
 
-    The numbers come from the latest update of each whole folder. An update of single files does not change them.
+    The numbers come from the latest update of each whole folder.
 
     Args:
-        table: Object that reads and writes the LanceDB tables of the index.
+        table: LanceDB tables of the index.
 
     Returns:
-        Counter `{reason: number of ignored files and folders}`. The reasons are "forgotten" (removed by the user),
-        "excluded" (matched a pattern), "hidden" (the name starts with a dot), "system" (a name such as "node_modules"),
-        "link" (a symbolic link) and "video" (a video file).
+        Counter with the reason as key. The reasons are "forgotten" (removed by the user), "excluded" (matched a
+        pattern), "hidden" (the name starts with a dot), "system" (a name such as "node_modules"), "link" and "video".
     """
     counts = Counter[str]()
     for value in table.folders().values():
@@ -130,20 +124,19 @@ def resolve_folders_to_scan(
     """Return the folders that an update of the index has to scan.
 
     Args:
-        table: Object that reads and writes the LanceDB tables of the index.
-        folders: The folders that the user has given: `{absolute path: real path}`. Empty: all folders that were added
-            on this machine and are available (`is_folder_available`). A warning in the log lists the other folders.
+        table: LanceDB tables of the index.
+        folders: Folders that the user has given: `{absolute path: real path}`. Empty: all available folders that were
+            added on this machine. A warning in the log lists the unavailable folders.
         exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
-        include: What to stop ignoring: patterns that an earlier `exclude` stored in the index, and paths that the user
-            has removed from the index (`IgnoreRules.forgotten`). If such a path is a folder that lies neither in
-            another folder to scan nor in an indexed folder that was added on this machine, it is scanned as well.
+        include: What to stop ignoring: patterns of an earlier `exclude`, and paths that the user has removed from the
+            index. Removed folders are scanned again.
 
     Returns:
-        Dictionary `{absolute path of a folder to scan: its real path}`. In a real path, symbolic links are resolved.
+        Dictionary from the absolute path of each folder to its real path, in which symbolic links are resolved.
 
     Raises:
-        ValueError: If there is no folder to scan. If an entry of `exclude` is an invalid pattern, or is the path of a
-            file or folder instead of a pattern. If the index does not ignore an entry of `include`.
+        ValueError: If there is no folder to scan, an entry of `exclude` is not a valid pattern, or an entry of
+            `include` is not ignored by the index.
     """
     rules = load_ignore_rules(table)
     rules.updated(exclude, include)  # the result is not used; the call raises an error if an argument is invalid
@@ -154,6 +147,7 @@ def resolve_folders_to_scan(
         if unavailable := sorted(set(known) - set(map(str, paths))):
             log_message_from_code("folders_away", ", ".join(unavailable), level=logging.WARNING)
     for path in map(to_absolute_path, include):
+        # A forgotten folder is scanned as a folder of its own if no other folder on this machine contains it.
         is_inside = any(map(path.is_relative_to, [*recorded, *paths]))
         if not is_inside and path.is_dir() and rules.find_forgotten_parent(str(path)):
             paths[path] = os.path.realpath(path)
@@ -188,8 +182,7 @@ def _is_pattern_probably_a_mistaken_path(pattern: str, folders: Iterable[Path]) 
 def is_folder_available(folder: str | Path, real_path: str, allow_empty: bool = False) -> bool:
     """Return whether a folder exists, can be read, and still has its recorded real path.
 
-    If the real path has changed, the folder is probably another folder now, for example because a link was replaced. By
-    default, an empty folder counts as unavailable, because it may be the mount point of a disk that is not mounted.
+    By default, an empty folder counts as unavailable, because it may be the mount point of a disk that is not mounted.
 
     Args:
         folder: Path of the folder.
@@ -200,6 +193,7 @@ def is_folder_available(folder: str | Path, real_path: str, allow_empty: bool = 
         True if the folder is available, otherwise False.
     """
     with suppress(OSError), os.scandir(folder) as entries:
+        # If the real path has changed, this is probably another folder, for example because a link was replaced.
         return os.path.realpath(folder) == real_path and (allow_empty or next(entries, None) is not None)
     return False
 
@@ -208,7 +202,7 @@ def remove_from_index_and_ignore_path(table: PictureTable, path: Path) -> int:
     """Remove a folder or file from an index, and add its path to the ignore rules so that later updates skip it.
 
     Args:
-        table: Object that reads and writes the LanceDB tables of the index.
+        table: LanceDB tables of the index.
         path: Absolute path of the folder or file.
 
     Returns:
@@ -228,20 +222,20 @@ def remove_from_index_and_ignore_path(table: PictureTable, path: Path) -> int:
 def update_paths_after_move(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
     """Rewrite the paths in an index after the user has moved or renamed a folder of pictures.
 
-    No picture is read or embedded again. If the call is interrupted, it can be repeated.
+    No picture is read or embedded again. An interrupted call can be repeated.
 
     Args:
-        table: Object that reads and writes the LanceDB tables of the index.
+        table: LanceDB tables of the index.
         old: Absolute path of the folder before the move.
         new: Absolute path of the folder now.
 
     Returns:
-        Tuple (pictures in the index, pictures on disk). The first number counts the pictures that the index had in the
-        old folder. The second number says how many of them exist as files in the new folder.
+        Tuple of two numbers: the pictures that the index had in the old folder, and how many of them exist as files in
+        the new folder.
 
     Raises:
-        ValueError: If the index has no entry for the old folder. If none of the pictures that the index has in the old
-            folder exists in the new folder. If one of the two folders lies inside the other.
+        ValueError: If the index does not know the old folder, none of its pictures exists in the new folder, or one
+            folder lies inside the other.
     """
     if old == new or old in new.parents or new in old.parents:
         raise make_error_from_code(ValueError, "move_nested", old=old, new=new)
@@ -296,7 +290,7 @@ def _update_rows_after_move(table: PictureTable, name: str, old: Path, new: Path
     old path is deleted.
 
     Args:
-        table: Object that reads and writes the LanceDB tables of the index.
+        table: LanceDB tables of the index.
         name: Name of the LanceDB table to change.
         old: Absolute path of the folder before the move.
         new: Absolute path of the folder now.

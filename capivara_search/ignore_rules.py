@@ -25,14 +25,13 @@ SYSTEM_NAMES = {
 class IgnoreRules:
     """The user's rules that say which files and folders an index ignores.
 
-    The rules are stored in the index. Hidden files, and system files and folders such as "node_modules"
-    (`SYSTEM_NAMES`), are always ignored, even without a rule.
+    Hidden files, and system files and folders such as "node_modules" (`SYSTEM_NAMES`), are always ignored, even without
+    a rule.
 
     Attributes:
-        exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`. The patterns are relative to
-            each indexed folder.
-        forgotten: Absolute paths of folders and pictures that the user has removed from the index
-            (`PictureIndex.forget`).
+        exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`, relative to each indexed
+            folder.
+        forgotten: Absolute paths of folders and pictures that the user has removed from the index.
     """
 
     exclude: tuple[str, ...] = ()
@@ -43,16 +42,15 @@ class IgnoreRules:
 
         Args:
             exclude: Patterns to add.
-            include: What to stop ignoring. An entry that is a pattern of `self.exclude` is removed from the patterns.
-                An entry that is a path removes this path, and all paths inside it, from `self.forgotten`.
+            include: Rules to remove: patterns of `self.exclude`, and paths. A path is removed from `self.forgotten`
+                together with all paths inside it.
 
         Returns:
             The new rules. `self` is not changed.
 
         Raises:
             ValueError: If a pattern of `exclude` is invalid or begins with "!". If an entry of `include` is not ignored
-                by the rules. If an entry of `include` is a path inside a forgotten folder, because a forgotten folder
-                can only be included as a whole.
+                by the rules, or is a path inside a forgotten folder.
         """
         for pattern in exclude:
             if pattern.startswith("!") and pattern != "!":
@@ -64,6 +62,7 @@ class IgnoreRules:
             target = os.path.abspath(Path(entry).expanduser())
             still_forgotten = frozenset(path for path in forgotten if not Path(path).is_relative_to(target))
             if str(entry) not in self.exclude:
+                # A forgotten folder can only be included as a whole.
                 IgnoreRules(forgotten=still_forgotten).check_not_forgotten(target)
                 if still_forgotten == forgotten:
                     raise make_error_from_code(ValueError, "nothing_to_include", path=entry)
@@ -84,15 +83,16 @@ class IgnoreRules:
         """Find the forgotten path that makes the index ignore a file or folder.
 
         Forgotten paths are files and folders that the user has removed from the index. Everything inside a forgotten
-        folder is ignored, too. The path is compared both as it is given and with its symbolic links resolved.
+        folder is ignored, too.
 
         Args:
             path: Absolute path of a file or folder.
 
         Returns:
-            The forgotten path that is equal to `path` or is one of its parent folders. If there are several such paths,
-            the outermost folder. None if there is no such path.
+            The forgotten path that is equal to `path` or is one of its parent folders, or None. If there are several
+            such paths, the outermost folder.
         """
+        # The path is compared both as it is given and with its symbolic links resolved.
         names = {str(parent) for name in (path, os.path.realpath(path)) for parent in (Path(name), *Path(name).parents)}
         matches = (forgotten for forgotten in self.forgotten if names & {forgotten, resolve_parent_links(forgotten)})
         return min(matches, default=None)
@@ -106,9 +106,8 @@ class IgnoreRules:
             is_folder: Whether the path is a folder. Some patterns match only folders.
 
         Returns:
-            "forgotten" (the user removed the path from the index), "hidden" (the name starts with a dot), "system" (the
-            name is in `SYSTEM_NAMES`, such as "node_modules") or "excluded" (a pattern matches). None if the path is
-            not ignored.
+            "forgotten" (the user removed the path from the index), "hidden" (the name starts with a dot), "system" (a
+            name such as "node_modules") or "excluded" (a pattern matches). None if the path is not ignored.
         """
         name = os.path.basename(path)
         if path in self.forgotten:

@@ -1,9 +1,7 @@
 """The class `PictureIndex`: index folders of pictures, then search them by sentence or by picture.
 
-`PictureIndex` combines the other modules of this package. `folder_scan` finds picture files and `picture_reading` reads
-them. `indexing` embeds the pictures and writes one row per picture, and `table` stores the rows. `query` computes query
-vectors and the relevance threshold, the score that a hit must reach to count as relevant. `duplicates` groups
-near-duplicates among the hits of a search.
+`PictureIndex` combines the other modules. `folder_scan` finds picture files, `indexing` embeds them, `table` stores one
+row per picture, `query` computes query vectors, and `duplicates` groups near-duplicates.
 """
 
 import logging
@@ -63,14 +61,11 @@ def _default_index_path() -> str | Path:
 
 
 class CachedRows:
-    """Rows of the table `pictures` that are kept in memory, for exact search and near-duplicate detection.
-
-    The table has one row per picture.
+    """Rows of the table `pictures` (one row per picture) in memory, for exact search and near-duplicate detection.
 
     Args:
-        model: Model in use. Its vectors are compared; the search ignores rows with vectors of other models.
-        rows: All rows of an index, or only the rows that match the filters of a search. They have the columns that
-            `table.comparison_columns` lists.
+        model: Model in use. A search ignores rows with vectors of other models.
+        rows: Rows of an index with the columns that `table.comparison_columns` lists.
 
     Attributes:
         rows: The same rows, sorted by path.
@@ -126,12 +121,9 @@ class PictureIndex:
     stores its vector (embedding), a thumbnail and metadata.
 
     Attributes:
-        relevance_threshold: True: a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
-            False: no hit is marked. None, the default: hits are marked only if a measurement has shown that the model
-            separates relevant from irrelevant pictures well (`query.is_relevance_auc_of_model_high_enough`). A hit is
-            relevant if its score reaches a threshold: the score that the best picture reaches by chance. This is
-            estimated with sentences such as "uma imagem", which describe no particular picture
-            (`query.estimate_relevance_z_score_threshold`).
+        relevance_threshold: Whether a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
+            A hit is relevant if its score reaches the score that the best picture reaches by chance. None, the default:
+            hits are marked only if a measurement has shown that these marks are reliable for the model.
 
     Example:
         >>> from pathlib import Path
@@ -166,18 +158,17 @@ class PictureIndex:
 
         Args:
             where: Folder of the index, or an address on object storage such as `s3://bucket/fotos`. "auto": the value
-                of the environment variable `CAPIVARA_INDEX` if it is set, otherwise a folder in the user's data
-                directory.
-            model: Folder or Hub id of a model, or a `SearchModel`. None: the model that the index was built with. For a
-                new index, None means the default model (`models.resolve_search_model`).
+                of the environment variable `CAPIVARA_INDEX`, or a folder in the user's data directory.
+            model: Folder or Hub id of a model, or a `SearchModel`. None: the model that the index was built with, or
+                the default model for a new index.
             device: Device of the model, for example "cuda:1". None: the GPU if there is one, otherwise the CPU.
 
         Returns:
             The index. The model is loaded when it is used for the first time.
 
         Raises:
-            ValueError: If the location contains something other than an index, or an index that was made by a newer
-                version of this package.
+            ValueError: If the location contains something other than an index, or an index of a newer version of this
+                package.
             OSError: If there is no permission to read the location.
         """
         index = cls(table.PictureTable(_default_index_path() if where == "auto" else where), model, device)
@@ -195,8 +186,7 @@ class PictureIndex:
         """The model that embeds texts and pictures, loaded on first access.
 
         Raises:
-            ValueError: If the model does not exist, has an architecture that the search does not support, or can't be
-                downloaded.
+            ValueError: If the model does not exist, is not supported, or can't be downloaded.
             ImportError: If the model is the miniature (a small demo model), and a package for it is not installed.
             OSError: If there is not enough disk space for the model.
         """
@@ -224,32 +214,28 @@ class PictureIndex:
         A file whose size and modification time have not changed is not read again.
 
         Args:
-            *folders: Folders of pictures. Their subfolders are included. If no folder is given, the folders that were
-                added on this machine before are updated.
+            *folders: Folders of pictures, including subfolders. If no folder is given, the folders that were added on
+                this machine before are updated.
             batch_size: Number of pictures per batch of the model, at least 1.
-            on_progress: Callback that takes the number of processed pictures and the total number. If the model must be
-                loaded, two calls with the same numbers mark the start and the end of loading, so that an estimate of
-                the remaining time can leave out the time between them.
+            on_progress: Callback that takes the number of processed pictures and the total number. Two calls with the
+                same numbers mark the start and the end of loading the model.
             exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`, relative to each folder.
-                The index stores them for later calls.
-            include: Patterns and paths to stop ignoring: patterns that an earlier call passed as `exclude`, and paths
-                that were removed with `forget`.
-            only_paths: Absolute paths of files or folders inside `folders`. Only these paths are updated. The rows of
-                paths that no longer exist are removed. None: everything in the folders is updated. If there are more
-                than 500 paths, everything is updated, too, because an SQL condition with so many paths is too long.
-            real_paths: Protects against folders that are replaced after a check: the dictionary `{absolute path: real
-                path}` that `folders_to_add` returned earlier. In a real path, symbolic links are resolved. A folder is
-                refused if its real path has changed since then. None: the real paths are resolved now.
+                The index stores them for later updates.
+            include: What to stop ignoring: patterns of an earlier `exclude`, and paths that were removed with `forget`.
+            only_paths: Absolute paths inside `folders`. Only these files and folders are updated. None, or more than
+                500 paths: everything is updated.
+            real_paths: Result of an earlier call of `folders_to_add`. A folder is refused if its real path (with
+                symbolic links resolved) has changed since then.
 
         Returns:
             Report of the update: numbers of embedded, new, changed, moved and removed pictures, and the skipped files.
 
         Raises:
-            ValueError: If a folder does not exist, was removed with `forget`, or contains no picture. If a pattern in
-                `exclude` is invalid, or the index does not ignore an entry of `include`. If `batch_size` is below 1, or
-                the model does not exist. In all these cases, nothing is removed from the index.
+            ValueError: If a folder does not exist, was removed with `forget`, or contains no picture. If another
+                argument or the model is invalid. Nothing is removed from the index then.
             OSError: If there is no disk space left, or no permission to write the index.
         """
+        # More paths don't fit into one SQL condition, so everything is updated.
         if only_paths is None or len(only_paths) > table.MAX_PATHS_PER_CLAUSE:
             only_paths = None
             self.repair()
@@ -274,27 +260,22 @@ class PictureIndex:
     ) -> dict[Path, str]:
         """Return the folders that `add` would scan for pictures if it were called with these arguments.
 
-        Usually these are the folders in `folders`. If `folders` is empty, these are the folders that were added on this
-        machine before and are available, for example because their disk is mounted (`folders.is_folder_available`). A
-        warning in the log then lists the other folders of the index. A folder in `include` that was removed with
-        `forget` is scanned as well if it lies neither in these folders nor in another folder of the index that was
-        added on this machine.
-
         Args:
-            folders: Folders of pictures that the user has given.
+            folders: Folders of pictures. Empty: all available folders that were added on this machine before. A warning
+                in the log lists the unavailable folders.
             exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
-            include: What to stop ignoring: patterns that an earlier `exclude` stored in the index, and paths that were
-                removed with `forget`.
-            real_paths: Real paths that were resolved before: `{absolute path of the folder: its real path}`. The real
-                paths of other folders are resolved now.
+            include: What to stop ignoring: patterns of an earlier `exclude`, and paths that were removed with `forget`.
+                Removed folders are scanned again.
+            real_paths: Real paths that were resolved before: `{absolute path: real path}`. Other real paths are
+                resolved now.
 
         Returns:
             A dictionary that maps the absolute path of each folder to its real path, in which symbolic links are
             resolved.
 
         Raises:
-            ValueError: If there is no folder to scan. If a pattern in `exclude` is invalid, or the index does not
-                ignore an entry of `include`.
+            ValueError: If there is no folder to scan, a pattern in `exclude` is invalid, or an entry of `include` is
+                not ignored by the index.
         """
         recorded = real_paths or {}
         absolute_folders = map(to_absolute_path_with_disk_case, folders)
@@ -311,21 +292,20 @@ class PictureIndex:
         """Update the index from folders as `add` does, then watch the folders and index changes within seconds.
 
         Args:
-            *folders: Folders of pictures. Their subfolders are included. If no folder is given, the folders that were
-                added on this machine before are watched.
-            poll: How changes are noticed. True: scan all files every two seconds. False: wait for events of the
-                operating system. None: scan only if a folder is on a network file system, which reports no events.
-            stop: Event that ends the iteration when it is set. None: the iteration ends only when it is interrupted,
-                for example by Ctrl-C.
+            *folders: Folders of pictures, including subfolders. If no folder is given, the folders that were added on
+                this machine before are watched.
+            poll: True: scan all files every two seconds. False: wait for events of the operating system. None: scan
+                only if a folder is on a network file system.
+            stop: Event that ends the iteration when it is set.
             on_progress: Callback that takes the number of processed pictures and the total number.
 
         Yields:
-            One report for the initial update of all folders. Then one report for each change, or for a group of changes
-            that follow each other quickly.
+            One report for the initial update. Then one report for each change, or for several changes in quick
+            succession.
 
         Raises:
             ValueError: If a folder does not exist, was removed with `forget`, or contains no picture.
-            OSError: If the index can't be written, or there are too many folders for the operating system to watch.
+            OSError: If the index can't be written, or the system can't watch so many folders.
             ImportError: If the package watchfiles is not installed.
         """
         named_folders = [*map(to_absolute_path_with_disk_case, folders)]
@@ -344,13 +324,11 @@ class PictureIndex:
     def repair(self) -> None:
         """Restore the newest readable version of each damaged table of the index.
 
-        LanceDB keeps some earlier versions of each table. If no version of a table can be read, the folder of the table
-        is renamed, and the next `add` creates the table again. Warnings in the log say what was lost. An index on
-        object storage is not repaired.
+        If no version of a table can be read, the table's folder is renamed, and the next `add` creates the table again.
+        Warnings in the log say what was lost. An index on object storage is not repaired.
 
         Raises:
-            ValueError: If the newest version of a table is complete, but the installed lancedb can't read it, for
-                example because a newer lancedb wrote it.
+            ValueError: If a table is complete, but the installed lancedb can't read it.
         """
         with self._table.locked():
             self._table.repair()
@@ -380,12 +358,12 @@ class PictureIndex:
             new: Path of the folder now.
 
         Returns:
-            Tuple (pictures in the index, pictures on disk). The first number counts the pictures that the index had in
-            the old folder. The second number says how many of them exist as files in the new folder.
+            Tuple of two numbers: the pictures that the index had in the old folder, and how many of them exist as files
+            in the new folder.
 
         Raises:
-            ValueError: If the index has no entry for the old folder. If none of the pictures that the index has in the
-                old folder exists in the new folder. If one of the two folders lies inside the other.
+            ValueError: If the index does not know the old folder, none of its pictures exists in the new folder, or one
+                folder lies inside the other.
         """
         old, new = to_absolute_path_with_disk_case(old), to_absolute_path_with_disk_case(new)
         return known_folders.update_paths_after_move(self._table, old, new)
@@ -409,27 +387,26 @@ class PictureIndex:
 
         Args:
             text: Sentence to search for, in a language of the model.
-            like: Picture to search for, as an image or as the path of a file. If a sentence is given as well, the query
-                is the mean of both vectors.
+            like: Picture to search for, as an image or as the path of a file. With a sentence, the query is the mean of
+                both vectors.
             k: Maximum number of hits, at least 1.
-            folder: Return only pictures in this folder and its subfolders. None: all folders.
-            since: Return only pictures of this day or later (`Hit.date`). None: no earliest day.
-            until: Return only pictures of this day or earlier. None: no latest day.
-            exact: True: compare the query with every vector. False: if the index is large, use its approximate vector
-                index, which is faster.
+            folder: Return only pictures in this folder and its subfolders.
+            since: Return only pictures of this day or later (`Hit.date`).
+            until: Return only pictures of this day or earlier.
+            exact: True: compare the query with every vector. False: search a large index approximately, which is
+                faster.
             more: One or more texts to move the query towards (Rocchio relevance feedback). A text may begin with a
                 weight, as in "0.5:praia". The default weight is 1.
-            less: One or more texts to move the query away from, each with an optional weight. Pictures that show what a
-                text says get a lower rank, but are not excluded.
-            group_duplicates: True: return only the best hit of each group of near-duplicates, and count its
-                near-duplicates in `Hit.copies`. False: return near-duplicates as separate hits.
+            less: One or more texts to move the query away from, each with an optional weight.
+            group_duplicates: Return only the best hit of each group of near-duplicates, and count the others in
+                `Hit.copies`.
 
         Returns:
             Hits, best first.
 
         Raises:
-            ValueError: If `text`, `like`, `more` and `less` are all empty. If `k` is below 1, `since` is after `until`,
-                or a weight is out of range. If there is no index, or all its pictures were embedded with another model.
+            ValueError: If there is nothing to search for, or an argument is out of range. If there is no index, or all
+                its pictures were embedded with another model.
         """
         text = text.strip() if text else None
         more, less = ([argument] if isinstance(argument, str) else argument for argument in (more, less))
@@ -456,8 +433,8 @@ class PictureIndex:
 
         Args:
             vector: Vector (width,) of the query. None: the feedback alone is the query.
-            feedback: Pairs (weight, vector). The vector (width,) is the embedding of a sentence or picture. A positive
-                weight moves the query towards this vector, a negative weight away from it.
+            feedback: Pairs (weight, vector). A positive weight moves the query towards the vector (width,), a negative
+                weight away from it.
 
         Returns:
             The new query vector (width,), not normalized.
@@ -514,23 +491,23 @@ class PictureIndex:
         Args:
             vector: Query vector (width,), made with the model of the index. It need not have unit length.
             k: Maximum number of hits, at least 1.
-            folder: Return only pictures in this folder and its subfolders. None: all folders.
-            since: Return only pictures of this day or later (`Hit.date`). None: no earliest day.
-            until: Return only pictures of this day or earlier. None: no latest day.
-            exact: True: compare the query with every vector. False: if the index is large, use its approximate vector
-                index, which is faster.
-            is_text_query: True: the vector is the embedding of a sentence. Scores of SigLIP models are then converted
-                to probabilities, and hits may be marked as relevant or not (`relevance_threshold`). False: scores are
-                cosines, and no hit is marked.
-            group_duplicates: True: return only the best hit of each group of near-duplicates, and count its
-                near-duplicates in `Hit.copies`. False: return near-duplicates as separate hits.
+            folder: Return only pictures in this folder and its subfolders.
+            since: Return only pictures of this day or later (`Hit.date`).
+            until: Return only pictures of this day or earlier.
+            exact: True: compare the query with every vector. False: search a large index approximately, which is
+                faster.
+            is_text_query: Whether the vector is the embedding of a sentence. If so, SigLIP models return probabilities
+                as scores, and hits may be marked as relevant or not (`relevance_threshold`). Otherwise, scores are
+                cosines.
+            group_duplicates: Return only the best hit of each group of near-duplicates, and count the others in
+                `Hit.copies`.
 
         Returns:
             Hits, best first.
 
         Raises:
-            ValueError: If there is no index, or all its pictures were embedded with another model. If `k` is below 1,
-                the vector does not have the width of the model, or `since` is after `until`.
+            ValueError: If `vector` has the wrong shape, or `k` or a date is out of range. If there is no index, or all
+                its pictures were embedded with another model.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}.")
@@ -627,13 +604,12 @@ class PictureIndex:
         Args:
             path: Path of the picture, as in `Hit.path`.
             k: Maximum number of hits.
-            folder: Return only pictures in this folder and its subfolders. None: all folders.
-            since: Return only pictures of this day or later (`Hit.date`). None: no earliest day.
-            until: Return only pictures of this day or earlier. None: no latest day.
+            folder: Return only pictures in this folder and its subfolders.
+            since: Return only pictures of this day or later (`Hit.date`).
+            until: Return only pictures of this day or earlier.
 
         Returns:
-            Hits without the picture itself, most similar first. The score of a hit is its similarity to the picture, at
-            most 1, as near-duplicate detection computes it (`duplicates.compute_duplicate_similarity`).
+            Hits without the picture itself, most similar first. The score is the similarity to the picture, at most 1.
 
         Raises:
             KeyError: If the picture is not indexed, or was embedded with another model.
@@ -664,11 +640,11 @@ class PictureIndex:
 
         Args:
             k: Maximum number of hits.
-            folder: Return only pictures in this folder and its subfolders. None: all folders.
-            since: Return only pictures of this day or later. None: no earliest day.
-            until: Return only pictures of this day or earlier. None: no latest day.
-            group_duplicates: True: return only the latest picture of each group of near-duplicates, and count its
-                near-duplicates in `Hit.copies`. False: return near-duplicates as separate hits.
+            folder: Return only pictures in this folder and its subfolders.
+            since: Return only pictures of this day or later.
+            until: Return only pictures of this day or earlier.
+            group_duplicates: Return only the latest picture of each group of near-duplicates, and count the others in
+                `Hit.copies`.
 
         Returns:
             Hits, latest first. Their score is 0.
@@ -721,18 +697,15 @@ class PictureIndex:
         return f"model = {table.quote_sql(digest)}" if other_count else None
 
     def duplicates(self, threshold: float = duplicates.DUPLICATE_MIN_SIMILARITY) -> list[list[Hit]]:
-        """Return all groups of near-duplicates in the index.
-
-        Near-duplicates are copies of a picture that were resized, re-encoded or slightly edited.
+        """Return all groups of near-duplicates in the index: copies that were resized, re-encoded or slightly edited.
 
         Args:
-            threshold: Minimum similarity of a picture to the first picture of its group, above 0 and at most 1
-                (`duplicates.compute_duplicate_similarity`).
+            threshold: Minimum similarity of a picture to the first picture of its group, above 0 and at most 1.
 
         Returns:
             Groups of at least two hits, the largest group first. The first hit of a group is its picture with the most
-            pixels. The score of each hit is its similarity to the first hit. The other hits are sorted by this score,
-            most similar first.
+            pixels. The score of each hit is its similarity to the first hit. The other hits are sorted by score, best
+            first.
 
         Raises:
             ValueError: If the threshold is out of range, or all pictures in the index were embedded with another model.
@@ -839,13 +812,12 @@ class PictureIndex:
     def requested_folders(self) -> dict[str, str]:
         """Return the folders of the index that the user has added on this machine.
 
-        If `add` is called without folders, it updates these folders. Folders that were added on another machine are not
-        returned, because the list of folders in an index from another machine can't be trusted. For an index that was
-        copied from another machine, the result is therefore empty.
+        `add` updates these folders if it is called without folders. Folders that were added on another machine are not
+        returned.
 
         Returns:
-            A dictionary that maps the path of each folder to the real path that the folder had when it was added. In a
-            real path, symbolic links are resolved.
+            A dictionary that maps the path of each folder to its real path (with symbolic links resolved) when it was
+            added.
         """
         recorded = known_folders.load_requested_folders(self._table)
         return {folder: recorded[folder] for folder in self._table.folders() if folder in recorded}
@@ -881,22 +853,19 @@ class PictureIndex:
     ) -> list[Classification]:
         """Find the label that describes each picture best (zero-shot classification).
 
-        For pictures in the index, the stored vectors are used. Pictures that are not in the index are read and embedded
-        but not added to it.
+        Pictures that are not in the index are read and embedded, but not added to it.
 
         Args:
             source: Folder of pictures, path of one picture, or an image in memory.
             labels: Words or phrases to choose from, in a language of the model.
-            template: Sentence with the placeholder `{}`, such as "uma imagem de {}". For each label, a sentence is made
-                in which the label replaces the placeholder. These sentences are compared with the pictures.
+            template: Sentence in which each label replaces the placeholder `{}`, such as "uma imagem de {}".
 
         Returns:
             One classification per readable picture, sorted by path, with the best label and the probability of each
             label. The best label is None if the sentence "uma imagem" fits the picture better than every label.
 
         Raises:
-            ValueError: If there is no label, or a label is empty or occurs twice. If the template does not contain `{}`
-                exactly once. If the folder does not exist or contains no picture.
+            ValueError: If a label or the template is invalid. If the folder does not exist or contains no picture.
         """
         labels = query.clean_and_check_labels(labels, template)
         if not isinstance(source, str | Path):
@@ -931,8 +900,8 @@ class PictureIndex:
         """Export the metadata of all pictures, such as path, date and size, to a Parquet or CSV file.
 
         Args:
-            path: Path of the file to write. The suffix selects the format: .parquet for Parquet with vectors, .csv for
-                CSV without vectors.
+            path: File to write. Its suffix selects the format: .parquet for Parquet with vectors, .csv for CSV without
+                vectors.
 
         Returns:
             The number of exported pictures.

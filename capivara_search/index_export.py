@@ -19,15 +19,14 @@ from capivara_search.table import COLOR_SIGNATURE_COLUMN, THUMBNAIL_COLUMN, Pict
 
 
 def export_all_rows(table: PictureTable, path: str | Path) -> int:
-    """Write all rows of an index to a Parquet or CSV file.
+    """Write all rows of an index to a Parquet or CSV file, with one row of metadata per picture.
 
-    The file has one row per picture, with metadata such as the path, the date and the size of the picture. An existing
-    file is replaced only when the new file is complete.
+    An existing file is replaced only when the new file is complete.
 
     Args:
-        table: Object that reads and writes the LanceDB tables of the index.
-        path: Path of the file to write. The suffix selects the format: .parquet for Parquet with vectors, .csv for CSV
-            without vectors.
+        table: LanceDB tables of the index.
+        path: File to write. Its suffix selects the format: .parquet for Parquet with vectors, .csv for CSV without
+            vectors.
 
     Returns:
         The number of rows that were written.

@@ -1,8 +1,7 @@
 """Measure the progress of an index update, estimate the time left, and make both available to other processes.
 
-The process that updates an index holds the lock of the index and writes its progress to a small file in the folder of
-the index. Other processes, such as the server of the web page, read this file. An index on object storage has no
-progress file.
+The process that updates an index writes its progress to a small file in the folder of the index. Other processes, such
+as the server of the web page, read this file. An index on object storage has no progress file.
 """
 
 import os
@@ -66,8 +65,8 @@ class RateEstimator:
 def mirror_progress_to_file(where: str, progress: ProgressCallback | None) -> Iterator[ProgressCallback]:
     """Extend a progress callback so that each call also updates the progress file of an index.
 
-    Other processes read this file to show the progress (`read_progress_of_running_update`). It is removed at the end of
-    the `with` block. For an index on object storage, no file is written. The caller must hold the lock of the index.
+    The file is removed at the end of the `with` block. For an index on object storage, no file is written. The caller
+    must hold the lock of the index.
 
     Args:
         where: Folder or address of the index.
@@ -75,7 +74,7 @@ def mirror_progress_to_file(where: str, progress: ProgressCallback | None) -> It
             written.
 
     Yields:
-        A callback with the same arguments, which calls `progress` and writes the file.
+        The extended callback, which takes the same two numbers.
     """
     file, estimate, last_write = Path(where, PROGRESS_FILE), RateEstimator(), float("-inf")
 
@@ -104,10 +103,7 @@ def mirror_progress_to_file(where: str, progress: ProgressCallback | None) -> It
 def read_progress_of_running_update(where: str) -> dict[str, int | None] | None:
     """Return the progress of an index update that is running in any process.
 
-    The progress is read from a small file in the folder of the index. This file alone does not prove that an update is
-    running, because a killed process leaves its file behind. Therefore the lock of the index is checked, too: the
-    operating system releases the lock when a process is killed. If no process holds the lock, or the file system has no
-    locks, the file is removed, and the result is None.
+    If a killed process has left its progress file behind, the file is removed.
 
     Args:
         where: Folder or address of the index.
@@ -121,9 +117,9 @@ def read_progress_of_running_update(where: str) -> dict[str, int | None] | None:
         file = Path(where, PROGRESS_FILE)
         progress = read_json(file, done=int, total=int)
         try:
-            # If the lock is free, no update is running, and a killed process has left the file behind. The file is
-            # removed, so that later calls return without taking the lock. While a call holds the lock, an update that
-            # starts at this moment has to wait.
+            # The lock is free if no update is running (the system frees the lock of a killed process), or if the file
+            # system has no locks. The file is removed, so that later calls return without taking the lock. While a call
+            # holds the lock, an update that starts has to wait.
             with locked_folder(file.parent):
                 file.unlink()
         except BlockingIOError:

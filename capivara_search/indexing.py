@@ -6,13 +6,7 @@
 2. `IndexWriter.run` embeds pictures and writes rows.
 3. `IndexWriter.finish` removes the rows of files that are gone, and optimizes the tables.
 
-A file is read only if it is new, if its size or modification time has changed, or if its stored vector was made with
-another model. A file that could not be opened or read in the last update (`RETRYABLE_REASONS`) is tried again. If the
-index already has a vector for the content of a file, for example because the file was moved or copied, this vector is
-reused.
-
-New rows are committed every `COMMIT_ROWS` files or `COMMIT_INTERVAL_S` seconds. If an update is killed, at most the
-rows since its last commit are lost, and the next update does the rest.
+If an update is killed, at most the rows since its last commit are lost, and the next update does the rest.
 """
 
 import json
@@ -65,9 +59,8 @@ ReadResult = tuple[FileState, Picture | Exception]
 class StoredRows:
     """Rows of the table `pictures` in memory, for looking up quickly what the index knows about a path.
 
-    `stored_rows[path]` is a tuple (digest, is_current), or None if the path has no row. `digest` is the hexadecimal
-    digest (hash) of the file's content. `is_current` is True if the stored vector was made with the model in use. The
-    rows are stored in arrays to save memory.
+    `stored_rows[path]` is None if the path has no row. Otherwise it is a tuple: the digest (hash) of the file's
+    content, and whether the stored vector was made with the model in use.
 
     Args:
         rows: Rows with the columns path, size, mtime_ns, digest and model.
@@ -75,6 +68,7 @@ class StoredRows:
     """
 
     def __init__(self, rows: pa.Table, image_digest: str):
+        # Arrays need less memory than a Python object per row.
         self.sizes, self.times = rows["size"].to_numpy(), rows["mtime_ns"].to_numpy()
         self.digests = rows["digest"].combine_chunks()
         self.is_current = np.equal(rows["model"].to_numpy(zero_copy_only=False), image_digest)
@@ -100,8 +94,8 @@ class StoredRows:
             file: Current state of the file.
 
         Returns:
-            True if the file has a row with the same size and modification time, and the stored vector was made with
-            the model in use. False otherwise.
+            True if the row has the file's size and modification time, and a vector of the model in use. False
+            otherwise.
         """
         position = self.positions.get(file.path)
         is_same = position is not None and (self.sizes[position], self.times[position]) == (file.size, file.mtime_ns)
@@ -137,24 +131,22 @@ def plan_index_update(
 ) -> IndexPlan:
     """Plan an index update by comparing the files in folders with the rows of the index.
 
-    A folder may be unavailable, for example because its disk is not mounted. Usually this raises an error. But if there
-    are several folders, and the list of folders in the index contains all of them, a warning is logged instead, and the
-    plan covers the other folders.
+    A folder that can't be used, for example because its disk is not mounted, is left out with a warning if the index
+    lists all folders and there are others. Otherwise it raises an error.
 
     Args:
-        table: Object that reads and writes the LanceDB tables of the index.
-        image_digest: Digest (hash) of the image encoder in use (`SearchModel.image_digest`).
+        table: LanceDB tables of the index.
+        image_digest: Digest (hash) of the image encoder in use.
         folders: Folders to compare: `{absolute path: expected real path}`. In a real path, symbolic links are resolved.
         rules: Rules for ignoring files. None: the rules that the index stores.
-        only_paths: Absolute paths of files and folders inside `folders`. Only these are compared. None: everything in
-            the folders is compared.
+        only_paths: Absolute paths inside `folders`. Only these are compared. None: everything.
 
     Returns:
         The plan: the files to read and the rows to remove.
 
     Raises:
-        ValueError: If a folder does not exist, can't be opened or contains no picture. If the user has removed a folder
-            from the index (`IgnoreRules.forgotten`). If the real path of a folder is not the expected one.
+        ValueError: If a folder can't be opened, contains no picture, was removed from the index by the user, or has
+            another real path than expected.
     """
     clause, counts = folders_clause(*folders if only_paths is None else only_paths), dict[str, Counter[str]]()
     rules = rules or load_ignore_rules(table)
@@ -208,19 +200,18 @@ def plan_index_update(
 class IndexWriter:
     """Object that reads the files of a plan, embeds them in batches, and updates the rows of the index.
 
-    `run` embeds the files and writes their rows. `finish` removes outdated rows and optimizes the table. Several
-    processes can share the work, for example on a cluster (`workers`). Each process then calls `run` for its files, and
-    a single process calls `finish` after all others have ended.
+    `run` embeds the files and writes their rows. `finish` removes outdated rows and optimizes the table. If several
+    processes share the work, each calls `run` for its files. After all have ended, one process calls `finish`.
 
     Args:
-        table: Object that reads and writes the LanceDB tables of the index.
+        table: LanceDB tables of the index.
         model: Model that embeds the pictures.
         plan: Plan of the update, which lists the files to read.
         batch_size: Number of pictures per batch of the model.
         progress: Callback that takes the number of processed files and the total number.
 
     Attributes:
-        report: Report of the update up to now, for example the numbers of embedded, new and changed pictures.
+        report: Report of the update up to now.
     """
 
     table: PictureTable
@@ -287,17 +278,14 @@ class IndexWriter:
             self.progress(reported, total)
 
     def commit(self) -> None:
-        """Write the rows and the skipped files that were collected since the last commit to the tables of the index.
-
-        A skipped file may have a row in the table `pictures` from an earlier update. If the file was read but could not
-        be decoded, the row is removed. If the file could not be opened or read (`RETRYABLE_REASONS`), the row stays,
-        because the file may be intact.
-        """
+        """Write the rows and the skipped files that were collected since the last commit to the tables of the index."""
         start = time.monotonic()
         if self.rows:
             self.table.upsert(pa.Table.from_pylist(list(self.rows.values()), self.columns))
         if self.skipped_files:
             self.table.set_skipped_files(self.skipped_files)
+            # A file that can't be decoded loses its row of an earlier update. A file that could not be opened or read
+            # keeps its row, because the file may be intact.
             undecodable = [skipped for skipped in self.skipped_files.values() if skipped.code not in RETRYABLE_REASONS]
             self.table.delete_paths([skipped.path for skipped in undecodable])
             self.report.removed += sum(skipped.path in self.plan.stored_rows.positions for skipped in undecodable)
@@ -373,9 +361,6 @@ class IndexWriter:
     def finish(self) -> IndexReport:
         """Finish the update: remove outdated rows, store skipped files and ignored counts, and optimize the table.
 
-        Skipped files are stored with the reason. The numbers of ignored files are stored only if the plan covers whole
-        folders.
-
         The progress callback is called with the total number of files at the end.
 
         Returns:
@@ -385,7 +370,7 @@ class IndexWriter:
         table.delete_paths(plan.removed_paths)
         report.removed += len(plan.removed_paths) - report.moved
         report.ignored_counts = dict(sum(plan.ignored_counts.values(), Counter()))
-        if plan.covers_folders:
+        if plan.covers_folders:  # otherwise, the numbers of ignored files are incomplete
             counts = plan.ignored_counts.items()
             table.set_folders({folder: json.dumps(numbers, sort_keys=True) for folder, numbers in counts})
         report.skipped_files = self._update_and_list_skipped_files()
@@ -435,26 +420,20 @@ def prepare_index_update(
     """Plan an index update, create the tables if necessary, and store the folders, rules and model in the index.
 
     Args:
-        table: Object that reads and writes the LanceDB tables of the index.
+        table: LanceDB tables of the index.
         model: Model that embeds the pictures.
         folders: Folders to update: `{absolute path: expected real path}`. In a real path, symbolic links are resolved.
         exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`. The index stores them.
-        include: What to stop ignoring: patterns that an earlier `exclude` stored in the index, and paths that the user
-            has removed from the index (`IgnoreRules.forgotten`).
-        only_paths: Absolute paths of files and folders inside `folders`. Only these are updated. None: everything in
-            the folders is updated.
-        progress: Callback that takes the number of processed files and the total number. If the index is new or was
-            built with another model, the model is loaded now, so that an error of loading comes before the index is
-            changed. None: the model is not loaded, for example because the work is done by other machines, which load
-            it later.
+        include: What to stop ignoring: patterns of an earlier `exclude`, and paths that the user has removed from the
+            index.
+        only_paths: Absolute paths inside `folders`. Only these are updated. None: everything.
+        progress: Callback that takes the number of processed files and the total number. None: the model is not loaded.
 
     Returns:
         The plan: the files to read and the rows to remove.
 
     Raises:
-        ValueError: If a folder does not exist, can't be opened, contains no picture, was removed from the index by the
-            user, or has another real path than expected. If a pattern in `exclude` is invalid, or the index does not
-            ignore an entry of `include`. If the model can't embed pictures. In all these cases, no index is created,
+        ValueError: If a folder, a pattern, an entry of `include` or the model can't be used. No index is created then,
             and an existing index keeps its model.
     """
     # The result is not used. This property raises an error if the search does not support the model's image processor,
@@ -462,6 +441,7 @@ def prepare_index_update(
     _ = model.image_size
     rules = load_ignore_rules(table).updated(exclude, include)
     plan = plan_index_update(table, model.image_digest, folders, rules=rules, only_paths=only_paths)
+    # Without `progress`, the model is loaded later, for example by other machines that do the work.
     if progress and plan.files and table.model().get("image_digest") != model.image_digest:
         # With this first report, the web page shows that the update is running while the model loads.
         progress(0, len(plan.files))
@@ -484,7 +464,7 @@ def _record_current_model(table: PictureTable, model: "SearchModel", plan: Index
     many pictures are embedded again. Otherwise it says that only the text encoder is different.
 
     Args:
-        table: Object that reads and writes the LanceDB tables of the index.
+        table: LanceDB tables of the index.
         model: Model that the index uses from now on.
         plan: Plan of the update, to count the pictures that will be embedded again.
     """
@@ -506,12 +486,11 @@ def embed_files_without_indexing(model: "SearchModel", files: list[FileState], f
     Args:
         model: Model that embeds the pictures.
         files: Files to read.
-        folder: Folder that contains the files, or the path of the only file. A file is not read if its real path lies
-            outside of this folder, for example if the file is a symbolic link to another folder.
+        folder: Folder that contains the files, or the path of the only file. Files whose real path (with symbolic links
+            resolved) lies outside of it are not read.
 
     Returns:
-        Dictionary `{path: vector (width,)}`. Vectors are float32 and have unit length. Files that can't be read are
-        missing from the dictionary.
+        Dictionary from each path to its vector (width,), float32, of unit length. Files that can't be read are missing.
     """
     vectors, read = {}, _make_reader(model, [os.path.realpath(folder)])
     for batch in prefetch_pictures(files, read, CLASSIFY_BATCH_SIZE):
@@ -535,7 +514,7 @@ def prefetch_pictures(
     Args:
         files: Files to read.
         read: Function that reads one file, for example `read_picture_for_indexing`.
-        batch_size: Maximum number of files per batch. The first batches are smaller (`FIRST_BATCH_SIZE`).
+        batch_size: Maximum number of files per batch. The first batches are smaller.
 
     Yields:
         Batches in the order of the files. A batch is a list of tuples (file, result). The result is the return value of

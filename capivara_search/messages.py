@@ -56,12 +56,12 @@ class Messages:
         """Return a text that says why a file could not be indexed, in the language of this object.
 
         Args:
-            code: Code of the reason, such as "read error". The key of the Portuguese text is `reason.CODE`.
-            text: English description, or an object whose `str` is the description. It is used if the language is
-                English or the code has no Portuguese text.
+            code: Code of the reason, such as "read error".
+            text: English description, or an object whose `str` is the description. It is used if there is no
+                translation.
 
         Returns:
-            The description. If `text` is needed but is None, the code is returned.
+            The description, or the code if there is none.
         """
         key = f"reason.{code}"
         if self.language != "en" and self.has(key):
@@ -145,25 +145,23 @@ def make_error_from_code(error_type: Callable[[str], Exception], code: str, **va
 
     Args:
         error_type: Class of the error, such as ValueError, or a function that creates the error from a text.
-        code: Code of the error. `messages.yaml` has its text under the key `error.CODE`. `str` of the error is the
-            English text.
-        **values: Values of the placeholders. Secrets in the values, such as API keys, are redacted in the message.
+        code: Code of the error. `messages.yaml` has its text under the key `error.CODE`.
+        **values: Values of the placeholders. Secrets in them, such as API keys, are redacted in the message.
 
     Returns:
-        The error, for the caller to raise. It has the attributes `code` and `values`. `values` is not redacted, because
-        callers compare the values with paths, and a path may look like a secret.
+        The error, for the caller to raise. Its text is English. Its attributes are `code` and `values` (not redacted).
     """
+    # `values` is not redacted, because callers compare the values with paths, and a path may look like a secret.
     template = Messages("en").raw(f"error.{code}")
     return make_coded_error(lambda text: error_type(redact_secrets(text)), code, template, **values)
 
 
 def log_message_from_code(code: str, *values: object, level: int = logging.INFO) -> None:
-    """Log a message of `messages.yaml` in English. The command `capivara` shows it in the user's language.
+    """Log a message in English with the logger "capivara". The command `capivara` shows it in the user's language.
 
     Args:
-        code: Code of the message. `messages.yaml` has its text under the key `note.CODE`. The logger is "capivara".
-        *values: Values of the placeholders `{0}`, `{1}` and so on. Secrets in values that are strings, such as API
-            keys, are redacted.
+        code: Code of the message. `messages.yaml` has its text under the key `note.CODE`.
+        *values: Values of the placeholders `{0}`, `{1}` and so on. Secrets in strings, such as API keys, are redacted.
         level: Level of the log record, such as `logging.WARNING`.
     """
     values = tuple(redact_secrets(value) if isinstance(value, str) else value for value in values)

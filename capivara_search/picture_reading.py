@@ -79,25 +79,25 @@ def read_picture_for_indexing(
     resize_filter: int | None = None,
     folders: Sequence[str | Path] | None = None,
 ) -> Picture:
-    """Read a picture file for an index: compute its digest, decode it, resize it for the model, and read its EXIF data.
+    """Read a picture file for an index: its digest, its metadata, a thumbnail, and the image resized for the model.
 
-    This function is thread-safe. A large JPEG is decoded at reduced size (`REDUCED_DECODE_FACTOR`).
+    This function is thread-safe.
 
     Args:
-        file: Path, size and modification time of the file, as `find_pictures_and_unreadable_files` returns them.
-        image_size: Side of the model's input in pixels. The image is resized as the model's image processor would do.
-        resize_filter: PIL filter, for an image processor that resizes both sides to `image_size`. None: the short side
-            is resized to `image_size` with the bicubic filter, and the proportions are kept.
-        folders: Folders that are allowed to be read, as real paths (with all symbolic links resolved). The real path of
-            the file must lie in one of them, so that a link can't lead to a file elsewhere. None: the location of the
-            file is not checked.
+        file: Path, size and modification time of the file.
+        image_size: Side of the model's input in pixels.
+        resize_filter: PIL filter, if the model's image processor resizes both sides to `image_size`. None: the short
+            side becomes `image_size` (bicubic), and the proportions are kept.
+        folders: Real paths of the folders that may be read. The real path of the file must lie in one of them. None:
+            any location is allowed.
 
     Returns:
-        The decoded picture: resized image for the model, thumbnail and metadata.
+        The decoded picture.
 
     Raises:
-        BadImage: If the file can't be read, is damaged, is too large or no longer exists.
+        BadImage: If the file can't be read, is damaged or is too large.
     """
+    # `folders` keeps a symbolic link from leading to a file elsewhere.
     data = _read_picture_bytes(file.path, folders)
     opened, size = _open_undecoded_picture_or_raw_preview(data, file.path)
     shape = opened.size
@@ -140,11 +140,10 @@ def decode_picture(
 
     Args:
         data: Content of the file.
-        name: File name. If it has the suffix of a RAW format, the file is decoded as a RAW file, unless its content is
-            another image, such as a JPEG or TIFF.
+        name: File name, whose suffix tells whether the file is a RAW photo.
         max_pixels: Maximum number of pixels. A larger picture is refused.
-        min_short_side: To save time, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as long as its short side keeps
-            at least this many pixels. 0: decode at full size.
+        min_short_side: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its short side keeps at least
+            this many pixels. 0: full size.
 
     Returns:
         The image.
@@ -198,17 +197,17 @@ def _open_undecoded_picture_or_raw_preview(
 
     Args:
         data: Content of the file.
-        name: File name. The suffix of the name tells whether the file is a RAW file.
+        name: File name, whose suffix tells whether the file is a RAW photo.
         max_pixels: Maximum number of pixels. A larger picture is refused.
 
     Returns:
-        Tuple of the image, of which only the header has been read, and the (width, height) of the picture before
-        rotation. For a RAW file, the image is the JPEG preview in the file, but width and height are those of the RAW
-        picture.
+        Tuple of the opened image, and the (width, height) of the picture before rotation. For a RAW file, the image is
+        the JPEG preview in it, but the size is that of the RAW picture.
 
     Raises:
         BadImage: If the content is damaged, too large or not a picture.
     """
+    # A name with a RAW suffix may belong to another image, such as a JPEG or TIFF, which is decoded as such.
     is_raw = name.lower().endswith(RAW_SUFFIXES) and not data.startswith(NON_RAW_FILE_STARTS)
     preview, size = (_extract_raw_preview_and_size(data) if is_raw else None) or (data, None)
     image = check_and_open_image_without_decoding(preview, "the file", max_pixels, hint="")
@@ -287,14 +286,13 @@ def _resize_like_image_processor(
 
     Args:
         image: The image, which was decoded at full or reduced size.
-        size: (width, height) of the image in its file. The proportions are computed from it, because the JPEG decoder
-            rounds the sides of an image up when it reduces the image.
+        size: (width, height) of the image in its file.
         image_size: Length of the short side of the result in pixels.
-        resize_filter: PIL filter, for an image processor that resizes both sides to `image_size`. None: the short side
-            is resized to `image_size` with the bicubic filter, and the proportions are kept.
+        resize_filter: PIL filter, if the image processor resizes both sides to `image_size`. None: the short side
+            becomes `image_size` (bicubic), and the proportions are kept.
 
     Returns:
-        The resized image. If the short side in `size` has at most `image_size` pixels, the given image is returned.
+        The resized image, or `image` itself if the short side in `size` has at most `image_size` pixels.
     """
     short_side = min(size)
     if short_side <= image_size:
@@ -304,5 +302,6 @@ def _resize_like_image_processor(
         new_size, resample = tuple(int(image_size * side / short_side) for side in size), Resampling.BICUBIC
     else:
         new_size, resample = (image_size, image_size), resize_filter
+    # The proportions come from `size`, because the JPEG decoder rounds the sides of a reduced image up.
     scale = round(size[0] / image.width)  # 1, 2, 4 or 8: the JPEG decoder may have reduced the picture
     return image.resize(new_size, resample, box=(0, 0, size[0] / scale, size[1] / scale))

@@ -1,17 +1,9 @@
 """Arithmetic of queries: relevance feedback, the relevance threshold, and classification with free labels.
 
-Feedback moves the vector of a query towards or away from words or pictures (Rocchio relevance feedback). It changes the
-ranking and excludes no picture.
-
-The relevance threshold separates pictures that match a sentence from pictures that do not. It is calibrated with
-neutral sentences, which describe no particular picture, such as "uma imagem" ("an image"). Cosines of different
-sentences are not comparable, so they are first converted to z-scores. The z-score of a picture is the number of
-standard deviations by which its cosine lies above the mean of the sentence's cosines with a sample of the index. A
-picture is relevant to a sentence if its z-score reaches the z-score that the best picture of the index reaches for a
-neutral sentence (`estimate_relevance_z_score_threshold`).
-
-The constants were chosen by `python -m benchmarks.nothing_fits` (docs/how-to/search.md). An argument `sample` is always
-an array of picture vectors that were drawn from the index.
+Relevance feedback moves the vector of a query towards or away from words or pictures. The relevance threshold separates
+pictures that match a sentence from pictures that do not. Both compare vectors with a `sample`: an array of picture
+vectors that were drawn from the index. The constants were chosen by `python -m benchmarks.nothing_fits`
+(docs/how-to/search.md).
 """
 
 from collections import Counter
@@ -50,17 +42,19 @@ BACKGROUND_QUANTILE = 0.25
 
 
 def parse_weighted_feedback(text: str) -> tuple[float, str]:
-    """Split feedback such as "0.5:pessoas" into its weight 0.5 and its words "pessoas".
+    """Split feedback in words such as "0.5:pessoas" into its weight 0.5 and its words "pessoas".
+
+    Feedback is words or pictures that move the query of a search towards (`--more`) or away from (`--less`) what they
+    show.
 
     Args:
         text: Words, optionally preceded by a weight and a colon. The weight can have a decimal point or comma.
 
     Returns:
-        Tuple of the weight and the words. The weight is 1 if the text has no weight, as in "pessoas".
+        Tuple of the weight (default: 1) and the words.
 
     Raises:
-        ValueError: If the text is empty. If the weight is 0, negative or above `MAX_FEEDBACK_WEIGHT`. If no words
-            follow the weight.
+        ValueError: If there are no words, or the weight is not above 0 and at most `MAX_FEEDBACK_WEIGHT`.
     """
     if not text.strip():
         raise make_error_from_code(ValueError, "empty_feedback")
@@ -80,19 +74,18 @@ def apply_feedback(
 ) -> np.ndarray:
     """Move a query vector towards or away from other vectors (Rocchio relevance feedback).
 
-    Each vector is divided by the standard deviation of its cosines with the sample. Without this division, pictures
-    would outweigh sentences, because a picture's cosines with the sample vary much more than a sentence's cosines.
-
     Args:
-        vector: Vector (width,) of the query, which is a sentence or a picture. None: the feedback alone is the query.
+        vector: Vector (width,) of the query. None: the feedback alone is the query.
         feedback: Pairs of a weight and the vector (width,) of a sentence or picture. A positive weight moves the query
             towards the vector, a negative weight away from it.
-        sample: Vectors (pictures, width) drawn from the index, of unit length. If the sample is empty, no vector is
-            divided.
+        sample: Vectors (pictures, width) drawn from the index, of unit length. They are needed to scale the other
+            vectors.
 
     Returns:
-        The new query vector (width,), not normalized: the weighted sum of all vectors.
+        The new query vector (width,), not normalized: the weighted sum of all scaled vectors.
     """
+    # Each vector is divided by the standard deviation of its cosines with the sample. A picture's cosines vary much
+    # more than a sentence's cosines, so pictures would outweigh sentences without the division.
     weighted_vectors = [(FEEDBACK_STRENGTH * weight, direction) for weight, direction in feedback]
     weighted_vectors += [] if vector is None else [(1.0, vector)]
     spreads = [max((sample @ other).std(), 1e-6) if len(sample) else 1.0 for _, other in weighted_vectors]
@@ -115,36 +108,34 @@ def z_score(score: float, scores: np.ndarray) -> float:
 def estimate_relevance_z_score_threshold(
     sample: np.ndarray, neutral_vectors: Sequence[np.ndarray], best_cosines: Sequence[float]
 ) -> float:
-    """Estimate the relevance threshold of an index: the z-score that its best picture reaches by chance.
+    """Estimate the relevance threshold of an index. A search marks pictures with a lower z-score as irrelevant.
 
-    The z-score of a picture says by how many standard deviations its cosine with a sentence lies above the mean of the
-    sentence's cosines with a sample of the index. Neutral sentences (`NEUTRAL_SENTENCES`), such as "uma imagem" ("an
-    image"), describe no particular picture. So the z-score of the best picture for a neutral sentence is what a picture
-    reaches by chance. A search that applies the threshold marks pictures with a lower z-score as irrelevant.
+    The z-score of a picture is its cosine with a sentence, in standard deviations above the mean of the sample's
+    cosines. The threshold is the z-score that the best picture reaches by chance, for neutral sentences such as "uma
+    imagem" ("an image").
 
     Args:
         sample: Vectors (pictures, width) drawn from the index, of unit length.
         neutral_vectors: Vector (width,) of each neutral sentence, of unit length.
-        best_cosines: For each neutral sentence, its cosine with the picture of the whole index that is nearest to it.
+        best_cosines: For each neutral sentence, its cosine with the nearest picture of the index.
 
     Returns:
-        The threshold: the quantile `BACKGROUND_QUANTILE` of the best pictures' z-scores over all neutral sentences.
+        The threshold, a z-score.
     """
+    # Cosines of different sentences are not comparable, so they are converted to z-scores.
     z_scores = [z_score(best, sample @ vector) for vector, best in zip(neutral_vectors, best_cosines, strict=True)]
     return float(np.quantile(z_scores, BACKGROUND_QUANTILE))
 
 
 def is_relevance_auc_of_model_high_enough(folder: Path) -> bool:
-    """Return whether the relevance threshold is reliable for a model, according to a measurement.
-
-    The measured AUC (area under the ROC curve) says how well the model recognizes sentences that match no picture of an
-    index. If it is at least `AUTO_THRESHOLD_MIN_AUC`, searches apply the threshold by default.
+    """Return whether the relevance threshold is reliable for a model. If so, searches apply it by default.
 
     Args:
-        folder: Folder of the model. The AUC is in its file `RELEVANCE_AUC_FILE`.
+        folder: Folder of the model. Its file `RELEVANCE_AUC_FILE` has the measured AUC (area under the ROC curve).
 
     Returns:
-        True if the AUC is high enough. False if it is too low, or if the file is missing or damaged.
+        True if the AUC is at least `AUTO_THRESHOLD_MIN_AUC`. False if it is lower, or if the file is missing or
+        damaged.
     """
     with suppress(OSError, ValueError, TypeError, KeyError):  # the file is missing or damaged
         return read_json(folder / RELEVANCE_AUC_FILE)["auc"] >= AUTO_THRESHOLD_MIN_AUC
@@ -159,11 +150,11 @@ def clean_and_check_labels(labels: Sequence[str], template: str) -> list[str]:
         template: Sentence with the placeholder {} for the label, such as "uma imagem de {}".
 
     Returns:
-        The labels, without spaces at both ends and with single spaces between words.
+        The labels, with single spaces between words and without spaces at both ends.
 
     Raises:
-        ValueError: If `labels` is a string or an empty list. If a label is empty or occurs twice (ignoring case). If
-            the template does not have exactly one {}.
+        ValueError: If `labels` is a string or empty, a label is empty or repeated (ignoring case), or the template does
+            not have exactly one {}.
     """
     if isinstance(labels, str):
         raise ValueError(f"labels must be a list of words, got the text {labels[:80]!r}. Write [{labels[:80]!r}].")
@@ -184,15 +175,15 @@ def classify_vectors(
     """Find the label that describes each picture best, by comparing vectors (zero-shot classification).
 
     Args:
-        model: Model that embedded the pictures. It also embeds the labels.
-        paths: Path of each picture, for the results.
+        model: Model that embedded the pictures.
+        paths: Path of each picture.
         vectors: Vectors (pictures, width) of the pictures, of unit length.
         labels: Labels, as `clean_and_check_labels` returns them.
         template: Sentence with the placeholder {} for the label, such as "uma imagem de {}".
 
     Returns:
-        One classification per picture, in the order of `paths`. Its label is None if the neutral sentence "uma imagem",
-        the first of `NEUTRAL_SENTENCES`, fits the picture better than every label.
+        One classification per picture, in the order of `paths`. The label is None if the neutral sentence "uma imagem"
+        ("an image") fits the picture better than every label.
     """
     texts = model.embed_texts([*(template.replace("{}", label) for label in labels), NEUTRAL_SENTENCES[0]])
     # Array (pictures, labels + 1). The last column belongs to the neutral sentence "uma imagem" ("an image").

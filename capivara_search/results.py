@@ -17,8 +17,7 @@ class Hit:
     """A picture that a search found, with its score and metadata.
 
     The score is the cosine similarity to the query. If the query is a sentence and the model is a SigLIP model, the
-    score is a probability instead. The metadata are the absolute path, the size of the picture and of its file, the
-    date and the location.
+    score is a probability instead.
     """
 
     path: str  # absolute path of the file

@@ -1,8 +1,6 @@
 """Convert errors of LanceDB, the disk and object storage to one-line messages for users.
 
-A message says which index and which table has the problem, and what the user can do. LanceDB raises the errors of its
-Rust code as RuntimeError or ValueError. Their texts are written for developers, have many lines, and include the
-responses of an object storage. Therefore errors are recognized by patterns in these texts.
+A message says which index and which table has the problem, and what the user can do.
 """
 
 import errno
@@ -15,16 +13,18 @@ from functools import partial
 from capivara_common.privacy import redact_secrets
 from capivara_search.messages import make_error_from_code
 
-LANCEDB_ERRORS = (RuntimeError, OSError, ValueError)  # types of the errors that LanceDB raises
+# Types of the errors that LanceDB raises, also from its Rust code. The texts are long and written for developers, and
+# include responses of the object storage. So this module recognizes errors by patterns in the texts.
+LANCEDB_ERRORS = (RuntimeError, OSError, ValueError)
 # Environment variables that may contain the address of an object storage, and the form of a valid address. This package
 # checks the variables itself, because LanceDB would crash on an invalid address without a clear message.
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 ENDPOINT_RE = re.compile(
     r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII
 )
-# `ADDRESS_RE` matches the addresses of object storage that LanceDB accepts. LanceDB would take anything else for a
-# local folder. A location that begins like an address (`SCHEME_RE`) but does not match `ADDRESS_RE`, such as
-# "s3:/bucket", is probably mistyped and is refused.
+# `ADDRESS_RE` matches the addresses of object storage that LanceDB accepts. A location that begins like an address
+# (`SCHEME_RE`) but does not match, such as "s3:/bucket", is refused: LanceDB would create a local folder for it, whose
+# name would contain the access keys of the address.
 SCHEME_RE = re.compile(r"[A-Za-z][\w+.-]+:/", re.ASCII)
 ADDRESS_RE = re.compile(r"[A-Za-z][\w+.-]+://([^/@\s]*@)?[\w.%-]*(:\d{1,5})?([/?#].*)?", re.ASCII)
 # Patterns in LanceDB's error texts:
@@ -71,8 +71,8 @@ def wrap_storage_errors(where: str, part: str = "") -> Iterator[None]:
         None.
 
     Raises:
-        OSError: If there is no disk space left, or no permission. If the object storage refuses access or does not
-            answer. If a write conflicts with writes of other processes.
+        OSError: If the disk is full, the storage refuses access or does not answer, or a write conflicts with another
+            process.
         DamagedIndexError: If a file of the index is missing or damaged.
     """
     try:
@@ -92,8 +92,8 @@ def convert_lancedb_error(error: Exception, where: str, part: str = "") -> Excep
         part: Name of the table, such as "pictures", for the message. Empty: the message says "tables".
 
     Returns:
-        The new error, for the caller to raise. An error of an unknown kind is returned unchanged, unless its text
-        contains credentials. In this case, the new error is an OSError without the credentials.
+        The new error, for the caller to raise. An unknown error is returned unchanged, or as an OSError without the
+        credentials in its text.
     """
     if access_error := convert_storage_refusal_to_os_error_or_none(error, where):
         return access_error
@@ -110,8 +110,7 @@ def convert_lancedb_error(error: Exception, where: str, part: str = "") -> Excep
 def convert_storage_refusal_to_os_error_or_none(error: Exception, where: str) -> OSError | None:
     """Convert an error to an OSError if the disk or the object storage refused access.
 
-    Examples are a full disk, a missing permission and an object storage that does not answer. Such an error does not
-    mean that the index is damaged.
+    Examples are a full disk and a missing permission. Such an error does not mean that the index is damaged.
 
     Args:
         error: Error that LanceDB raised.
@@ -132,14 +131,11 @@ def convert_storage_refusal_to_os_error_or_none(error: Exception, where: str) ->
 def check_address(where: str) -> None:
     """Check that the location of an index is a local path or a valid address of an object storage.
 
-    Without this check, LanceDB would create a local folder for an invalid address such as `s3:/x`, and the name of the
-    folder would contain the access keys that are part of the address.
-
     Args:
         where: Folder or address of the index.
 
     Raises:
-        ValueError: If the location begins like an address but is not a valid address.
+        ValueError: If the location begins like an address but is not valid, such as "s3:/bucket".
     """
     if SCHEME_RE.match(where) and not ADDRESS_RE.fullmatch(where):
         # `redact_secrets` finds access keys only after "://", so a misspelled ":/" is corrected first.

@@ -1,13 +1,10 @@
 """Store an index of pictures in LanceDB tables, in a folder of this machine or on object storage.
 
-An index has three tables. `pictures` has one row per picture. `left_out` lists the files that could not be read, with
-the reason. `about` contains key-value metadata of the index. LanceDB writes a new version of a table for each change.
-Every method of this module reads the newest version.
+The table `pictures` has one row per picture. `left_out` lists the files that could not be read. `about` contains
+key-value metadata of the index. Every method reads the newest version of a table.
 
-If the table `pictures` has at most `MAX_EXACT_ROWS` rows, a search compares the query with every vector. A larger table
-gets an approximate vector index of the type IVF-RQ: an inverted file (IVF) whose vectors are compressed to RaBitQ codes
-(arXiv 2405.12497). A search finds candidates with the vector index, then compares the full vectors of the best
-candidates. Rows that are not in the vector index yet are compared by their full vectors, too.
+A table with more than `MAX_EXACT_ROWS` pictures gets an approximate vector index of the type IVF-RQ: an inverted file
+whose vectors are compressed to RaBitQ codes (arXiv 2405.12497).
 """
 
 import itertools
@@ -65,16 +62,11 @@ EARLIEST_DATE, LATEST_DATE = date(1800, 1, 1), date(2200, 1, 1)
 PRIMARY_KEY_METADATA = {b"lance-schema:unenforced-primary-key:position": b"1"}
 
 MAX_EXACT_ROWS = 50_000  # tables with more rows get an approximate vector index
-# The next three constants are settings of the approximate vector index, whose type is IVF-RQ. They were chosen by
-# measurements with 1,000,000 clustered vectors of width 512 on two busy CPU cores. Results of the chosen settings:
-# - recall@10: 0.999 for queries that resemble sentences (cosine 0.37 to their picture), 1.0 for queries that resemble
-#   pictures (cosine 0.99)
-# - time of a search: 17 ms (median), 21 ms (95th percentile)
-# - memory: 0.55 GB
-# Other settings are worse:
-# - The index type IVF_SQ takes 23 ms per search and 0.85 GB.
-# - With `BITS_PER_DIMENSION = 1`, the recall is only 0.985, even with 200 probed partitions.
-# - The index type IVF_HNSW_SQ takes 3 minutes to build for 200,000 vectors.
+# The next three settings of the approximate vector index (IVF-RQ) were chosen with 1,000,000 clustered vectors of width
+# 512 on two busy CPU cores. Recall@10 is 0.999 for queries like sentences (cosine 0.37 to their picture) and 1.0 for
+# queries like pictures (cosine 0.99). A search takes 17 ms (median; 95th percentile: 21 ms) and 0.55 GB.
+# Other settings are worse: IVF_SQ takes 23 ms and 0.85 GB, `BITS_PER_DIMENSION = 1` has a recall of 0.985 even with 200
+# probed partitions, and IVF_HNSW_SQ takes 3 minutes to build for 200,000 vectors.
 BITS_PER_DIMENSION = 4  # number of bits to which each number of a vector is compressed
 # The vector index divides the vectors into partitions of about 8,192 similar vectors. A search compares the query only
 # with the vectors of this many partitions, the partitions that are nearest to the query. A search with an SQL condition
@@ -172,8 +164,7 @@ class PictureTable:
             yet.
 
     Raises:
-        ValueError: If the address is invalid, or the path is a file. If the folder contains something other than an
-            index.
+        ValueError: If the address is invalid, or the path is a file or a folder with other content.
         OSError: If there is no permission to read the folder.
     """
 
@@ -234,8 +225,7 @@ class PictureTable:
             The table as an object of LanceDB, or None if the table does not exist.
 
         Raises:
-            ValueError: If the table is damaged (DamagedIndexError), was made by a newer version of this package, or was
-                not made by this package.
+            ValueError: If the table is damaged (DamagedIndexError), or this version of the package can't read it.
             OSError: If the storage refuses access or does not answer.
         """
         if table_name in self._open_tables:
@@ -348,10 +338,7 @@ class PictureTable:
     # --- Reading
 
     def run_read(self, operation: Callable[[Any], T], table_name: str = PICTURES_TABLE) -> T:
-        """Run a read operation on the newest version of a table.
-
-        If the operation fails, it is run once more. The reason: during the first attempt, another process may have
-        merged the data files of the table and removed the old files.
+        """Run a read operation on the newest version of a table. If it fails, it is run once more.
 
         Args:
             operation: Function that takes the table as an object of LanceDB, and returns a result.
@@ -409,7 +396,7 @@ class PictureTable:
     def batches(self, columns: Sequence[str], clause: str | None = None) -> Iterator[pa.RecordBatch]:
         """Iterate over the rows of the table `pictures` that match an SQL condition.
 
-        All batches are read from the same version of the table, even if it is changed during the iteration.
+        All batches come from the same version of the table.
 
         Args:
             columns: Names of the columns to read. Names that the table does not have are ignored.
@@ -427,9 +414,8 @@ class PictureTable:
         """Read the vectors of a sample of rows that are spread evenly over the table `pictures`.
 
         Args:
-            model: Model in use. Vectors of other models are not returned.
-            max_rows: Maximum number of rows to read. Rows of other models are read and then dropped, so the result may
-                have fewer rows.
+            model: Model in use. Vectors of other models are dropped, so the sample may be smaller.
+            max_rows: Maximum number of rows to read.
 
         Returns:
             Array (rows, width), float32. Each vector has unit length.
@@ -444,16 +430,14 @@ class PictureTable:
     def vectors_of_digests(self, digests: Collection[str], model: "SearchModel") -> dict[str, np.ndarray]:
         """Look up the stored vectors of pictures by the digests (hashes) of their file contents.
 
-        So a file that was moved or copied need not be embedded again.
-
         Args:
             digests: Digests of the file contents.
             model: Model in use. Vectors of other models are not returned.
 
         Returns:
-            Dictionary `{digest: vector (width,)}`, with vectors in float16. Digests without a stored vector of the
-            model are missing from the dictionary.
+            Dictionary from digest to vector (width,), float16. Digests without a stored vector are missing.
         """
+        # A file that was moved or copied has a stored vector, so it need not be embedded again.
         if not digests:
             return {}
         clause = f"{_in_clause('digest', digests)} AND model = {quote_sql(model.image_digest)}"
@@ -533,8 +517,8 @@ class PictureTable:
             exact: True: compare every vector. False: use the approximate vector index if there is one.
 
         Returns:
-            Rows with the columns that `comparison_columns` lists, and an additional column `score`: the cosine between
-            the row's vector and the query vector. Rows are sorted by score, best first, then by path.
+            Rows with the columns of `comparison_columns` and the column `score` (cosine with the query vector). Best
+            first, then by path.
         """
         approximate = not exact and vector_column(len(vector)) in self.indices()
         rows = self.run_read(lambda table: _build_vector_query(table, vector, k, clause, approximate).to_arrow())
@@ -555,14 +539,10 @@ class PictureTable:
     # --- Writing
 
     def run_write(self, operation: Callable[[Any], T], table_name: str = PICTURES_TABLE) -> T:
-        """Run a write operation on a table.
-
-        If the operation conflicts with a write of another process, it is tried again, with at most
-        `MAX_WRITE_ATTEMPTS` attempts in total.
+        """Run a write operation on a table, and repeat it if it conflicts with a write of another process.
 
         Args:
-            operation: Function that takes the table as an object of LanceDB, and writes to it. If the table does not
-                exist, the function gets None.
+            operation: Function that takes the table as an object of LanceDB, or None if the table does not exist.
             table_name: Name of the table.
 
         Returns:
@@ -570,8 +550,8 @@ class PictureTable:
 
         Raises:
             ValueError: If a file of the index is damaged (DamagedIndexError).
-            OSError: If there is no disk space left, or no permission. If the object storage does not answer. If the
-                last attempt also conflicts with a write of another process.
+            OSError: If the disk is full, the storage refuses access or does not answer, or all `MAX_WRITE_ATTEMPTS`
+                attempts conflict.
         """
         with storage_errors.wrap_storage_errors(self.where, table_name):
             for attempt in itertools.count(1):
@@ -668,8 +648,9 @@ class PictureTable:
         """Hold the lock of the index during the `with` block, so that only one process at a time writes to the index.
 
         If another process holds the lock, a warning is logged, and the call waits. An index on object storage has no
-        lock. There, the primary key prevents two processes from writing two rows for the same path.
+        lock.
         """
+        # On object storage, the primary key prevents two processes from writing two rows for the same path.
         lock = None if self.is_remote else self._acquire_lock()
         try:
             yield
@@ -716,9 +697,7 @@ class PictureTable:
     def optimize(self, width: int) -> None:
         """Make searches fast: merge small data files, train or update the vector index, and remove old table versions.
 
-        With a vector index, a search of a large table need not compare every vector. Each of these steps is done only
-        if the table is large enough, or has changed enough, for the step to save time. The limits are constants of this
-        module, such as `MAX_EXACT_ROWS` and `MAX_SMALL_FRAGMENTS`.
+        A step is skipped if the table is too small, or has changed too little, for the step to save time.
 
         Args:
             width: Width of the model's vectors.
@@ -781,12 +760,12 @@ class PictureTable:
     def repair(self) -> None:
         """Restore the newest readable version of each damaged table, and log what is lost.
 
-        If a table has no readable version, its folder is renamed, so that `create` makes the table again. Indexes on
+        The folder of a table without a readable version is renamed, so that `create` makes the table again. Indexes on
         object storage are not repaired. The caller must hold the lock (`locked`).
 
         Raises:
-            DamagedIndexError: If the newest manifest (list of data files) of a table is complete but can't be read, for
-                example because a newer version of LanceDB wrote it.
+            DamagedIndexError: If a table can't be read although it is complete, for example because a newer LanceDB
+                wrote it.
         """
         for name in () if self.is_remote else reversed(TABLE_KEY_COLUMNS):
             self._repair_table(name)
@@ -939,13 +918,11 @@ def convert_rows_to_hits(rows: pa.Table, scores: Sequence[float] | None = None) 
 def newest_first_order(rows: pa.Table) -> pa.Array:
     """Return the order of rows by date, latest first. Rows with the same date are sorted by path.
 
-    The date of a row is its EXIF date if it has one, otherwise the modification time of the file.
-
     Args:
-        rows: Rows with the columns path, taken and mtime_ns.
+        rows: Rows with the columns path, taken (EXIF date) and mtime_ns (used if `taken` is missing).
 
     Returns:
-        Indices of the rows, the index of the latest row first. `rows.take(indices)` returns the sorted rows.
+        Indices of the rows, for `rows.take(indices)`.
     """
     # The dates of cameras are in local time, so the modification times of files (UTC) are converted to local time.
     offset_ns = time.localtime().tm_gmtoff * 10**9
@@ -988,16 +965,16 @@ def filter_clause(
 ) -> str | None:
     """Return the SQL condition that limits a search to the pictures in a folder and of a range of days.
 
-    The date of a picture is its EXIF date if there is one, otherwise the modification time of its file.
+    Days refer to the EXIF date of a picture, or to the modification time of a file without one.
 
     Args:
         folder: Folder of the pictures, including its subfolders. None: all folders.
-        since: First day of the range. None: no first day.
-        until: Last day of the range, which is included. None: no last day.
-        other_clause: Another SQL condition that the pictures must match. None: no other condition.
+        since: First day. None: no limit.
+        until: Last day, included. None: no limit.
+        other_clause: Another SQL condition that the pictures must match.
 
     Returns:
-        The SQL condition. None, which means no condition, if all arguments are None.
+        The SQL condition, or None if all arguments are None.
 
     Raises:
         ValueError: If the path of the folder is not valid UTF-8.

@@ -152,11 +152,11 @@ def render_contact_sheet(pictures: Sequence[bytes | None], captions: Sequence[st
     """Draw pictures in rows as text for a terminal, with a caption below each picture.
 
     Args:
-        pictures: Content of image files. For None or a damaged file, the space of the picture stays blank.
+        pictures: Content of image files. None or a damaged file leaves a blank space.
         captions: One caption per picture.
         width: Number of columns of the terminal.
-        max_lines: Maximum number of lines of the result. Rows of pictures that need more lines are not drawn, except
-            for the first row, which is always drawn.
+        max_lines: Maximum number of lines of the result. Rows of pictures that do not fit are not drawn, but the first
+            row always is.
 
     Returns:
         Text with escape sequences for 24-bit colors.
@@ -211,13 +211,12 @@ def _render_picture(data: bytes | None, columns: int, rows: int) -> list[str]:
 def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], messages: Messages) -> None:
     """Print search hits as a table, with thumbnails above it if the terminal can draw pictures.
 
-    The number of thumbnails is limited, so that they and the table fit on the screen together. At least one row of
-    thumbnails is drawn.
+    As many rows of thumbnails are drawn as fit on the screen above the table, but at least one.
 
     Args:
         hits: Search hits, best first.
-        thumbnail: Function that takes the path of a picture and returns the content of its thumbnail file, or None if
-            the picture has no thumbnail.
+        thumbnail: Function that returns the thumbnail file content for the path of a picture, or None if it has no
+            thumbnail.
         messages: Texts to print, in the user's language.
     """
     if supports_pictures(sys.stdout):
@@ -243,9 +242,8 @@ def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], mes
 def open_valid_pictures_in_viewer(paths: Sequence[str], messages: Messages) -> None:
     """Open the first `MAX_OPENED_PICTURES` pictures in the system's viewer.
 
-    An index may come from other people, and its paths may lead to any file. If such a file were a program, the system
-    would start it. Therefore a file is opened only if its name has the extension of a picture format and its content
-    can be read as a picture. For every other file, a notice is printed.
+    A file is opened only if its name has the extension of a picture format and its content can be decoded. For every
+    other file, a notice is printed.
 
     Args:
         paths: Absolute paths of pictures.
@@ -257,6 +255,8 @@ def open_valid_pictures_in_viewer(paths: Sequence[str], messages: Messages) -> N
     from capivara_search.folder_scan import is_picture_name
     from capivara_search.picture_reading import open_query_picture
 
+    # An index may come from other people, and its paths may lead to any file. If it were a program, the system would
+    # start it.
     valid_paths = []
     for path in paths[:MAX_OPENED_PICTURES]:
         with suppress(ValueError):

@@ -1,8 +1,7 @@
-"""Text encoders in NumPy, which embed texts without torch and transformers.
+"""Text encoders in NumPy, so that a search need not import torch and transformers, which would take too long.
 
-A search would take too long if it had to import torch and transformers. The embeddings differ by less than 1e-5 from
-the embeddings that `CapivaraModel` (with XLM-RoBERTa as text encoder), SigLIP and MetaCLIP 2 compute in PyTorch.
-Weights are read from `model.safetensors` by memory mapping.
+The embeddings differ by less than 1e-5 from the embeddings that `CapivaraModel` (with XLM-RoBERTa as text encoder),
+SigLIP and MetaCLIP 2 compute in PyTorch.
 """
 
 import base64
@@ -37,23 +36,24 @@ EMBEDDINGS_PREFIX = "text_model.embeddings."  # prefix of the names of all embed
 class TextTower:
     """The text encoder of a `CapivaraModel` in NumPy: XLM-RoBERTa, mean pooling and projection.
 
-    The class attributes (in capitals) describe the supported architecture. Subclasses override them.
+    Subclasses implement other architectures. They override the class attributes (in capitals).
 
     Attributes:
-        REQUIRED_CONFIG: Supported values of `text_config`: `{key: the only supported value}`. A key that is missing in
-            `text_config` counts as supported.
-        OTHER_TENSOR_COUNTS: Supported numbers of tensors outside of the transformer layers. (Each layer has 16
-            tensors.) A text encoder with another number of tensors has parts that this class does not compute.
+        REQUIRED_CONFIG: Supported values of `text_config`: `{key: the only supported value}`.
+        OTHER_TENSOR_COUNTS: Supported numbers of tensors outside of the transformer layers.
         CLEAN_TEXT: Function that cleans a text before tokenization.
-        weights: Memory-mapped weights of the model.
-        tokenizer: Tokenizer that truncates texts. It also pads them if the encoder expects texts of fixed length.
+        weights: Memory-mapped weights of the model, from `model.safetensors`.
+        tokenizer: Tokenizer that truncates texts, and pads them if the encoder needs texts of fixed length.
         layer_count: Number of transformer layers.
         head_count: Number of attention heads of each layer.
         epsilon: Small number that the layer norms add to the variance.
-        text_config: `text_config` of the model. Missing keys have the default values of the model's architecture.
+        text_config: `text_config` of the model, with default values for missing keys.
     """
 
+    # A key that is missing in `text_config` counts as supported.
     REQUIRED_CONFIG: ClassVar[dict[str, Any]] = {"model_type": "xlm-roberta", "hidden_act": "gelu", "is_decoder": False}
+    # Each transformer layer has 16 tensors. With another number of other tensors, a text encoder has parts that this
+    # class does not compute.
     OTHER_TENSOR_COUNTS: ClassVar[tuple[int, ...]] = (6, 7)
     CLEAN_TEXT: ClassVar = staticmethod(clean_text)
 
@@ -74,9 +74,8 @@ class TextTower:
             text_config: `text_config` of the model.
 
         Returns:
-            True: the tokenizer is supported and was configured. False: this class can't encode the model's texts,
-            because transformers would load a tokenizer of another class than `CapivaraTokenizer`, or because the
-            tokenizer and the model have different padding tokens.
+            True if the tokenizer was configured. False if it is not a `CapivaraTokenizer`, or its padding token differs
+            from the model's.
         """
         is_capivara = settings.get("tokenizer_class") == "CapivaraTokenizer"
         # The id of the padding token, or None if the vocabulary does not have it.
@@ -220,9 +219,8 @@ class ClipTextTower(TextTower):
             text_config: `text_config` of the model.
 
         Returns:
-            True: the tokenizer is supported and was configured. False: this class can't encode the model's texts,
-            because the tokenizer is of another class, or because settings of the tokenizer or the model are not
-            supported.
+            True if the tokenizer was configured. False if its class, its padding side, or the activation of the model
+            is not supported.
         """
         is_xlm_roberta = settings.get("tokenizer_class") in ("XLMRobertaTokenizer", "XLMRobertaTokenizerFast")
         pads_right = settings.get("padding_side", "right") == "right"
@@ -298,8 +296,7 @@ class SiglipTextTower(ClipTextTower):
             text_config: `text_config` of the model.
 
         Returns:
-            True: the tokenizer is supported and was configured. False: this class can't encode the model's texts,
-            because transformers would load a tokenizer of another class than `Siglip2Tokenizer` or `GemmaTokenizer`.
+            True if the tokenizer was configured. False if it is neither a `Siglip2Tokenizer` nor a `GemmaTokenizer`.
         """
         if settings.get("tokenizer_class") not in ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast"):
             return False
@@ -329,21 +326,18 @@ TEXT_TOWERS = {tower.__name__: tower for tower in (TextTower, ClipTextTower, Sig
 
 
 def load_numpy_text_tower_or_none(folder: str | Path) -> TextTower | None:
-    """Load the text encoder of a model in NumPy, or return None if its architecture is not implemented in NumPy.
+    """Load the text encoder of a model in NumPy, or return None if it is not implemented in NumPy.
 
-    If the result is None, the caller loads the model with transformers, which takes longer. Adapters, other encoders,
-    other tokenizers, quantized weights and weights in several files are not supported. A folder with damaged JSON files
-    counts as not supported, so that transformers loads the model and reports the error.
+    Not implemented are adapters, other architectures and tokenizers, quantized weights, and weights in several files.
 
     Args:
         folder: Folder of the model, with `config.json`, `model.safetensors` and the tokenizer files.
 
     Returns:
-        The text encoder, or None if the model is not supported.
+        The text encoder. If None, load the model with transformers, which takes longer.
 
     Raises:
-        ValueError: If the weights or the tokenizer can't be read, or a size in `config.json` is outside of the range
-            that `check_config_ranges` allows.
+        ValueError: If the weights or the tokenizer can't be read, or a size in `config.json` is out of range.
     """
     names = ("config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors")
     config_file, settings_file, tokenizer_file, weights_file = paths = [Path(folder, name) for name in names]
@@ -368,7 +362,7 @@ def load_numpy_text_tower_or_none(folder: str | Path) -> TextTower | None:
                 return None
         epsilon = np.float32(text_config["layer_norm_eps"])
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError, RecursionError):
-        return None
+        return None  # a file is damaged: transformers loads the model and reports the error
     return tower_class(weights, tokenizer, layers, heads, epsilon, text_config)
 
 

@@ -1,9 +1,8 @@
 """Watch folders of pictures and update an index within seconds of a change.
 
-The package watchfiles reports changed paths in bursts. A burst is the list of paths that have changed within one or two
-seconds; it is empty if nothing has changed. A changed file is not read immediately, because it may still be copied. The
-file has settled when its size and modification time are the same in two successive bursts. `PictureIndex.add` then
-updates only the paths that have settled.
+A changed file may still be copied, so it is read only when it has settled. A file has settled when its size and
+modification time are the same in two successive bursts. A burst is the list of paths that have changed within one or
+two seconds. It is empty if nothing has changed.
 """
 
 import logging
@@ -53,23 +52,19 @@ def watch_folders_and_iter_index_updates(
 
     Args:
         index: The PictureIndex to update.
-        named_folders: Absolute paths of the folders to watch. Empty: the folders that were added on this machine.
-        poll: True: scan the folders for changes every two seconds. False: wait for events of the operating system,
-            which report changes. None: scan only if a folder is on a network file system, which reports no events.
-        stop: Event that ends the iteration when it is set. None: only an interrupt such as Ctrl-C ends the iteration.
-        progress: Function that is called during an update with the number of processed pictures and the total number.
-            None: no function is called.
+        named_folders: Absolute paths of the folders. Empty: all folders that were added on this machine.
+        poll: True: scan the folders every two seconds. False: wait for events of the operating system. None: scan only
+            if a folder is on a network file system.
+        stop: Event that ends the iteration when it is set.
+        progress: Function that is called with the number of processed pictures and the total number.
 
     Yields:
-        One report for the initial update of all folders. Then one report per update of changed files, which happens
-        when the size and modification time of the files no longer change. If a folder becomes available or unavailable,
-        for example because a disk was mounted, all available folders are updated again, with one report.
+        One report for the first update of all folders, then one report per later update.
 
     Raises:
-        ValueError: If a folder does not exist, contains no picture, or was removed from the index by the user, at the
-            start of the iteration. If this happens later, for example because a disk was unmounted, a warning is logged
-            instead, and the index keeps its rows.
-        OSError: If the index can't be written, or there are too many folders for the operating system to watch.
+        ValueError: If a folder does not exist, contains no picture, or was removed from the index by the user. After
+            the first update, a warning is logged instead.
+        OSError: If the index can't be written, or there are too many folders to watch.
         ImportError: If watchfiles is not installed.
     """
     from watchfiles import watch  # imported late, because only `capivara watch` needs this package
@@ -120,7 +115,7 @@ def watch_folders_and_iter_index_updates(
         for changes in all_changes:
             if available_folders(folders) != followed or known_folders() != folders:
                 # The set of folders has changed, for example because a disk was mounted. The outer loop then watches
-                # the new set.
+                # the new set and updates all of its folders again.
                 break
             # The first pass of this loop updates all folders (`only_paths` is None). `watch` has already started then,
             # so that no change is missed. Later passes update only the paths that have settled.
@@ -209,8 +204,8 @@ def _find_available_folders_with_inodes(folders: Mapping[Path, str], allow_empty
 def is_network_folder(folder: Path) -> bool:
     """Return whether a folder is on a network file system, for which the operating system reports no changes.
 
-    On Linux, the answer is True for the file systems in `NETWORK_FILE_SYSTEMS`. On Windows, it is True for a path that
-    begins with two backslashes (UNC). In all other cases, it is False, also for network drives of macOS.
+    On Linux, these are the file systems in `NETWORK_FILE_SYSTEMS`. On Windows, only UNC paths are recognized, which
+    begin with two backslashes. On macOS, the answer is always False.
 
     Args:
         folder: Path of the folder.
@@ -233,16 +228,14 @@ def is_network_folder(folder: Path) -> bool:
 def keep_watch_subprocess_running(*flags: str) -> Iterator[None]:
     """Update an index in the background: run `capivara watch` in a child process during the `with` block.
 
-    If the child process ends before the block does, for example because of an error, it is started again after
-    `RESTART_DELAY_S` seconds. If this process ends, the child process ends, too.
+    If the child process ends early, it is started again after `RESTART_DELAY_S` seconds.
 
     Args:
         *flags: Command-line flags of `capivara watch`.
     """
-    # The child process is called the follower. It has its own process group, because Ctrl-C in the terminal is meant
-    # for the web page's server. But it stays in the session of the server. Linux shares the CPU equally between
-    # sessions and uses nice values only inside a session. So a follower in another session would delay the server by a
-    # second while the follower reads pictures. Windows ignores `process_group` and has a flag instead.
+    # The child process has its own process group, so that Ctrl-C in the terminal reaches only the web page's server. It
+    # stays in the server's session, because Linux ignores nice values between sessions: in another session, it would
+    # delay the server by a second while it reads pictures. Windows ignores `process_group` and has a flag instead.
     options = {"process_group": 0, "creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
     stopping, command = Event(), [sys.executable, "-c", FOLLOWER_PROGRAM, "watch", *flags]
 

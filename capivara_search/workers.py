@@ -3,9 +3,9 @@ r"""Build one index with many tasks, on this machine, a Slurm cluster or a Ray c
     python -m capivara_search.workers --where s3://bucket/fotos --folders ~/Fotos --executor slurm --tasks 100 \
         --partition gpu --time 04:00:00 --logging_dir ~/logs
 
-The picture files are divided among the tasks, which run in parallel. Each task embeds its files and writes their rows
-to the index. A final task removes the rows of deleted files and optimizes the tables. If a task is killed, the rows
-that it has written stay in the index. To index the remaining files, run the same command again.
+The tasks share the picture files, embed them in parallel and write their rows to the index. A final task removes the
+rows of deleted files and optimizes the tables. If a task is killed, its written rows stay. Run the same command again
+to index the remaining files.
 """
 
 import zlib
@@ -61,15 +61,14 @@ def add_folders_with_workers(arguments: WorkerArguments) -> bool:
     """Update an index from folders as `PictureIndex.add` does, but with several tasks that run in parallel.
 
     Args:
-        arguments: Command-line arguments. This function sets their attributes `real_paths` and `model` for the tasks.
+        arguments: Command-line arguments. Their attributes `real_paths` and `model` are set for the tasks.
 
     Returns:
-        True if all tasks have ended and the index is up to date. False if the tasks were submitted to Slurm as jobs,
-        which may still be waiting or running.
+        True if all tasks have ended and the index is up to date. False if the tasks were submitted to Slurm and may
+        still be waiting or running.
 
     Raises:
-        ValueError: If a folder does not exist, contains no picture or was removed from the index by the user. If a
-            pattern is invalid. If tasks have failed (the message lists them).
+        ValueError: If a folder or a pattern can't be used, or tasks have failed.
         OSError: If the index can't be written.
         ImportError: If datatrove is not installed.
     """

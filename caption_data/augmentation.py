@@ -1,8 +1,7 @@
 """Augment images as in the CAPIVARA paper (arXiv 2310.13683, section 4), reproducibly.
 
-An augmented copy of an image is called a view. Training makes views of its images, and so does the command
-`captions.embed`, which writes a dataset of image embeddings to train on. For the same image, seed and view number, both
-get the same view.
+An augmented copy of an image is called a view. For the same image, seed and view index, training and the command
+`captions.embed` (which embeds images in advance) make the same view.
 """
 
 from importlib.metadata import version
@@ -43,12 +42,8 @@ def describe_augmentation(seed: int) -> dict[str, Any]:
 def make_augmented_view(image: PIL.Image.Image, digest: str, view: int, seed: int) -> PIL.Image.Image:
     """Return a randomly augmented copy of an image, called a view. The same arguments give the same view.
 
-    The method is that of section 4 of the CAPIVARA paper (arXiv 2310.13683). The image is resized to 250 pixels on its
-    shorter side. A random crop with 90 to 100 % of the area is then resized to 224 x 224 pixels. Finally, AugMix, which
-    mixes several randomly distorted copies of an image, is applied with severity 2.
-
-    The random choices depend on the content of the image, given by `digest`. They do not depend on the index of its
-    row, because indices change when other rows are skipped.
+    As in the CAPIVARA paper (arXiv 2310.13683, section 4), the view is a random crop with 90 to 100 % of the area,
+    followed by AugMix with severity 2.
 
     Args:
         image: Decoded image.
@@ -61,6 +56,7 @@ def make_augmented_view(image: PIL.Image.Image, digest: str, view: int, seed: in
     """
     from torchvision.transforms import v2 as transforms
 
+    # The seed depends on the digest and not on the row index, because indices change when other rows are skipped.
     torch.manual_seed(derive_seed(seed, int(digest, 16), view))
     bicubic = transforms.InterpolationMode.BICUBIC
     image = to_8_bit(image)  # PIL's conversion to RGB would clip 16-bit images instead of scaling them

@@ -2,11 +2,10 @@
 
 `captions.embed` writes such datasets. Instead of an image, a row has these columns:
 
-- `image_embeds`: embedding of the image in float16, of unit length and shape (width,). If the dataset has several
-  augmented views of each image, the shape is (views, width).
-- `image_digest`: BLAKE2b-128 hex digest of the image file, as in `Split.image_digests`.
-- `image_encoder`: digest of the image encoder that computed the embedding, the same in all rows. It is stored in every
-  row, so that it is not lost when datasets are concatenated, filtered, or uploaded to the Hub and downloaded.
+- `image_embeds`: float16 embedding of unit length and shape (width,). If the dataset has several augmented copies
+  (views) of each image, the shape is (views, width).
+- `image_digest`: BLAKE2b-128 hex digest of the image file.
+- `image_encoder`: digest of the image encoder that computed the embedding.
 """
 
 from collections.abc import Iterable
@@ -21,6 +20,8 @@ from capivara_common.hub_cache import find_download_or_convert_model_folder
 from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_common.image_files import BadRow
 
+# Every row has the digest of the image encoder, so that it is not lost when datasets are concatenated, filtered, or
+# uploaded to the Hub and downloaded.
 EMBEDS_COLUMN, DIGEST_COLUMN, ENCODER_COLUMN = "image_embeds", "image_digest", "image_encoder"
 EMBEDS_DTYPE = "float16"
 MAX_NORM_ERROR = 0.01  # largest accepted difference between a norm and 1; float16 changes a norm by less than 0.001
@@ -32,8 +33,7 @@ def embeds_feature(width: int, views: int = 1) -> List:
 
     Args:
         width: Width of an embedding.
-        views: Number of embeddings per row. 1: a row has the embedding of the image itself. More than 1: a row has the
-            embeddings of this many views, that is, augmented copies of the image.
+        views: Number of embeddings per row, one per augmented copy (view) of the image. 1: the image itself.
 
     Returns:
         Feature (column type of `datasets`) for lists of shape (width,) or, for several views, (views, width).
@@ -45,19 +45,16 @@ def embeds_feature(width: int, views: int = 1) -> List:
 def check_embeds_columns_and_get_shape(features: Features, name: str) -> tuple[int, int]:
     """Check the columns of a dataset that has embeddings instead of images, and return the shape of the embeddings.
 
-    The three columns are `image_embeds`, `image_digest` (digest of the image file) and `image_encoder` (digest of the
-    image encoder that computed the embedding).
-
     Args:
         features: Types of the columns of the dataset.
         name: Name of the dataset for error messages.
 
     Returns:
-        The tuple (views, width): number of embeddings per row, and width of an embedding. A row has several embeddings
-        if the dataset holds several views, that is, augmented copies of each image.
+        The tuple (views, width): number of embeddings per row, and width of an embedding. `views` is more than 1 if the
+        dataset holds several augmented copies (views) of each image.
 
     Raises:
-        ValueError: If a column is missing, or the embeddings do not have the type float16 and a fixed shape.
+        ValueError: If `image_digest` or `image_encoder` is missing, or `image_embeds` is not float16 of a fixed shape.
     """
     for column in (DIGEST_COLUMN, ENCODER_COLUMN):
         if features.get(column) != Value("string"):
@@ -80,15 +77,12 @@ def check_embeds_columns_and_get_shape(features: Features, name: str) -> tuple[i
 def resolve_image_encoder_digest(model: str, fingerprint: str) -> str:
     """Return the digest that identifies the image encoder of a model.
 
-    The digest shows whether a model can use the stored embeddings of a dataset: it must be equal to the digest in the
-    dataset's column `image_encoder`. If `model` begins with "open_clip:", the digest is `fingerprint`. For any other
-    model, it is computed from the model's files, which are first downloaded and converted to transformers' format if
-    necessary.
+    A model can use the stored embeddings of a dataset if the digest is equal to the dataset's column `image_encoder`.
+    The model is downloaded and converted if necessary.
 
     Args:
         model: Folder or Hub id of a model, or "open_clip:…" for a model of open_clip.
-        fingerprint: String that identifies an open_clip model and its precision (`Embedder.fingerprint`). Ignored for
-            other models.
+        fingerprint: Digest of an open_clip model (`Embedder.fingerprint`), which is returned. Ignored for other models.
     """
     from modeling_capivara.convert_open_clip import convert_to_folder
 
@@ -104,8 +98,8 @@ def has_unit_length(vectors: np.ndarray) -> np.ndarray:
         vectors: Embeddings of shape (rows, views, width). A view is an augmented copy of an image.
 
     Returns:
-        Boolean array of shape (rows,). False if any embedding of the row does not have unit length (tolerance
-        `MAX_NORM_ERROR`), or contains NaN or infinity.
+        Boolean array of shape (rows,). False if any embedding of the row is not finite or not of unit length (tolerance
+        `MAX_NORM_ERROR`).
     """
     with np.errstate(invalid="ignore", over="ignore"):
         norms = np.linalg.norm(vectors.astype(np.float32), axis=-1)
@@ -120,8 +114,7 @@ def find_invalid_embeds(chunks: Iterable[pa.ChunkedArray], width: int) -> dict[i
         width: Width of the embeddings.
 
     Returns:
-        `{row index: description of the fault}` with an entry for each invalid row. The index is counted from 0 over all
-        chunks.
+        `{row index: description of the fault}` for each invalid row, counted from 0 over all chunks.
     """
     faults, start = {}, 0
     for chunk in chunks:
@@ -138,14 +131,13 @@ def read_row_embedding(row: dict[str, Any]) -> np.ndarray:
     """Return the stored image embedding of a dataset row, after checking it.
 
     Args:
-        row: Row with the columns `image_embeds` (the embedding) and `image_digest` (digest of the image file).
+        row: Row with the columns `image_embeds` and `image_digest` (digest of the image file).
 
     Returns:
-        float32 array of shape (width,). If the row has several views, that is, augmented copies of the image, the shape
-        is (views, width).
+        float32 array of shape (width,), or (views, width) if the row has several augmented copies (views) of the image.
 
     Raises:
-        BadRow: If the embedding is missing or not of unit length, or the digest of the image is missing.
+        BadRow: If the embedding is missing or not of unit length, or the digest is missing.
     """
     vector = np.array(row[EMBEDS_COLUMN] or [np.nan], np.float32)
     if not row[DIGEST_COLUMN] or not has_unit_length(vector.reshape(1, -1, vector.shape[-1])).all():

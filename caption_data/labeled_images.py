@@ -1,8 +1,8 @@
 """Load images with class labels for the classification benchmarks.
 
-A dataset has one of these forms: a folder with one sub-folder of images per class, a saved Hugging Face dataset, a
-folder of parquet files, a folder of WebDataset tars, or a Hub id. If its labels are numbers without class names, the
-dataset can contain a file `classnames.txt` with one class name per line.
+A dataset is a folder with one sub-folder of images per class, a saved Hugging Face dataset, a folder of parquet files
+or WebDataset tars, or a Hub id. If its labels are numbers without class names, its file `classnames.txt` can list one
+class name per line.
 """
 
 import re
@@ -38,7 +38,7 @@ class LabeledImages:
     labels: list[int] | list[list[int]]
 
     def fingerprint(self) -> str:
-        """Return a hex digest (BLAKE2b-128) of the images and labels, with which results state their data.
+        """Return a hex digest (BLAKE2b-128) that identifies the images and labels, so that results can record it.
 
         The first call reads all image files.
         """
@@ -59,31 +59,28 @@ def load_images_with_prompt_class_labels(
 ) -> LabeledImages:
     """Load the images of a classification dataset, with labels in the class order of a benchmark's prompt file.
 
-    A prompt file lists the class names and the prompts for zero-shot classification. The dataset may order its classes
-    differently, so its class names are matched with the class names of the prompt file. If the dataset has label
-    numbers but no class names, the numbers are used as indices into `class_names`.
+    A prompt file lists the class names and the prompts for zero-shot classification. The classes of the dataset are
+    matched by name. Label numbers without class names are used as indices into `class_names`.
 
     Args:
         source: Folder, glob pattern or Hub id of the dataset.
         split: Name of the split.
         class_names: English names of all classes, in the order of the prompt file.
-        image_column: Name of the image column. Default: the image column, if the dataset has exactly one.
+        image_column: Name of the image column. Default: the only image column.
         label_column: Name of the label column. Default: the first of `LABEL_COLUMNS` that exists.
-        class_indices: Classes to distinguish, as indices into `class_names`. Images of other classes are skipped. For
-            example, Babel-ImageNet translates only some of ImageNet's classes. Default: all classes.
-        image_roots: Folders outside of the dataset in which images may lie. Image paths and links to all other folders
-            are refused.
-        max_pixels: Largest number of pixels (width x height). Larger images can't be loaded and count as bad.
+        class_indices: Classes to distinguish, as indices into `class_names`. Images of other classes are skipped.
+            Default: all classes.
+        image_roots: Folders outside of the dataset in which images may lie.
+        max_pixels: Largest number of pixels (width x height). Larger images count as bad.
         limit: Number of rows to use, evenly spaced over the split. None: all rows.
 
     Returns:
-        The images with their labels. A label is the position of its class in `class_indices`. By default, it is the
-        position of the class in `class_names`.
+        The images with their labels. A label is the position of its class in `class_indices` or, by default, in
+        `class_names`.
 
     Raises:
-        ValueError: If the split or a column is missing, a label is invalid, or no image belongs to the selected
-            classes. If a class name of the dataset is missing in the prompt file, or occurs there less often; the
-            message lists these names.
+        ValueError: If the split or a column is missing, a label is invalid, no image belongs to the classes, or class
+            names can't be matched.
     """
     path = Path(source)
     tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")

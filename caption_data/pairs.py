@@ -1,9 +1,8 @@
 """Build pair tables, which tell training and evaluation which captions of each image to use and which rows to skip.
 
-A pair is an image together with the captions that a run uses. A pair table has one row for each row of a dataset split.
-A usable row has the digest of the image and the chosen captions. Any other row has the reason why it can't be used. The
-table is built in a single pass over the split, and is stored in the cache folder as an Arrow file that can be
-memory-mapped. A second run with the same data and settings therefore starts immediately.
+A pair is an image together with the captions that a run uses. A pair table has one row for each row of a dataset split:
+the digest of the image and the chosen captions, or the reason why the row can't be used. The tables are cached, so a
+second run with the same data and settings starts immediately.
 """
 
 import os
@@ -42,7 +41,7 @@ from modeling_capivara import clean_text
 PAIR_TABLE_VERSION = 2
 MAP_BATCH_ROWS = 128  # number of rows whose image files are in memory at the same time
 # The content digest of a pair table is cached only if the table has at least this many rows. For a smaller table, it
-# is computed again at every start, which takes only a second or two.
+# is computed again at every start, which takes only a second or two. For millions of rows, it takes a minute or more.
 CACHED_FINGERPRINT_ROWS = 100_000
 UNUSED_TABLE_LIFETIME_S = 30 * 24 * 3600  # a table is deleted if no run has read it for this number of seconds
 PAIR_TABLE_FEATURES = Features(
@@ -62,30 +61,27 @@ def load_or_build_pair_table(
 ) -> Dataset:
     """Choose the captions of all rows of a split and check all images, or load the result from the cache.
 
-    The result is called the pair table. It is built again if one of these changes: the rows, the image files, the rules
-    that say which images are accepted (`split.image_access`), `caption_columns`, or `settings`. In a distributed
-    launch, one process per machine builds the table while the other processes wait.
+    The result, called the pair table, is built again if the rows, the image files or the arguments change.
 
     Args:
-        split: Dataset split with images, or embeddings of images, and captions.
-        caption_columns: Names of the caption and similarity columns that `choose` reads. `choose` gets a list for each
-            of these columns: a single text becomes a list with one text, and a caption column that the split lacks
-            becomes an empty list. The split must have at least one caption column and all similarity columns.
-        choose: Function that gets a row without its image, and returns the list of captions to use. It may raise
-            ValueError.
-        settings: All settings on which the result of `choose` depends, as JSON values. They are part of the cache key,
-            so that changed settings give a new table.
+        split: Dataset split with captions, and with images or embeddings of images.
+        caption_columns: Names of the caption and similarity columns that `choose` reads. The split must have all
+            similarity columns and at least one caption column.
+        choose: Function that gets a row without its image, and returns the list of captions to use. Each column in
+            `caption_columns` is a list; a missing one is empty. The function may raise ValueError.
+        settings: All settings on which the result of `choose` depends, as JSON values for the cache key.
 
     Returns:
         A table with one row for each row of the split, and these columns:
             row: Index of the row in the split.
-            digest: BLAKE2b-128 hex digest of the image file; "" if the row can't be used.
-            captions: List of the chosen captions; empty if the row can't be used.
-            reason: Why the row can't be used, as in `SkippedRow`; "" if it can be used.
-            detail: Description of the problem; "" if the row can be used.
+            digest: BLAKE2b-128 hex digest of the image file.
+            captions: List of the chosen captions.
+            reason: Why the row can't be used, as in `SkippedRow`; "" for a usable row.
+            detail: Description of the problem; "" for a usable row.
+        For an unusable row, `digest` is "" and `captions` is empty.
 
     Raises:
-        ValueError: If the split lacks a required column. The message lists the columns of the split.
+        ValueError: If the split lacks a required column.
     """
     split.check_columns([split.image_column, *find_missing_columns(caption_columns, split.columns)])
 
@@ -139,17 +135,14 @@ def load_or_build_pair_table(
 def find_missing_columns(columns: Sequence[str], present: Iterable[str]) -> list[str]:
     """Return the names of the columns that are needed to choose captions, but that a dataset lacks.
 
-    At least one of the caption columns in `columns` is required, such as `captions-pt` or `generated-captions-pt`. All
-    columns of similarities in `columns` are required.
+    All similarity columns in `columns` are needed. Of the caption columns, such as `captions-pt`, any one suffices.
 
     Args:
-        columns: Names of the columns that the caption strategy reads. A caption strategy is a rule that selects some
-            captions of a row.
+        columns: Names of the columns that the caption strategy (rule that chooses captions of a row) reads.
         present: Names of the columns that the dataset has.
 
     Returns:
-        Names of the missing columns, in the order of `columns`. If the dataset has no caption column at all, all
-        caption columns are listed. Empty if nothing required is missing.
+        Names of the missing columns, in the order of `columns`. All caption columns are listed if the dataset has none.
     """
     caption_columns = [name for name in columns if not SIMILARITY_COLUMN_RE.fullmatch(name)]
     optional = set() if set(caption_columns).isdisjoint(present) else set(caption_columns)
@@ -170,11 +163,11 @@ def filter_usable_rows(table: Dataset) -> Dataset:
 def list_skipped_rows_and_damaged_archives(table: Dataset, split: Split) -> list[SkippedRow]:
     """List all rows of a dataset split that can't be used, to report them to the user.
 
-    The list has one entry for each unusable row of the pair table, followed by one entry for each damaged tar or JSON
-    Lines file. The entry of a damaged file stands for all rows of the file that can't be read.
+    The unusable rows of the pair table come first. Then comes one entry for each damaged tar or JSON Lines file, which
+    stands for all its unreadable rows.
 
     Args:
-        table: Pair table from `load_or_build_pair_table`, which has one row for each row of the split.
+        table: Pair table from `load_or_build_pair_table`.
         split: Split from which the table was built.
     """
     invalid = table.select(np.flatnonzero(pc.not_equal(table.data.column("reason"), "")))
@@ -186,14 +179,12 @@ def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float)
     """Stop a run if too many rows of a dataset split are bad, that is, have a missing or invalid image or caption.
 
     Args:
-        skipped: All skipped rows of the split. Rows with the reason "not chosen" do not count as bad, because their
-            data is valid.
+        skipped: All skipped rows of the split. Rows with the reason "not chosen" are valid and don't count as bad.
         total: Number of rows in the split.
         max_bad_share: Largest accepted share of bad rows, from 0 to 1.
 
     Raises:
-        ValueError: If the share of bad rows is larger than `max_bad_share`. The message states the number of rows for
-            each reason, and describes the first three bad rows.
+        ValueError: If the share is larger. The message counts the reasons and describes the first three bad rows.
     """
     bad = [row for row in skipped if row.reason != NOT_CHOSEN]
     share = len(bad) / max(total, 1)
@@ -211,12 +202,10 @@ def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float)
 def load_or_compute_pair_content_digest(pairs: Dataset) -> str:
     """Return a digest that identifies the images and captions of a run, for example to record the data of a result.
 
-    The digest depends on the order of the rows, but not on the paths of the image files. The digest of a large table is
-    stored in the cache, because computing it for millions of rows takes a minute or more.
+    The digest depends on the order of the rows, but not on the paths of the image files.
 
     Args:
-        pairs: Pair table from `load_or_build_pair_table`, or rows selected from it. A pair table has the image digest
-            and the chosen captions of each row.
+        pairs: Pair table from `load_or_build_pair_table`, or rows selected from it.
 
     Returns:
         BLAKE2b-128 hex digest.

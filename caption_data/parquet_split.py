@@ -1,8 +1,7 @@
 """Read the rows of parquet datasets directly from their files, and compute a digest that detects changed files.
 
-By default, `open_split` copies parquet files to the cache of the library `datasets`, where random access is fast. The
-commands of the caption pipeline `captions` read each file only once and in order, so a copy would waste time and disk
-space. They use `open_in_place` instead, which reads the original files.
+The commands of the caption pipeline `captions` read each file once and in order, so they open datasets with
+`open_in_place`. In contrast to `open_split`, it does not copy the files to the cache of the library `datasets`.
 """
 
 import bisect
@@ -29,8 +28,8 @@ SAMPLE_COUNT, SAMPLE_BYTES = 64, 4096
 class ParquetSplit(Split):
     """A dataset split that reads its parquet files directly, a few rows at a time, instead of copying them to a cache.
 
-    Reading rows in order is fast, but random access is slow. Opening the split reads only the metadata of the files, so
-    an error in damaged rows is raised only when these rows are read. `open_in_place` creates such a split.
+    `open_in_place` creates such a split. Reading rows in order is fast, but random access is slow. Damaged rows raise
+    an error only when they are read.
 
     Raises:
         ValueError: If a file is damaged, or the files have different columns or types.
@@ -104,15 +103,15 @@ open_in_place = partial(open_split, parquet_type=ParquetSplit)
 def compute_split_content_digest(source: Split) -> str:
     """Return a digest of the files of a dataset split, so that changed data can be detected.
 
-    The digest covers the name, size and content of each file, but not its folder. To save time, only `SAMPLE_COUNT`
-    samples of `SAMPLE_BYTES` bytes each are read from a large data file, so a small change in it may go unnoticed.
+    The digest covers the name, size and content of each file, but not its folder. Large data files are only sampled, so
+    a small change in them may go unnoticed.
 
     Args:
         source: The split.
 
     Returns:
-        A BLAKE2b-128 hex digest. For a saved dataset or a dataset of the Hub, the fingerprint that the library
-        `datasets` has computed.
+        A BLAKE2b-128 hex digest. For a saved dataset or a dataset of the Hub: the fingerprint of the library
+        `datasets`.
     """
     if not source.paths:
         return str(source.data._fingerprint)

@@ -4,12 +4,10 @@ A row of a caption dataset is a dict with these keys:
 
 - `captions-<language>`: list of the original captions.
 - `generated-captions-<language>`: list of the captions that a model wrote.
-- `similarities-<language>`: list with one cosine similarity for each caption, between the embedding of the image and
-  the embedding of the caption. They are computed with the base model (the model before fine-tuning). The original
-  captions come first, then the generated captions.
+- `similarities-<language>`: list with the cosine similarity between the image and each caption, first for the original
+  captions, then for the generated captions.
 
-A caption strategy is a rule that selects some captions of a row, for example the captions most similar to the image.
-The strategies and their constants come from CAPIVARA, arXiv 2310.13683.
+A caption strategy is a rule that selects some captions of a row. The strategies come from CAPIVARA, arXiv 2310.13683.
 """
 
 import json
@@ -27,6 +25,7 @@ from capivara_common.cli import check_at_least, check_between, flag
 from capivara_common.files import write_text
 from capivara_common.image_files import BadRow
 
+# The similarities in a row are computed with the base model, that is, the model before fine-tuning.
 CAPTIONS_FEATURE = List(Value("string"))
 SIMILARITIES_FEATURE = List(Value("float32"))
 # Names of caption columns, such as "captions-pt" and "generated-captions-pt" in the datasets of the CAPIVARA authors.
@@ -50,15 +49,12 @@ TOKEN_PATTERN = r"[^\s!-/:-@\[-`{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u0964\u0965\u2
 class SkippedRow:
     """A dataset row that a command skipped, with the reason. Commands write these rows to the file `skipped.jsonl`.
 
-    A row is skipped if it can't be used, or if none of its captions was chosen. One object with the reason "damaged
-    archive" stands for all unreadable rows of a damaged tar or JSON Lines file.
-
     Attributes:
         source: Path, glob pattern or Hub id of the dataset.
         split: Name of the split.
-        row: Index of the row in the split. For a damaged archive: number of rows in the split before the damage.
-        reason: "not chosen", "no image", "unreadable image", "absurd image size", "invalid embedding", "no caption" or
-            "damaged archive".
+        row: Index of the row in the split. For a damaged archive: number of rows before the damage.
+        reason: "not chosen", "no image", "unreadable image", "absurd image size", "invalid embedding" or "no caption".
+            "damaged archive" stands for all unreadable rows of a tar or JSON Lines file.
         detail: Description of the problem for the user.
     """
 
@@ -72,19 +68,19 @@ class SkippedRow:
 def convert_to_caption_list(value: Any, column: str) -> list[str]:
     """Convert the value of a caption column, which may be a text or a list, to a list of valid texts.
 
-    Each caption keeps its position, because the list of similarities has the same order. Lone surrogates (halves of a
-    UTF-16 pair) are replaced by "?": JSON can contain them, but tokenizers and Arrow files do not accept them.
+    Lone surrogates (halves of a UTF-16 pair) are replaced by "?".
 
     Args:
         value: Value of the column in one row: a text, a list whose entries are texts or None, or None.
         column: Name of the column, for the error message.
 
     Returns:
-        One text per caption. A caption that is None becomes "". The list is empty if `value` is None or "".
+        One text per caption, in order; "" for a caption that is None. The list is empty if `value` is None or "".
 
     Raises:
         BadRow: If the value has another type.
     """
+    # No caption is left out, because the list of similarities has the same order.
     values = [value] if isinstance(value, str) else value or []
     if not isinstance(values, list) or any(not isinstance(text, str | None) for text in values):
         raise BadRow("no caption", f"{column!r} must hold a list of texts, got {value!r}")
@@ -125,14 +121,9 @@ def write_skipped_rows(path: Path, skipped: list[SkippedRow]) -> None:
 class CaptionChoice:
     """Command-line arguments that choose captions of an image; shared by all commands that select captions.
 
-    The help text of `caption_strategy` describes the strategies. The strategy `diverse` avoids captions that say the
-    same. It works in these steps:
-
-    1. Take the captions that the strategy `threshold` would choose, from the most to the least similar to the image.
-    2. Keep a caption if it shares few words with each caption kept so far: the cosine of their TF-IDF vectors must be
-       at most `max_overlap`. Otherwise drop it.
-    3. If fewer than `min_kept` captions are kept, add the dropped captions that are most similar to the image, up to
-       `min_kept` captions in total.
+    The help text of `caption_strategy` describes the strategies. `diverse` takes the captions of `threshold`, from the
+    most to the least similar to the image, and drops a caption that shares too many words with those taken before. At
+    least `min_kept` captions are kept.
     """
 
     caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(
@@ -168,8 +159,7 @@ class CaptionChoice:
     def strategy_columns(self, language: str) -> list[str]:
         """Return the names of the dataset columns that the caption strategy reads.
 
-        The caption strategy is the rule that chooses captions of an image. If the filter
-        `min_pair_similarity` is set, it needs the column `similarities-<language>`, which callers must add.
+        If the filter `min_pair_similarity` is set, callers must add the column `similarities-<language>`.
 
         Args:
             language: Language code at the end of the column names, such as "pt" for the column `captions-pt`.
@@ -184,24 +174,15 @@ class CaptionChoice:
     def choose_captions(self, row: dict, language: str) -> list[str]:
         """Choose the captions of one dataset row that training or evaluation uses, by the values of the flags.
 
-        First, the pair filter rejects the whole row if the similarity of its first original caption is below
-        `min_pair_similarity`. Then `caption_strategy` selects and orders the captions. If the same caption occurs
-        several times, it is returned once. The strategies are:
-
-        - `none` (only original captions), `first` (original captions and the first generated captions) and `all`
-          (original and generated captions) keep the order of the row. Generated captions follow the original captions.
-        - `rank`, `threshold` and `diverse` select captions by similarity, and return the highest similarity first.
-          Captions with equal similarities keep the order of the row, and captions without a similarity (NaN or None)
-          come last.
-
         Args:
             row: A row with the columns of `strategy_columns(language)`. If `min_pair_similarity` is set, it must also
                 have the column of similarities.
             language: Language code at the end of the column names.
 
         Returns:
-            The captions in the order of the strategy. Empty if no caption passes, or if the similarity of the first
-            original caption is below `min_pair_similarity`.
+            The distinct captions. The strategies `rank`, `threshold` and `diverse` put the most similar caption first.
+            The others keep the order of the row, with generated captions last. Empty if no caption passes, or the row
+            is below `min_pair_similarity`.
 
         Raises:
             ValueError: If a column is missing, or the number of similarities differs from the number of captions.

@@ -1,26 +1,15 @@
 """Open caption datasets of all supported file formats in the same way: as a `Split`, which gives access to the rows.
 
-The main function is `open_split`. An image is decoded only when it is needed. A dataset has one of these forms:
+The main function is `open_split`. A dataset has one of these forms:
 
 - a saved `DatasetDict`;
 - a folder of parquet files;
-- folders of images with a `metadata.jsonl` or `metadata.csv`. Its column `file_name` is the path of the image. A
-  caption column may hold a single text, which becomes a list with one caption;
-- WebDataset tars in the layout of the CAPIVARA authors, with one image (`jpg` or `png`) and one `json` per sample;
+- folders of images with a `metadata.jsonl` or `metadata.csv`, whose column `file_name` is the path of the image;
+- WebDataset tars with one image and one `json` per sample;
 - a Hub id.
 
-Parquet files and datasets of the Hub are copied to the cache of `datasets`, which memory-maps the copies. Tars and
-image folders are read in place: the cache holds only a table of their rows, which is built again if the size or the
-modification time of a file changes. For security, no archive is extracted and no pickle file is loaded.
-
-The names of files and folders determine to which split a file belongs:
-
-- If a folder above the file has the name of a split, the file belongs to this split. The innermost such folder counts.
-- Otherwise, the start of the file name counts, for example `test-0001.parquet`.
-- If no folder and no file has the name of a split, all files belong to "train", as on the Hub. The dataset then has no
-  "test" split, so that a model is never evaluated on its training data by mistake.
-
-Names of splits are `SPLIT_NAMES` and the name of the requested split.
+A file belongs to the split that its folder or the start of its name states, for example `test-0001.parquet`. If no name
+states a split, all files belong to "train".
 """
 
 import glob
@@ -54,7 +43,8 @@ from caption_data import embedded
 from caption_data.rows import SkippedRow
 from caption_data.tars_and_image_folders import load_rows_and_list_damaged_files
 
-# Regular expressions for the file names of each supported form. All files of a dataset must have the same form.
+# Regular expressions for the file names of each supported form. All files of a dataset must have the same form. For
+# security, no archive is extracted and no pickle file is loaded.
 FILE_FORM_PATTERNS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$", r"^metadata\.csv$")
 # Names of splits that are recognized in the names of files and folders.
 SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
@@ -81,10 +71,10 @@ class Split:
         name: Path, glob pattern or Hub id of the dataset.
         split: Name of the split.
         image_column: Name of the image column.
-        data: The rows as a `datasets.Dataset`. None in subclasses that read the rows without the library `datasets`.
-        image_access: Rules for the image files: folders in which they may lie, and largest number of pixels.
+        data: The rows. None in subclasses that read the rows without the library `datasets`.
+        image_access: Folders in which image files may lie, and largest number of pixels.
         paths: Files that hold the rows. Empty for a saved `DatasetDict` and for a dataset of the Hub.
-        damaged_archives: One entry for each damaged tar or JSON Lines file. The split lacks the rows after the damage.
+        damaged_archives: One entry for each damaged tar or JSON Lines file, whose rows after the damage are missing.
     """
 
     name: str
@@ -182,31 +172,22 @@ class Split:
     def embeds_shape(self) -> tuple[int, int]:
         """Number and width of the embeddings in each row, as a tuple (views, width).
 
-        Only for a split with embeddings instead of images. If `views` is 1, a row has the embedding of the image
-        itself. If `views` is larger, a row has the embeddings of this many views, that is, augmented copies of the
-        image. `width` is the number of dimensions of an embedding.
+        Only for a split with embeddings instead of images. `views` is 1 if a row has the embedding of the image itself.
+        Otherwise it is the number of augmented copies (views) of the image.
         """
         return embedded.check_embeds_columns_and_get_shape(self.features, self.display_name)
 
     def check_embeds(self, model: str, width: int, fingerprint: str = "", views: int = 1) -> None:
         """Check that a model can use the stored embeddings of this split instead of running its own image encoder.
 
-        The split must have embeddings instead of images. The model can use the embeddings only if its own image encoder
-        has computed them.
-
         Args:
             model: Folder or Hub id of the model, or "open_clip:…" for a model of open_clip.
             width: Number of dimensions of the model's embeddings.
             fingerprint: String that identifies an open_clip model (`Embedder.fingerprint`). Ignored for other models.
-            views: Number of augmented copies (views) of each image whose embeddings are needed. 1: the embedding of the
-                unchanged image is needed.
+            views: Number of augmented copies (views) of each image that are needed. 1: the unchanged image is needed.
 
         Raises:
-            ValueError: In one of these cases:
-                - Another image encoder has computed some of the embeddings. The message contains the digests of the
-                  image encoders.
-                - The embeddings do not have the width of the model's embeddings.
-                - The split lacks the needed views.
+            ValueError: If another image encoder has computed the embeddings, their width differs, or views are missing.
         """
         self.check_views(views)
         encoders, encoder = sorted(self.image_encoders), embedded.resolve_image_encoder_digest(model, fingerprint)
@@ -224,14 +205,11 @@ class Split:
             )
 
     def check_views(self, views: int) -> None:
-        """Check that a split with stored embeddings has the embeddings of all views that the caller needs.
-
-        A view is an augmented copy of an image. It can't be made from an embedding, so its embedding must be stored.
+        """Check that this split has embeddings of all views (augmented copies of each image) that the caller needs.
 
         Args:
-            views: Number of views that the caller needs. 1: the caller needs the embedding of each image itself. More
-                than 1: the caller needs the embeddings of this many views. 0: the caller needs a new view in each
-                training step. The check then always fails, because stored embeddings can't provide new views.
+            views: Number of needed views. 1: the embedding of each image itself is needed. 0: a new view is needed in
+                each training step, which stored embeddings never provide.
 
         Raises:
             ValueError: If the split does not have these views.
@@ -277,8 +255,8 @@ class Split:
             rows: Indices of the rows.
 
         Returns:
-            Iterator over the images, in the order of `rows`. A missing or invalid image does not end the iteration: a
-            `BadImage` error takes its place. The text of this error does not show the folder of the image file.
+            Iterator over the images, in the order of `rows`. A `BadImage` error, which does not show the folder of the
+            file, takes the place of a missing or invalid image.
         """
         return image_files.decode_row_images(
             rows, lambda row: self.data[row][self.image_column], self.image_access, self.describe_image_error
@@ -288,9 +266,9 @@ class Split:
     def image_digests(self) -> list[str]:
         """Hex digests (BLAKE2b-128) that identify the content of the image files, one digest per row.
 
-        The first access reads all image files. If an image is missing or invalid, its entry is the digest of the error
-        message. If the split has embeddings instead of images, the digests are read from its column `image_digest`, and
-        the entry of a row without a digest is "".
+        The first access reads all image files. The entry of a missing or invalid image is the digest of the error
+        message. If the split has embeddings, the digests are read from its column `image_digest`; a missing digest is
+        "".
         """
         if self.is_embedded:
             return [digest or "" for chunk in self.iter_column(embedded.DIGEST_COLUMN) for digest in chunk.to_pylist()]
@@ -326,32 +304,25 @@ def open_split(
     max_pixels: int = ImageAccess.max_pixels,
     parquet_type: type[Split] | None = None,
 ) -> Split:
-    """Open one split of a dataset, in any of the supported file formats.
+    """Open one split of a dataset: a saved `DatasetDict`, parquet files, image folders, WebDataset tars, or a Hub id.
 
-    The dataset can be a saved `DatasetDict`, a folder of parquet files, folders of images with a `metadata.jsonl` or
-    `metadata.csv`, WebDataset tars, or a Hub id. A dataset can have precomputed image embeddings instead of images (see
-    `caption_data.embedded`). The column `image_embeds` then takes the place of the image column.
+    If the dataset has precomputed image embeddings, the column `image_embeds` takes the place of the image column.
 
     Args:
         dataset: Folder, file, glob pattern or Hub id.
         split: Name of the split.
-        image_column: Name of the image column. For tars and image folders, which have no such column, this is the name
-            that the image column gets.
-        image_roots: Folders outside of the dataset in which images may lie. Image paths and links to all other folders
-            are refused.
-        max_pixels: Largest number of pixels (width x height). Larger images can't be loaded and count as bad.
+        image_column: Name of the image column. Tars and image folders have no such column, so it gets this name.
+        image_roots: Folders outside of the dataset in which images may lie.
+        max_pixels: Largest number of pixels (width x height). Larger images count as bad.
         parquet_type: Subclass of `Split` that reads parquet files in place, such as `ParquetSplit`. None: the library
-            `datasets` copies the parquet files to its cache and reads the copies.
+            `datasets` copies the files to its cache.
 
     Returns:
         The split, with at least one row.
 
     Raises:
-        ValueError: In one of these cases:
-            - The dataset or the split does not exist (the message lists the existing splits), or the split is empty.
-            - A tar is compressed, or a link leads out of the dataset.
-            - A saved or parquet dataset refers to bytes in tar files instead of containing its images.
-            - The caption pipeline `captions` has not finished writing the dataset.
+        ValueError: If the split is missing or empty, or the dataset is unfinished or can't be read. The message names
+            the cause.
     """
     path, paths, damages, data = Path(dataset), [], [], None
     check_stage_is_finished(path)
@@ -364,6 +335,8 @@ def open_split(
     else:
         paths, allowed_folders = _find_split_files_and_allowed_folders(dataset, split, image_roots)
         if paths[0].suffix != ".parquet":
+            # Tars and image folders are read in place. The cache holds only a table of their rows, which is built again
+            # if the size or the modification time of a file changes.
             data, damages = _call_loader(dataset, load_rows_and_list_damaged_files, paths, image_column)
         elif parquet_type is None:
             data = load_listed_files("parquet", paths, dataset)
@@ -409,13 +382,9 @@ def list_splits(dataset: str) -> list[str]:
 def count_missing_stage_rows_and_get_command(folder: Path) -> tuple[int, str]:
     """Count the rows that are missing from an output folder of the caption pipeline, and return the command for them.
 
-    The caption pipeline `captions` consists of stages, for example translation. A stage is one command, which writes
-    its output as several parquet files. The name of each file states which rows it contains, so the written rows are
-    counted without opening the files.
-
     Args:
-        folder: Output folder of a stage. It contains the file `stage.json`, which states the command and the number of
-            input rows.
+        folder: Output folder of a stage, that is, a command of the pipeline, such as translation. Its file `stage.json`
+            states the command and the number of input rows.
 
     Returns:
         The tuple (number of missing rows, shell command that writes the missing rows).
@@ -434,14 +403,13 @@ def count_missing_stage_rows_and_get_command(folder: Path) -> tuple[int, str]:
 
 
 def check_stage_is_finished(folder: Path) -> None:
-    """Check that a dataset folder is complete, if a stage of the caption pipeline `captions` has written it.
+    """Check that a dataset folder is complete, if a stage (command) of the caption pipeline `captions` has written it.
 
-    A stage is one command, such as translation. It writes a folder with a file `stage.json`. A folder without this file
-    was not written by a stage, and is accepted.
+    A folder without the file `stage.json` was not written by a stage, and is accepted.
 
     Raises:
-        ValueError: If rows are missing from the folder. The message contains the command that writes them. If the file
-            `stage.json` is damaged.
+        ValueError: If rows are missing, or `stage.json` is damaged. The message contains the command that writes the
+            rows.
     """
     missing, command = count_missing_stage_rows_and_get_command(folder) if (folder / STAGE_FILE).is_file() else (0, "")
     if missing > 0:
@@ -458,12 +426,10 @@ def disable_decoding(data: Dataset, image_column: str) -> Dataset:
 
     Args:
         data: The dataset.
-        image_column: Name of the image column. If it holds plain bytes or paths, it becomes a column of undecoded
-            images.
+        image_column: Name of the image column, which may hold images, bytes or paths.
 
     Returns:
-        The same rows. The value of an undecoded image is `{"bytes": content of the file or None, "path": path or
-        None}`.
+        The same rows, with each image as `{"bytes": content of the file or None, "path": path or None}`.
     """
     plain = Features({name: _without_decoding(feature) for name, feature in data.features.items()})
     if isinstance(plain.get(image_column), Value):  # parquet files of other programs hold plain bytes or paths
@@ -521,9 +487,6 @@ def _find_split_files_and_allowed_folders(
 def load_listed_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset:
     """Load exactly the given data files with the library `datasets`, and no other files.
 
-    `datasets` gets a list of the files instead of their folder. From a folder, it would also read the README, which may
-    name any other file or URL.
-
     Args:
         form: Name of a loader of `datasets`, for example "parquet" or "imagefolder".
         paths: Files to load.
@@ -535,6 +498,7 @@ def load_listed_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset
     Raises:
         ValueError: If a file can't be loaded, or parquet files are too large after decoding.
     """
+    # `datasets` gets a list of files. From a folder, it would also read the README, which may name any file or URL.
     names = {"train": [glob.escape(str(path)) for path in paths]}
     try:
         return _call_loader(dataset, _load_dataset_with_size_check, form, data_files=names, split="train")
@@ -619,10 +583,10 @@ def check_paths_and_load_saved_dataset(folder: Path, image_roots: Sequence[Path]
 
     Args:
         folder: Folder of the dataset.
-        image_roots: Other allowed folders. Arrow files of the dataset may be links to files in them.
+        image_roots: Other allowed folders, to which Arrow files of the dataset may be links.
 
     Raises:
-        ValueError: If a link or path leads out of `folder` and `image_roots`, or the dataset can't be loaded.
+        ValueError: If a link or path leads out of the allowed folders, or the dataset can't be loaded.
     """
     check_folder_for_outside_links_and_pipes(folder)
     allowed_folders = AllowedFolders(folder, image_roots)
@@ -645,8 +609,8 @@ def check_paths_and_load_saved_dataset(folder: Path, image_roots: Sequence[Path]
 def get_allowed_folders_of_dataset(dataset: str, image_roots: Sequence[Path] = ()) -> AllowedFolders:
     """Return the folders from which files of a dataset may be read; paths to all other folders are refused.
 
-    Files may be read from the folder of the dataset, the folders `image_roots`, and the folder into which the library
-    `datasets` unpacks archives. For a Hub id, the folder of the dataset is its folder in the Hub's cache.
+    They are the folder of the dataset (for a Hub id, in the Hub's cache), `image_roots`, and the folder into which the
+    library `datasets` unpacks archives.
 
     Args:
         dataset: Folder or Hub id of the dataset.
@@ -661,13 +625,13 @@ def select_split(splits: dict[str, Any], dataset: str, split: str, hint: str = "
     """Return the value of one split from a dict of splits, or raise an error that lists the existing splits.
 
     Args:
-        splits: `{split name: value}`, for example a `DatasetDict`, whose values are datasets.
+        splits: `{split name: value}`, for example a `DatasetDict`.
         dataset: Name of the dataset for the error message.
         split: Name of the requested split.
         hint: Advice at the end of the error message.
 
     Raises:
-        ValueError: If the split does not exist. The message lists the existing splits.
+        ValueError: If the split does not exist.
     """
     if split not in splits:
         raise ValueError(f"{dataset} has no split {split!r}; its splits are {sorted(splits)}.{hint}")
@@ -680,14 +644,13 @@ def open_parquet(path: str | Path, hint: str = "") -> Iterator[pq.ParquetFile]:
 
     Args:
         path: Path of the file.
-        hint: Advice to the user, added to the end of the error message. It must begin with a blank or punctuation.
+        hint: Advice at the end of the error message. It must begin with a blank or punctuation.
 
     Yields:
         The opened file.
 
     Raises:
-        ValueError: If the file is missing or damaged. If only some rows are damaged, the error is raised when the
-            `with` block reads these rows.
+        ValueError: If the file is missing or damaged, also if the `with` block reads a damaged row.
     """
     try:
         with pq.ParquetFile(path) as file:
@@ -803,6 +766,8 @@ def _group_by_split(root: Path, files: list[Path], split: str) -> dict[str, list
         stated = [folder for folder in reversed(folders) if folder in split_names] + name_starts
         other = folders[-1] if folders else re.split(r"[\W\d_]", name)[0]
         by_split.setdefault(stated[0] if stated else other, []).append(file)
+    # As on the Hub, such a dataset has no split "test", so that a model is never evaluated on its training data by
+    # mistake.
     if by_split.keys().isdisjoint(split_names):
         return {root.name if root.name in split_names else "train": files}
     return by_split

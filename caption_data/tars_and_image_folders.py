@@ -1,9 +1,8 @@
 """Read datasets that are WebDataset tars or image folders with a metadata file, without copying their images.
 
-`caption_data.sources.open_split` calls this module to build one table of rows per split. The table has the columns of
-the JSON or CSV files. It also has an image column, with the path of each image or, for an image in a tar, its offset
-and size in the tar. The image bytes stay in the original files, and are read when an image is needed. The table is
-stored in the cache of the library `datasets`, and is built again if one of the files changes.
+A dataset becomes a table with the columns of its JSON or CSV files, and a column with the position of each image: its
+path or, in a tar, its offset and size. The table is cached until a file changes. The image bytes stay in the original
+files.
 """
 
 import csv
@@ -44,22 +43,20 @@ ARCHIVE_FIELDS = {"archive": Value("string"), "offset": Value("int64"), "size": 
 def load_rows_and_list_damaged_files(paths: list[Path], image_column: str) -> tuple[Dataset, list[tuple[int, str]]]:
     """Load the rows of tars or image folders into one table, and list the files that are damaged.
 
-    The table has the columns of the JSON or CSV files, and an image column with the path of each image or its position
-    in a tar. Column types are inferred from the first `SCHEMA_SAMPLE_ROWS` rows. A value of another type is replaced by
-    None.
+    The first rows determine the column types. A value of another type becomes None.
 
     Args:
-        paths: Files of one form: uncompressed tars, `metadata.jsonl` files or `metadata.csv` files.
-        image_column: Name of the image column in the table.
+        paths: Only uncompressed tars, only `metadata.jsonl` files or only `metadata.csv` files.
+        image_column: Name of the image column, which has the path of each image or its position in a tar.
 
     Returns:
-        The tuple (table, damages). The list `damages` has one tuple (row, description of the damage) for each damaged
-        file. `row` says where rows are missing in the table: it is the number of table rows before the damage.
+        The tuple (table, damages). For each damaged file, `damages` has a tuple (number of table rows before the
+        damage, description).
 
     Raises:
-        ValueError: If a CSV file has an error. If a tar is compressed, because images in a compressed tar can't be read
-            by their offset.
+        ValueError: If a tar is compressed, or a CSV file has an error.
     """
+    # Images in a compressed tar can't be read by their offset.
     if compressed := [path for path in paths if path.suffix not in (".tar", *METADATA_SUFFIXES)]:
         raise ValueError(
             f"{compressed[0]} is compressed; only uncompressed tars can be read. Decompress it to a .tar file."

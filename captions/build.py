@@ -6,14 +6,12 @@
     python -m captions.build … --executor slurm --tasks 400 --partition gpu --gpus_per_task 1 --time 04:00:00
     python -m captions.build … --executor ray --tasks 64 --gpus_per_task 1
 
-A stage is one step of a build. There are five kinds of stages, which run in this order: generate captions, translate
-them, score them against their images, select the best, and replace the images by embeddings. A stage runs only if the
-config has a section for it. Each stage writes the folder OUTPUT/<number>-<stage>/<split>. The rows of the last stage
-are written to OUTPUT/dataset, as parquet files with a dataset card. The flag --without_images adds the stage that
-replaces the images by embeddings, so that the dataset can be published without its images.
+The stages (steps) are: generate captions, translate them, score them against their images, select the best, and replace
+the images by embeddings. A stage runs only if the config has a section for it. It writes to
+OUTPUT/<number>-<stage>/<split>. The built dataset, parquet files with a dataset card, is in OUTPUT/dataset.
 
 To continue an interrupted build, run the same command again. docs/how-to/your_language.md describes the config, and
-docs/how-to/cluster.md describes how to run a build on a cluster (--executor).
+docs/how-to/cluster.md describes --executor.
 """
 
 import itertools
@@ -121,16 +119,14 @@ class BuildArguments(ExecutorArguments):
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """Everything that a build will do: the stages to run for each split, and the values for the dataset card.
-
-    A stage is one step of the build, for example the translation of the captions.
+    """Everything that a build will do: the stages (steps) to run for each split, and the values for the dataset card.
 
     Attributes:
-        steps: Dict `{split name: list}`. The list has one object per stage, in the order in which the stages run. The
-            object holds the flags of the stage, and has the methods that run it.
+        steps: Dict `{split name: stages}`. The stages are in the order in which they run, each as an object with its
+            flags and methods.
         output: Folder of the build, which contains the folders of all stages.
         language: Language code of the captions.
-        card: Section `card` of the config. It states what the program can't find out, such as the license.
+        card: Section `card` of the config, for example with the license.
         dataset: Folder of the built dataset.
     """
 
@@ -161,16 +157,15 @@ def read_build_plan(
     without_images: bool = False,
     **overrides: str | Path | None,
 ) -> BuildPlan:
-    """Read the YAML config of a build, and determine which stages to run for each split.
+    """Read the YAML config of a build, and determine which stages (steps) to run for each split.
 
     Args:
         config: YAML file with the keys `CONFIG_KEYS` and one section per stage.
-        executor_flags: Dict `{flag name: value}` with flags of `ExecutorArguments`, which choose where the processes of
-            all stages run, for example on Slurm. Flags in the config's section of a stage take precedence.
-        without_images: True: the built dataset has embeddings instead of images; if the config has no stage `embed`,
-            the function adds it. False: only the config decides.
-        **overrides: Values that replace the config's value of the same key, for example `language="pt"`. None keeps the
-            value of the config.
+        executor_flags: Flags of `ExecutorArguments` for all stages, as a dict `{name: value}`. Flags in the config take
+            precedence.
+        without_images: Replace the images by embeddings, even if the config has no stage `embed`.
+        **overrides: Values that replace the config's value of the same key, for example `language="pt"`. None has no
+            effect.
 
     Returns:
         The plan of the build.
@@ -352,7 +347,7 @@ def _check_keys(content: dict[str, Any], known: Sequence[str], where: str) -> No
 
 
 def build_dataset(args: BuildArguments) -> Path | None:
-    """Build a caption dataset: run all stages that are not complete, and write the dataset.
+    """Build a caption dataset: run all stages (steps) that are not complete, and write the dataset.
 
     Args:
         args: Command-line arguments.
@@ -362,10 +357,9 @@ def build_dataset(args: BuildArguments) -> Path | None:
 
     Raises:
         ManualStepRequired: If people must first fill a translation table.
-        ValueError: If the config is invalid. If the output folder of a stage was made with other settings. If tasks
-            failed.
-        ImportError: If a stage needs a package that is not installed.
-        OSError: If the disk is full. The same command can be run again to continue.
+        ValueError: If the config is invalid, existing output was made with other settings, or tasks failed.
+        ImportError: If a package is missing.
+        OSError: If the disk is full.
     """
     overrides = {name: getattr(args, name) for name in REQUIRED_KEYS}
     try:
@@ -560,20 +554,18 @@ def _get_stage_status(step: StageArguments) -> str:
 
 
 def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
-    """Write the folder of the built dataset, which contains the rows of each split and the dataset card.
+    """Write the folder of the built dataset: the rows from the last stage of each split, and the dataset card.
 
-    A stage is one step of the build, such as the translation. The rows come from the last stage of each split. All
-    stages must be complete. If the dataset exists already and was made from the same output of the stages, it does not
-    change.
+    If the dataset already exists and was made from the same data, it does not change.
 
     Args:
         plan: Plan of the build.
-        rank: Index of the task (process). It is not used, because a single task writes the dataset.
-        world_size: Number of tasks. It is not used.
+        rank: Not used, because a single task (process) writes the dataset.
+        world_size: Not used.
 
     Raises:
-        ValueError: If a stage is not complete, or the stages have skipped all rows. If the existing dataset was made
-            with other settings or data. If a column has different types in two splits.
+        ValueError: If a stage (step of the build) is incomplete or has skipped all rows, the existing dataset was made
+            with other data or settings, or a column has different types in two splits.
     """
     output = plan.dataset
     last_stages = {split: steps[-1].output for split, steps in plan.steps.items()}

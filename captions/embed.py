@@ -4,13 +4,12 @@ r"""Replace the images of a dataset by their embeddings, so that others can trai
         --output data/openmoji/embedded
     python train_accelerate.py --config configs/openmoji.yaml --dataset data/openmoji/embedded
 
-The output is a dataset with a card. `datasets.load_dataset` opens it, and `hub_upload.push` publishes it. It has all
-columns of the source dataset except the image. Instead of the image, each row has the embedding of the image, a hash of
-the image file, and a hash of the image encoder (`caption_data.embedded`). Commands that would embed the images, such as
-the training, can use this dataset instead, if their model has the same image encoder.
+The output is a dataset with a card, which `hub_upload.push` can publish. Instead of the image, each row has the
+embedding of the image, a hash of the image file, and a hash of the image encoder. Training and other commands can use
+the dataset if their model has the same image encoder.
 
-Rows whose image can't be used are skipped, and listed in skipped.jsonl. During the run, finished rows are stored in the
-folder OUTPUT.parts. To continue an interrupted run, run the same command again.
+Rows whose image can't be used are skipped, and listed in skipped.jsonl. To continue an interrupted run, run the same
+command again: finished rows are stored in the folder OUTPUT.parts.
 """
 
 import glob

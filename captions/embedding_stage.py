@@ -2,8 +2,8 @@ r"""Replace the images of one dataset split by their embeddings, so that others 
 
     python -m captions.embedding_stage --model data/openmoji/base --dataset data/openmoji/dataset --output embedded
 
-The output is a folder of parquet files without a dataset card. Users normally run `captions.embed` or `captions.build`
-instead. These commands run this stage for each split, and make a dataset with a card from the folders.
+The output is a folder of parquet files without a dataset card. To get a dataset with a card, run `captions.embed` or
+`captions.build` instead.
 """
 
 from collections.abc import Callable
@@ -65,11 +65,8 @@ class EmbedArguments(EncoderStageArguments):
             stage: Access to the rows to embed.
 
         Returns:
-            A tuple (columns, settings, process) for the method `RowStage.run`, which processes all rows.
-
-            - `columns`: dict `{new column: feature}`, where a feature is a column type of `datasets`.
-            - `settings`: dict that is recorded in the file `stage.json`.
-            - `process`: function that embeds the images of a list of rows.
+            The tuple (columns, settings, process) for the method `RowStage.run`: the types of the new columns, the
+            settings to record, and a function that embeds the images of a list of rows.
 
         Raises:
             ValueError, OSError, ImportError: If the model can't be loaded.
@@ -98,15 +95,13 @@ def embed_images_of_rows(embed: Callable, args: EmbedArguments, encoder: str, ro
 
     Args:
         embed: Function that takes a list of images and returns their embeddings.
-        args: Flags of the stage. With `views` above 1, that many randomly augmented copies of each image are embedded
-            instead of the image itself.
+        args: Flags of the stage. If `views` is above 1, this number of augmented copies of each image is embedded.
         encoder: Digest (hash) of the model's image encoder.
         rows: Rows with an image file, and its decoded image under the key `DECODED_KEY`.
 
     Returns:
-        One element per row: a dict `{"column name": value}` with the embedding of shape (width,) or (views, width), the
-        digest of the image file, and the digest of the image encoder. If the image can't be used, the element is
-        instead a `BadImage`, an exception object that holds the reason.
+        For each row, a dict `{"column name": value}` with the embedding (width,) or (views, width), and the digests of
+        image file and encoder. If the image can't be used, a `BadImage` that holds the reason.
     """
     digests = [blake2b(row[args.image_column]["bytes"], digest_size=16).hexdigest() for row in rows]
     images = [

@@ -5,13 +5,12 @@
     python -m captions.generate --dataset data/images --output data/generated --captioner chat \
         --base_url http://localhost:8000/v1 --model Qwen/Qwen2.5-VL-7B-Instruct --caption_language pt
 
-BLIP-2 (`--captioner blip2`) writes English captions to the column `generated-captions-en`. Each caption completes a
-prefix such as "a photo of". A model on a server (`--captioner chat`) writes captions directly in the language
-`--caption_language`, one per prompt, for example to the column `generated-captions-pt`.
-docs/how-to/captions_server.md describes how to use a server.
+BLIP-2 writes English captions to the column `generated-captions-en`. Each caption completes a prefix such as "a photo
+of". A model on a server (`--captioner chat`) writes captions in any language, for example to the column
+`generated-captions-pt` (see docs/how-to/captions_server.md).
 
 Rows whose image can't be used are skipped, and listed in *.skipped.jsonl files. To finish an interrupted run, run the
-same command again; finished captions do not change.
+same command again.
 """
 
 from collections.abc import Collection
@@ -63,36 +62,31 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
         """Return the names of the columns that the stage adds to the dataset.
 
-        Other stages also check the columns of the dataset here. This stage needs only the image column, so no check can
-        fail.
+        The check itself always passes, because this stage needs no column besides the image.
 
         Args:
             columns: Names of the columns of the dataset.
-            where: Name of the dataset, for error messages; has no effect here.
+            where: Name of the dataset; has no effect here.
         """
         return [*super().check_columns(columns, where), *self.backend_type.columns(self)]
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
-        """Load the captioner, that is, the model or the connection to a server that generates the captions.
+        """Load the captioner: the model or the connection to a server that generates the captions.
 
         Args:
             stage: Access to the rows to caption.
 
         Returns:
-            A tuple (columns, settings, process, prepare, prepared_rows) for the method `RowStage.run`, which processes
-            all rows.
-
-            - `columns`: dict `{new column: feature}`, where a feature is a column type of `datasets`.
-            - `settings`: dict that is recorded in the file `stage.json`.
-            - `process`: function that captions a list of rows.
-            - `prepare`: function that prepares the captioner for one parquet file of the output.
-            - `prepared_rows`: 1, so that `prepare` is called before each parquet file.
+            The tuple (columns, settings, process, prepare, prepared_rows) for the method `RowStage.run`: the types of
+            the new columns, the settings to record, a function that captions a list of rows, a function that is called
+            before each output file, and the number 1.
 
         Raises:
             ValueError, OSError, ImportError: If the captioner can't be used.
         """
         captioner = self.backend_type.load(self, stage)
         columns, settings = captioner.columns(self), captioner.settings
+        # With the number 1 of prepared rows, `start_part` is called before each output file.
         return columns, settings, captioner.caption_rows, lambda parts: captioner.start_part(parts[0]), 1
 
     @property

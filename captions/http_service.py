@@ -1,7 +1,6 @@
 """Define how translators and captioners call HTTP services: when to retry, and which addresses and API keys are valid.
 
-`Retries` decides whether a failed request is repeated, how often, and after which time. The caller sends the requests
-and waits, so that synchronous and asynchronous clients can use the same class:
+`Retries` decides whether and when a failed request is repeated. The caller sends the requests and waits:
 
     retries = Retries("Google")
     while True:
@@ -36,7 +35,7 @@ class Failure:
 
     Attributes:
         reason: Explanation that does not contain the API key.
-        is_temporary: True if the same request may succeed later, so that it is worth repeating.
+        is_temporary: True if the same request may succeed later.
         retry_after_s: Seconds after which the service asks to repeat the request; None if it does not say.
     """
 
@@ -45,6 +44,7 @@ class Failure:
     retry_after_s: float | None = None
 
 
+# This class does not send requests or wait, so that synchronous and asynchronous clients can use it.
 class Retries:
     """Retry policy of one request to an HTTP service: decides whether and when a failed request is sent again.
 
@@ -61,14 +61,14 @@ class Retries:
     def seconds_before_next(self, failure: Failure) -> float:
         """Count a failed attempt, and return how many seconds to wait before the next attempt.
 
-        The time doubles with each attempt, from `FIRST_WAIT_S` to `MAX_WAIT_S`, and is then multiplied by a random
-        factor from 0.5 to 1. If the service asks for a longer time, this time is returned, up to `MAX_RETRY_AFTER_S`.
+        The time doubles with each attempt, from `FIRST_WAIT_S` to `MAX_WAIT_S`, with a random factor from 0.5 to 1. It
+        is longer if the service asks for a longer time.
 
         Args:
             failure: Why the attempt failed.
 
         Raises:
-            ValueError: If the failure is not temporary, so that another attempt would be useless.
+            ValueError: If the failure is not temporary.
             ConnectionError: If the request has failed `max_tries` times.
         """
         self.failed += 1
@@ -125,16 +125,16 @@ def check_service_url(url: str, name: str, allow_http: bool = False) -> None:
 
     Args:
         url: The address.
-        name: Name of the flag that holds the address. Error messages begin with it.
-        allow_http: True: also accept unencrypted addresses (http) of other machines. False: accept http only for this
-            machine.
+        name: Name of the flag that holds the address, for error messages.
+        allow_http: Also accept unencrypted addresses (http) of other machines.
 
     Raises:
-        ValueError: If the address is not a URL. If it leads to another machine without encryption, and `allow_http` is
-            False. If it contains a user name, a query or a fragment, which may be secret: addresses appear in logs.
+        ValueError: If the address is not a URL, contains a user name, a query or a fragment, or leads to another
+            machine without encryption.
     """
     parts = urllib.parse.urlsplit(url)
-    # This error message does not show the address, because the address may contain an API key.
+    # A user name, query or fragment may be secret, but addresses appear in logs. This error message does not show the
+    # address, because it may contain an API key.
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError(
             f"{name} must not contain a user name, a key or a query. Set API keys as environment variables instead."
@@ -150,9 +150,8 @@ def check_key(key: str, variable: str, purpose: str) -> None:
 
     Args:
         key: The API key.
-        variable: Name of the environment variable that holds the key, for the error message.
-        purpose: First words of the error message. They say what needs the key, for example "--backend google needs a
-            key of the Google Cloud Translation API".
+        variable: Name of the environment variable that holds the key.
+        purpose: First words of the error message, for example "--backend google needs a key".
 
     Raises:
         ValueError: If the key is missing, or contains blanks or special characters. The message does not show the key.

@@ -9,11 +9,11 @@ from typing import Any
 def append_to_journal(path: Path, record: dict[str, Any]) -> None:
     """Append a record to a journal, a file of JSON records with one record per line.
 
-    The record is written at once, so it survives if the process is killed. Only a crash of the machine can lose it. The
-    file is created if it does not exist. Only one process may append records to a journal.
+    The record is not lost if the process is killed, only if the machine crashes. Only one process may append to a
+    journal.
 
     Args:
-        path: Path of the journal.
+        path: Path of the journal. It is created if it does not exist.
         record: Dict of JSON values.
 
     Raises:

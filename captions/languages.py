@@ -39,8 +39,8 @@ def find_translator_language_code(language: str, codes: Iterable[str], translato
         translator_name: Name of the translator, for the error message.
 
     Returns:
-        A code for the same language in the same script. If several codes match, the best one is chosen: a code that is
-        spelled like `language`, otherwise a code with the same region, otherwise a code without a region.
+        The best code for the same language in the same script: with the same spelling if possible, otherwise with the
+        same region, otherwise without a region.
 
     Raises:
         ValueError: If no code matches. The message lists the most similar codes.
@@ -72,12 +72,12 @@ def language_name(code: str) -> str:
     """Return the English name of a language, for example "Portuguese (Brazil)" for pt-BR.
 
     Raises:
-        ValueError: If the code is invalid or has no name. For example, codes for private use (qaa to qtz) and the code
-            for content without a language (zxx) have no name.
-        ImportError: If the package `language_data`, which contains the names, is not installed.
+        ValueError: If the code is invalid or has no name.
+        ImportError: If the package `language_data` is not installed.
     """
     require_packages("The name of a language", "chat", "language_data")
     language = parse_language(code)
+    # Codes for private use (qaa to qtz) have a display name with "Unknown".
     if language is None or language.language in NAMELESS_CODES or "Unknown" in language.display_name("en"):
         raise ValueError(
             f"The language code {code!r} has no English name, but prompts need this name. Use the code of a language, "

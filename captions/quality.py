@@ -1,7 +1,6 @@
 """Find translations and captions that look wrong, with simple rules. A quality flag is the name of a problem.
 
-The thresholds are chosen to accept translations by people, and to detect typical failures of translation models. There
-is no rule for repeated words, so endless repetitions are detected only by the length of the translation.
+The rules accept translations by people, and detect typical failures of translation models.
 """
 
 import re
@@ -43,9 +42,9 @@ SCRIPT_PATTERNS = {
     "Kore": r"\p{Hang}\p{Hani}",
 }
 LETTER_RE, DENSE_SCRIPT_RE = regex.compile(r"\p{L}"), regex.compile(r"[\p{Hani}\p{Hira}\p{Kana}\p{Hang}]")
-# The length of a translation looks wrong if the longer of source and translation has more than
-# `3 * characters of the shorter + 20` characters. The additional 20 characters allow for short words: the Zulu
-# translation of "cat", for example, is "isilwane sasekhaya". A character of Chinese, Japanese or Korean counts as 3.
+# The length looks wrong if the longer of source and translation has more than `3 * length of the shorter + 20`
+# characters, of which a Chinese, Japanese or Korean one counts as 3. The 20 allow for short words: "cat" in Zulu is
+# "isilwane sasekhaya". Endless repetitions have this flag only, because there is no rule for repeated words.
 MAX_LENGTH_RATIO, LENGTH_SLACK_LETTERS, LETTERS_PER_DENSE_SIGN = 3, 20, 3
 # Markup that must not occur in a translation: HTML entities and tags, and symbols that translation models write by
 # mistake. These symbols are SentencePiece's symbols for an unknown token and for a blank, the replacement character of
@@ -57,20 +56,21 @@ MARKUP_RE = re.compile(
 
 
 def find_translation_quality_flags(source: str, translation: str, language: str) -> list[str]:
-    """Find problems of a translation with simple rules, and return the names of the problems.
+    """Find problems of a translation with simple rules.
 
     Args:
         source: Sentence that was translated.
-        translation: Translation of the sentence.
-        language: Code of the language of the translation, for example "pt".
+        translation: Its translation.
+        language: Language code of the translation.
 
     Returns:
-        A list of problem names. It is empty if the translation looks right or the source is blank. The names are:
-            empty: The translation is blank, or has no letter or digit although the source has one.
-            copy: The translation has the same words as the source, and has more than `MAX_NAME_WORDS` words.
-            wrong script: Less than `MIN_SCRIPT_SHARE` of the letters are in the script of the language.
-            length: The translation is much longer or shorter than the source.
-            markup: The translation contains HTML, or symbols that translation models write by mistake.
+        A list of the problems. It is empty if the translation looks right or the source is blank.
+
+        - "empty": The translation is blank or, unlike the source, has no letter or digit.
+        - "copy": The translation has the same words as the source, more than `MAX_NAME_WORDS`.
+        - "wrong script": Too few letters are in the script of the language.
+        - "length": The translation is much longer or shorter than the source.
+        - "markup": The translation contains HTML, or symbols that models write by mistake.
     """
     if not source.strip():
         return []
@@ -88,19 +88,19 @@ def find_translation_quality_flags(source: str, translation: str, language: str)
 
 
 def find_caption_quality_flags(caption: str, language: str) -> list[str]:
-    """Find problems of a generated caption with simple rules, and return the names of the problems.
+    """Find problems of a generated caption with simple rules.
 
     Args:
         caption: The caption.
         language: Code of the language of the caption.
 
     Returns:
-        A list of problem names. It is empty if the caption looks right. The names are:
-            empty: The caption has no letter or digit.
-            wrong script: Less than `MIN_SCRIPT_SHARE` of the letters are in the script of the language.
-            length: The caption has more than `MAX_CAPTION_LETTERS` characters. A Chinese, Japanese or Korean character
-                counts as `LETTERS_PER_DENSE_SIGN`.
-            markup: The caption contains HTML, or symbols that models write by mistake.
+        A list of the problems. It is empty if the caption looks right.
+
+        - "empty": The caption has no letter or digit.
+        - "wrong script": Too few letters are in the script of the language.
+        - "length": The caption is longer than `MAX_CAPTION_LETTERS`.
+        - "markup": The caption contains HTML, or symbols that models write by mistake.
     """
     if not _has_letters(caption):
         return ["empty"]
@@ -113,15 +113,15 @@ def find_caption_quality_flags(caption: str, language: str) -> list[str]:
 
 
 def count_and_iter_row_qualities(report: dict[str, Any], output: Path, column: str) -> Iterator[dict[str, Any]]:
-    """Yield the quality value of each row that a stage has written, and add it to the totals in `report`.
+    """Yield the quality value of each row that was written, and add it to the totals in `report`.
 
-    A stage is a step of the caption pipeline, such as translation. A quality value says which texts look wrong.
+    A quality value is a dict that says which texts of the row look wrong.
 
     Args:
         report: Content of the file `quality.json`. Its numbers "rows", "captions" and "flagged" are increased.
-        output: Output folder of the stage.
-        column: Name of the column. Its values have the keys "captions" (number of texts) and "flagged" (list of texts
-            that look wrong).
+        output: Folder of parquet files.
+        column: Name of the column of quality values. They have the keys "captions" (number of texts) and "flagged"
+            (list of texts that look wrong).
     """
     for path in sorted(output.glob("*.parquet")):
         for quality in pq.read_table(path, columns=[column])[column].to_pylist():
@@ -132,10 +132,10 @@ def count_and_iter_row_qualities(report: dict[str, Any], output: Path, column: s
 
 
 def summarize_quality_file(path: Path, noun: str) -> str:
-    """Summarize the file `quality.json` of a stage as text for the terminal.
+    """Summarize the file `quality.json` as text for the terminal.
 
-    The text says how many captions or translations look wrong, and how many have each problem. If a language model on a
-    server wrote them, the text also states the numbers of tokens.
+    The text says how many captions or translations look wrong, how many have each problem and, if a server wrote them,
+    how many tokens were used.
 
     Args:
         path: The file.

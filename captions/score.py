@@ -4,12 +4,11 @@ r"""Score captions by the cosine similarity of caption and image, computed with 
     python -m captions.score --dataset data/translated --output data/scored --language pt --workers 2 \
         --model open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k
 
-Each row gets the column `similarities-<language>`. It holds one number for each caption in `captions-<language>`, and
-then one number for each caption in `generated-captions-<language>`. The number is None if the caption is empty.
-`captions.select` and the caption strategies of training use this column.
+Each row gets the column `similarities-<language>`: one number for each caption in `captions-<language>`, then one for
+each in `generated-captions-<language>`. It is None for an empty caption. `captions.select` and training use the column.
 
-Rows without captions, and rows whose image can't be used, are skipped and listed in *.skipped.jsonl files. To finish
-an interrupted run, run the same command again.
+Rows without captions or a usable image are skipped, and listed in *.skipped.jsonl files. To finish an interrupted run,
+run the same command again.
 """
 
 from collections.abc import Collection
@@ -49,10 +48,10 @@ class ScoreArguments(EncoderStageArguments):
 
         Args:
             columns: Names of the columns of the dataset, after the renaming with the flag `rename`.
-            where: Name of the dataset. The error message begins with it.
+            where: Name of the dataset, for the error message.
 
         Returns:
-            A list with the name of the column that the stage adds, for example ["similarities-pt"].
+            A list with the name of the new column, for example ["similarities-pt"].
 
         Raises:
             ValueError: If the dataset has no caption column of the language.
@@ -66,15 +65,12 @@ class ScoreArguments(EncoderStageArguments):
             stage: Access to the rows to score.
 
         Returns:
-            A tuple (columns, settings, process) for the method `RowStage.run`, which processes all rows.
-
-            - `columns`: dict `{new column: feature}`, where a feature is a column type of `datasets`.
-            - `settings`: dict that is recorded in the file `stage.json`.
-            - `process`: function that scores the captions of a list of rows.
+            The tuple (columns, settings, process) for the method `RowStage.run`: the types of the new columns, the
+            settings to record, and a function that scores the captions of a list of rows.
 
         Raises:
-            ValueError, OSError, ImportError: If the model can't be loaded.
-            ValueError: If the dataset has embeddings instead of images, and another image encoder made them.
+            ValueError, OSError, ImportError: If the model can't be loaded, or the dataset has embeddings of another
+                image encoder instead of images.
         """
         embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
         if stage.source.is_embedded:

@@ -4,15 +4,14 @@ r"""Select captions and images with a caption strategy and the pair filter, and 
         --caption_strategy rank --caption_count 5 --min_pair_similarity 0.2
 
 A caption strategy is a rule that selects captions of an image. The pair filter skips images whose first caption has
-a low similarity to the image, as computed by `captions.score`. Training has the same strategies, pair filter and flags
-(`caption_data.rows`). Selecting captions before training makes the dataset smaller, and the selection can be inspected.
+a low similarity to the image, as computed by `captions.score`.
 
-In the output, `captions-<language>` holds the selected captions in the order of the strategy, `similarities-<language>`
-holds the similarities of these captions, and `generated-captions-<language>` is empty. Columns of other languages do
-not change. Images without a selected caption are skipped, and listed in *.skipped.jsonl files.
+In the output, `captions-<language>` holds the selected captions, `similarities-<language>` their similarities, and
+`generated-captions-<language>` is empty. Images without a selected caption are skipped, and listed in *.skipped.jsonl
+files.
 
-The folder `report` in the output has an HTML page, `index.html`, with counts, a histogram and the images whose
-similarity is closest to the lowest accepted similarity. The file `selection.json` has all numbers of the page.
+The report, OUTPUT/report/index.html, shows a histogram, and the images closest to the lowest accepted similarity.
+`selection.json` has all its numbers.
 """
 
 import itertools
@@ -59,6 +58,8 @@ class SelectArguments(CaptionChoice, StageArguments):
     The class also has the methods that run the command, which is one stage (step) of building a caption dataset.
     """
 
+    # Training has the same strategies and flags. Selecting captions before training makes the dataset smaller, and the
+    # selection can be inspected.
     language: str = flag("pt", "Language code at the end of the names of the caption columns.")
 
     def __post_init__(self) -> None:
@@ -86,9 +87,8 @@ class SelectArguments(CaptionChoice, StageArguments):
     def required_columns(self) -> list[str]:
         """Return the names of the possible input columns of the selection. The dataset needs at least one of them.
 
-        The list contains the columns of captions and of generated captions. If the caption strategy or the pair filter
-        needs similarities, the list contains only the column of similarities instead. The pair filter skips images
-        whose first caption has a low similarity to the image.
+        The list contains the caption columns. If the flags require similarities of image and caption, it contains only
+        the column of similarities instead.
         """
         *captions, similarities = self.columns()
         reads_similarities = similarities in self.strategy_columns(self.language)
@@ -101,12 +101,13 @@ class SelectArguments(CaptionChoice, StageArguments):
             row: A row of the dataset. A missing caption column is treated as empty.
 
         Returns:
-            A tuple of two elements. The first is a dict with each distinct caption of the row, in order, as a key and
-            its similarity as the value, which is None if it is unknown. The second is the list of chosen captions. It
-            is empty if the image must be skipped.
+            A tuple (similarities, chosen captions).
+
+            - A dict `{caption: similarity}` with the distinct captions in order. An unknown similarity is None.
+            - A list of captions. It is empty if the image must be skipped.
 
         Raises:
-            BadRow: If the row has no caption, or the number of similarities differs from the number of captions.
+            BadRow: If the row has no caption, or the number of similarities is wrong.
         """
         captions, generated, similarities = self.columns()
         row = {captions: [], generated: [], **row}
@@ -129,11 +130,8 @@ class SelectArguments(CaptionChoice, StageArguments):
             stage: Not used, because no model is loaded.
 
         Returns:
-            A tuple (columns, settings, process) for the method `RowStage.run`, which processes all rows.
-
-            - `columns`: dict `{new column: feature}`, where a feature is a column type of `datasets`.
-            - `settings`: dict that is recorded in the file `stage.json`.
-            - `process`: function that selects the captions of a list of rows.
+            The tuple (columns, settings, process): the types of the new columns, the settings to record, and a function
+            that selects the captions of a list of rows.
         """
         settings = {
             "language": self.language,
@@ -148,7 +146,7 @@ class SelectArguments(CaptionChoice, StageArguments):
     def report(self, rank: int = 0, world_size: int = 1) -> None:
         """Write a report about the selection: an HTML page with counts, a histogram and example images.
 
-        The report is in the folder `report` of the output. If the report exists already, it does not change.
+        The page is `report/index.html` in the output folder. If it exists already, it does not change.
 
         Args:
             rank: Index of the task (process). It is not used, because a single task writes the report.
@@ -166,9 +164,8 @@ def select_row_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str,
         row: A row of the dataset, with the image's captions and their similarities.
 
     Returns:
-        A dict `{"column name": value}` with the new values of three columns: the selected captions, an empty list of
-        generated captions, and the similarities of the selected captions. If no caption is selected, the result is
-        instead a `BadRow`, an exception object that holds the reason, and the image is skipped.
+        A dict `{"column name": value}` with the selected captions, their similarities, and an empty list of generated
+        captions. If no caption is selected, a `BadRow` that holds the reason.
     """
     try:
         scored, chosen = args.get_similarities_and_choose(row)
@@ -315,14 +312,12 @@ def _select_examples_and_write_images(
 
 
 def draw_similarity_histogram(sides: dict[str, pd.Series], unit: str, cutoff: float | None, path: Path) -> None:
-    """Draw a histogram of the similarities of kept and dropped captions to their images, for the selection report.
-
-    A vertical line marks the lowest similarity that the selection accepts.
+    """Draw a histogram of the similarities of kept and dropped captions to their images.
 
     Args:
         sides: Dict `{"dropped": similarities, "kept": similarities}`.
         unit: Label of the y axis, for example "captions".
-        cutoff: Lowest similarity that the selection accepts; None to draw no line.
+        cutoff: Lowest similarity that the selection accepts, marked by a line. None: no line.
         path: PNG file to write.
     """
     # Import here, because matplotlib is slow to import and only the task that writes the report needs it.

@@ -41,8 +41,7 @@ def map_columns_to_translate(args: Any, present: Collection[str]) -> dict[str, s
 def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range] | None = None) -> Iterator[str]:
     """Iterate over the captions that must be translated. Each distinct caption occurs only once, in row order.
 
-    Blank captions are omitted. Only the caption columns are read, so that the images need not be read in most dataset
-    formats.
+    Blank captions are omitted.
 
     Args:
         args: Flags of `captions.translate`.
@@ -50,6 +49,7 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range] | No
         parts: Ranges of row indices. Only captions of these rows are read. Default: all rows.
     """
     names = {args.column_renames().get(name, name): name for name in source.columns}
+    # Read only the caption columns, so that the images need not be read in most dataset formats.
     columns = [names[column] for column in map_columns_to_translate(args, names)]
     # Digests (hashes) of the sentences that were already returned. The sentences would need several times the memory.
     seen: set[bytes] = set()
@@ -70,18 +70,15 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range] | No
 def build_translation_and_quality_columns(args: Any, row: Row, answers: dict[str, Answer]) -> Row:
     """Build the new columns of a row: its translated captions, and a list of the translations that look wrong.
 
-    With the flag `drop_flagged`, translations that look wrong are left out of the columns of translations.
-
     Args:
-        args: Flags of `captions.translate`.
+        args: Flags of `captions.translate`. With `drop_flagged`, translations that look wrong are dropped.
         row: A row with captions.
-        answers: Dict `{sentence: answer}`. An answer holds the translation. If the translation is not usable, it also
-            holds the name of the problem, such as "refused".
+        answers: Dict `{sentence: answer}`. An answer holds the translation, or the problem if it is not usable.
 
     Returns:
-        A dict `{column name: value}` with the columns of translations and the column `quality-<language>`. A column of
-        translations has a list of texts. `quality-<language>` has a dict with the keys "captions" (number of translated
-        captions) and "flagged" (list of dicts that describe the translations that look wrong).
+        A dict `{column name: value}`. The columns of translations have lists of texts. The column `quality-<language>`
+        has a dict with the keys "captions" (number of translated captions) and "flagged" (list of dicts that describe
+        translations that look wrong).
     """
     new_columns, caption_count, flagged = {}, 0, []
     for column, target in map_columns_to_translate(args, row).items():

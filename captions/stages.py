@@ -1,18 +1,11 @@
 """Define the base class of all stages. A stage is one step of building a caption dataset, such as the translation.
 
-A stage reads the rows of a dataset, and writes them with new columns, for example with translated captions. The output
-folder of a stage is the dataset of the next stage.
+A stage reads the rows of a dataset, and writes them with new columns to parquet files in an output folder. This folder
+is the dataset of the next stage. Several processes, called tasks, share the rows. An interrupted stage can be run
+again, also with another number of tasks.
 
 Example:
     StageArguments(dataset="images", output=Path("copy")).write_rows()  # copies the rows; subclasses add columns
-
-A stage writes its output in parts. A part is a parquet file with consecutive rows of the dataset. The file name states
-the row numbers. Rows that can't be used are listed in a JSON Lines file next to the part. The tasks (processes) of the
-stage divide the parts among them: task `rank` of `world_size` tasks writes its share.
-
-A part gets its final name only when it is complete, so the file names alone show which rows are done. A killed task can
-be run again, also with another number of tasks, and no row is lost or written twice. The next stage reads the parquet
-files in place, without a copy in the cache of `datasets`.
 """
 
 import itertools
@@ -73,8 +66,10 @@ ROWS_PER_GROUP = 16  # number of rows in a parquet row group, the smallest unit 
 # memory that the results need.
 MAX_PREPARED_ROWS = 50_000
 Row = dict[str, Any]  # one dataset row: a dict `{column name: value}`
-# Function that processes a batch of rows. For each row, it returns the values of the new columns. If the row must be
-# skipped, it returns a BadRow instead, an exception object that holds the reason.
+# Function that takes rows, and returns for each row the values of the new columns, or a BadRow with the reason why the
+# row must be skipped. The results must not depend on how rows are batched. A row has all columns of the dataset:
+# - image column: dict with the keys "bytes" and "path"; missing if the dataset has no images; caption columns: lists;
+# - `DECODED_KEY`: the decoded image if the stage has `decodes_images`, or the float32 embedding of an embedded dataset.
 ProcessRows = Callable[[list[Row]], list[Row | BadRow]]
 
 S = TypeVar("S", bound=Sized)
@@ -84,8 +79,8 @@ logger = logging.getLogger("capivara")
 class Backend:
     """Base class of the backends of a stage. A backend is the model or service that does the work of the stage.
 
-    For example, the stage `captions.translate` has a backend that calls Google's service. Stages without a choice of
-    backends use this base class itself, which has nothing to check or to estimate.
+    For example, `captions.translate` has a backend that calls Google's service. Stages without a choice of backends use
+    this base class itself. Its checks always pass, and its estimate is empty.
 
     Attributes:
         flags: Dataclass with the flags of the backend, which become flags of the stage.
@@ -109,8 +104,8 @@ class Backend:
     def check(cls, args: Any) -> None:
         """Check that the backend can be used, for example that its server can be reached.
 
-        A build of a caption dataset calls this method for all its stages (steps) that are not complete, before the
-        first of them runs, so that the build does not fail hours later.
+        `captions.build` calls this method before the first stage (step) runs, so that problems do not appear hours
+        later.
 
         Args:
             args: Flags of the stage.
@@ -210,25 +205,23 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     def required_columns(self) -> list[str]:
         """Return the names of the possible input columns of the stage. The dataset needs at least one of them.
 
-        A stage is one step of building a caption dataset, such as the translation. The names are those after the
-        renaming with the flag `rename`. If the list is empty, the stage needs no input column.
+        The names are those after the renaming with the flag `rename`. If the list is empty, the stage needs no input
+        column.
         """
         return []
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
         """Check that the dataset has an input column for the stage, and return the names of the new columns.
 
-        A stage is one step of building a caption dataset, such as the translation.
-
         Args:
             columns: Names of the columns of the dataset, after the renaming with the flag `rename`.
-            where: Name of the dataset. The error message begins with it.
+            where: Name of the dataset, for the error message.
 
         Returns:
             The names of the columns that the stage adds to the dataset.
 
         Raises:
-            ValueError: If the dataset has none of the columns that `required_columns` returns. One of them suffices.
+            ValueError: If the dataset has none of the columns that `required_columns` returns.
         """
         needed = self.required_columns()
         if needed and set(columns).isdisjoint(needed):
@@ -241,9 +234,8 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     def known_settings(self) -> dict[str, Any]:
         """Return the settings of the stage that are known without loading a model, as a dict `{"name": value}`.
 
-        A stage is one step of building a caption dataset. `RowStage.is_done` compares these settings with the settings
-        in the file `stage.json` of the output folder. A repeated command therefore sees that its work is done without
-        loading a model. The base class knows no setting and returns {}.
+        They are compared with the recorded settings of existing output, to detect that the output is complete and up to
+        date.
         """
         return {}
 
@@ -278,20 +270,19 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return None
 
     def prepare_processing(self, stage: "RowStage") -> tuple[Any, ...]:
-        """Load everything that the stage (a step of the build) needs to process rows, for example a model.
+        """Load everything that the stage needs to process rows, for example a model.
 
         Args:
             stage: Access to the rows that will be processed.
 
         Returns:
-            A tuple of three to five elements for the method `RowStage.run`, which processes all rows.
+            The arguments of the method `RowStage.run`, as a tuple of three to five elements.
 
             - `columns`: dict `{new column: feature}`, where a feature is a column type of `datasets`.
-            - `settings`: dict that is recorded in the file `stage.json`.
-            - `process`: function that returns the new columns of a batch of rows.
+            - `settings`: dict of everything that affects the new columns.
+            - `process`: function that returns the new columns of a list of rows.
             - `prepare` (optional): function that is called before a group of output files is written.
-            - `prepared_rows` (optional): number of rows that one call of `prepare` may cover. At least one output file
-              is always covered.
+            - `prepared_rows` (optional): number of rows per call of `prepare`.
         """
         return {}, {}, lambda rows: [{} for _ in rows]
 
@@ -308,8 +299,8 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
             The numbers of written and skipped rows of the task.
 
         Raises:
-            ValueError: If the dataset can't be used. If the output folder belongs to another stage, or was written with
-                other settings.
+            ValueError: If the dataset can't be used, or the output folder was written by another stage or with other
+                settings.
         """
         # Open the data before the model is loaded, so that errors in the data appear at once.
         stage = RowStage(self, rank, world_size)
@@ -437,7 +428,8 @@ def _check_and_get_copied_column_types(source: Split, args: StageArguments) -> F
     return Features(features | {IMAGE_COLUMN: Image()})
 
 
-# The functions and classes below write the output of a stage.
+# The functions and classes below write the output of a stage. A part gets its final name only when it is complete, so
+# the file names show which rows are done. The next stage reads the files in place, without a copy in a cache.
 
 
 @dataclass(frozen=True)
@@ -468,8 +460,7 @@ class StageReport:
 class RowStage:
     """One task of a stage: a process that reads its share of the dataset rows, processes them, and writes them.
 
-    A stage is one step of building a caption dataset, such as the translation. The output is written in parts. A part
-    is a parquet file with consecutive rows.
+    The output is written in parts. A part is a parquet file with consecutive rows.
 
     Args:
         args: Flags of the stage.
@@ -477,16 +468,15 @@ class RowStage:
         world_size: Number of tasks that share the rows.
 
     Attributes:
-        source: The dataset split from which the rows are read.
-        features: Dict `{column name: feature}` of the columns that are copied from the source to the output. A feature
-            is a column type of `datasets`.
-        record: Dict with the content of the file `stage.json`, as far as it is known before a model is loaded.
-        parts: Ranges of row indices, one for each part that this task writes.
-        path: Function that takes the row range of a part, and returns the path of the parquet file.
-        bar: Progress bar that counts rows. It exists while the method `run` is running.
+        source: The dataset split that the stage reads.
+        features: Columns that are copied to the output, as a dict `{column name: column type}`.
+        record: Content of the file `stage.json` that is known before a model is loaded.
+        parts: Ranges of row indices, one for each part of this task.
+        path: Function that maps the row range of a part to the path of its file.
+        bar: Progress bar, only while `run` is running.
 
     Raises:
-        ValueError: If the dataset does not exist, is the output of an unfinished stage, or lacks required columns.
+        ValueError: If the dataset does not exist, is incomplete, or lacks required columns.
     """
 
     def __init__(self, args: StageArguments, rank: int = 0, world_size: int = 1):
@@ -519,10 +509,8 @@ class RowStage:
     def is_done(self) -> bool:
         """True if the task has nothing left to do: all its output files exist, written with the current settings.
 
-        The current settings, flags and source dataset are compared with those in the file `stage.json`. If any of them
-        differ, the value is False. If a value that must be equal for all parts differs (see `IDENTITY_KEYS`), a later
-        call of the method `run` raises an error that lists the differences. For all other output files, only the
-        existence is checked, not the content.
+        Only the existence of the files is checked, not their content. If the flags, settings or source dataset differ
+        from those in `stage.json`, the value is False.
         """
         if not (self.args.output / STAGE_FILE).is_file():
             return False
@@ -545,37 +533,23 @@ class RowStage:
         prepare: Callable[[list[range]], None] = lambda parts: None,
         prepared_rows: int = MAX_PREPARED_ROWS,
     ) -> StageReport:
-        """Process the rows of this task, and write the output files that do not exist yet.
-
-        Several tasks share the rows of a dataset. A part is one parquet file of the output. It is written completely or
-        not at all.
+        """Process the rows of this task, and write the parts (output files of consecutive rows) that do not exist.
 
         Args:
-            columns: Dict `{new column: feature}`, where a feature is a column type of `datasets`. A new column replaces
-                an existing column of the same name.
-            settings: All settings that affect the values of the new columns, as JSON values for the file `stage.json`.
-                All parts of a folder must have the same settings.
-            process: Function that takes a list of at most `args.batch_rows` rows. For each row, it returns a dict `{new
-                column: value}`. If the row must be skipped, it returns a BadRow instead, an exception object that holds
-                the reason. Results must not depend on how rows are batched. A row is a dict with these keys:
-
-                - the image column: dict with the keys "bytes" and "path"; missing if the dataset has no images;
-                - the caption columns: lists of texts;
-                - `DECODED_KEY`: the decoded image if `args.decodes_images` is True; if the dataset has embeddings
-                  instead of images, the embedding as a float32 array;
-                - all other columns of the dataset, unchanged.
-            prepare: Function that is called once for several parts, before they are written. It gets the list of their
-                row ranges, and can, for example, translate the captions of all these parts at once.
-            prepared_rows: Number of rows that one call of `prepare` may cover. A call always covers at least one part.
-                With the value 1, `prepare` is therefore called before each part.
+            columns: Dict `{new column: feature}`, where a feature is a column type of `datasets`.
+            settings: All settings that affect the new columns, as JSON values. They must be equal for all parts of a
+                folder.
+            process: Function that takes at most `args.batch_rows` rows. For each row, it returns a dict
+                `{new column: value}`, or a BadRow with a reason if the row must be skipped.
+            prepare: Function that is called before a group of parts is written, with the list of their row ranges.
+            prepared_rows: Largest number of rows in such a group. A group has at least one part.
 
         Returns:
             The numbers of written and skipped rows of the task.
 
         Raises:
-            ValueError: If the folder was written with other settings or from another source. The message lists the
-                differences.
-            OSError: If the disk is full. The same command can be run again to write the missing parts.
+            ValueError: If the folder was written with other settings or from another source.
+            OSError: If the disk is full. A new run writes only the missing parts.
         """
         features = Features(self.features | columns)
         added = {
@@ -688,8 +662,7 @@ class RowStage:
 def atomic_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
     """Open a parquet file for writing, as a context manager that writes the file completely or not at all.
 
-    The rows are written to a temporary file. At the end of the `with` block, this file is renamed to `path`. If the
-    block raises an error, the temporary file is deleted.
+    If the `with` block raises an error, nothing is written to `path`.
 
     Args:
         path: Parquet file to write.
@@ -712,11 +685,9 @@ def atomic_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 def iter_length_limited_batches(items: Iterable[S], max_length: int, max_items: int = sys.maxsize) -> Iterator[list[S]]:
     """Group items into batches whose total length and number of items are limited. The order does not change.
 
-    An item that is longer than `max_length` becomes a batch by itself.
-
     Args:
         items: Items with a length, for example texts or ranges.
-        max_length: Largest sum of the lengths of the items in a batch.
+        max_length: Largest sum of lengths in a batch. A longer item becomes a batch by itself.
         max_items: Largest number of items in a batch.
 
     Yields:
@@ -781,16 +752,14 @@ def read_stage_record(output: Path | str) -> dict[str, Any]:
 def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
     """Make sure that all files of an output folder are written with the same settings.
 
-    A new folder gets the file `stage.json`, which records the settings. In an existing folder, the recorded settings
-    are compared with the current settings.
+    A new folder gets the file `stage.json` with the settings. In an existing folder, this file is compared with them.
 
     Args:
         output: Output folder of the stage.
         record: Content of `stage.json` for the current run.
 
     Raises:
-        ValueError: If the folder was made with other settings: the message lists the differences. If the folder holds
-            parquet files that no stage wrote.
+        ValueError: If the folder was made with other settings, or holds parquet files that no stage wrote.
     """
     path = output / STAGE_FILE
     if not path.is_file():
@@ -822,7 +791,7 @@ def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
 def describe_record_differences(recorded: dict[str, Any], current: dict[str, Any]) -> str:
     """Describe how two versions of the file `stage.json` differ, for an error message.
 
-    Only values that must be equal for all files of an output folder are compared, for example the settings.
+    Values that may change between runs are ignored.
 
     Args:
         recorded: Content of `stage.json` in the existing folder.
@@ -854,25 +823,20 @@ class Corrections:
     rows: list[int]
 
     def apply(self) -> None:
-        """Delete the parquet files whose translations were corrected, so that the next run writes them again.
-
-        A correction is an entry of the translation table that a person has changed. The file `stage.json` gets the
-        digest of the corrected table. The lists of skipped rows are not deleted, because corrections do not change
-        which rows are skipped.
-        """
+        """Delete the outdated parquet files, so that the next run writes them again, and update `stage.json`."""
+        # Keep the lists of skipped rows, because corrections do not change which rows are skipped.
         for path in self.parts:
             path.unlink(missing_ok=True)
-        # Write stage.json last. It holds the digest of the translation table that a person has corrected. If this
-        # method is interrupted during the deletions, stage.json still has the old digest. The next run then finds the
-        # same corrections again, and deletes the rest of the outdated files.
+        # Write stage.json last. If this method is interrupted before, stage.json still has the digest of the old table,
+        # so that the next run finds the same corrections again.
         write_json(self.output / STAGE_FILE, self.record)
 
 
 def delete_parts_of_changed_rows_and_fingerprint(output: Path, rows: Iterable[int]) -> None:
-    """Delete the output files that are outdated because rows of the source changed, so that they are written again.
+    """Delete the output files that are outdated because rows of the source changed. The next run writes them again.
 
-    The fingerprint (hash) of the source in the file `stage.json` is set to None. In the next run, the function
-    `write_or_check_stage_record` therefore accepts the changed source, although its fingerprint is different.
+    The fingerprint (hash) of the source is deleted from `stage.json`, too, so that the next run accepts the changed
+    source.
 
     Args:
         output: Output folder of the stage.
@@ -961,7 +925,7 @@ def read_skipped_rows(part: Path) -> list[tuple[int, str]]:
     """Read which rows a stage has skipped for one parquet file of its output, and why.
 
     Args:
-        part: The parquet file. The skipped rows are listed in a JSON Lines file next to it, if there are any.
+        part: The parquet file.
 
     Returns:
         A list with a tuple (row index in the split, reason) for each skipped row.
@@ -987,16 +951,14 @@ def run_stage_command(
 ) -> StageArguments | None:
     """Run a stage as a command: parse its flags, run it, and print the numbers of written and skipped rows.
 
-    A stage is one step of building a caption dataset, such as the translation.
-
     Args:
         arguments_type: Class of the stage's flags.
         description: Text of `--help`.
         argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Returns:
-        The parsed flags if the stage is complete. Otherwise None: after a dry run, if a person must first fill a
-        translation table, or if the jobs were submitted to Slurm.
+        The parsed flags if the stage is complete. None after a dry run, if a person must first fill a translation
+        table, or if the jobs were submitted to Slurm.
     """
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)

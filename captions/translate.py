@@ -8,17 +8,12 @@ r"""Translate captions with a model on this machine, Google's service, a languag
         --base_url http://localhost:8000/v1 --model Qwen/Qwen3-8B
     python -m captions.translate --dataset data/generated --output data/yo --language yo --backend file --import yo.tsv
 
-With `--backend file`, people write the translations into a table, which `--import` reads.
+With `--language pt`, the column `captions-en` is translated to `captions-pt`, and `generated-captions-en` to
+`generated-captions-pt`. The order of the captions stays the same. Translations that look wrong are listed in the column
+`quality-pt` and counted in OUTPUT/quality.json.
 
-With the language pt, the column `captions-en` is translated to `captions-pt`, and `generated-captions-en` to
-`generated-captions-pt`. The order of the captions stays the same.
-
-Each distinct caption is translated only once. Finished translations are stored in the folder `--memory`, as parquet
-files that never change, and any later run with the same settings uses them. A caption is translated twice only if two
-tasks need it at the same moment.
-
-Translations that look wrong are listed in the column `quality-pt` and counted in OUTPUT/quality.json. To finish an
-interrupted run, run the same command again.
+Finished translations are stored in the folder `--memory`, and later runs with the same settings reuse them. To finish
+an interrupted run, run the same command again.
 """
 
 import re
@@ -128,11 +123,11 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
 
         Args:
             columns: Names of the columns of the dataset, after the renaming with the flag `rename`.
-            where: Name of the dataset. Error messages begin with it.
+            where: Name of the dataset, for error messages.
 
         Returns:
-            The names of the columns that the stage adds: columns of translations, and `quality-<language>`, which lists
-            the translations that look wrong.
+            The names of the new columns: the translations, and `quality-<language>`, which lists translations that look
+            wrong.
 
         Raises:
             ValueError: If the dataset has no captions in the source language, or already has translations or
@@ -149,9 +144,9 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         return [*added, *translated, f"quality-{self.language}"]
 
     def settings(self, translator: dict[str, Any]) -> dict[str, Any]:
-        """Return everything that determines the translations, as a dict `{"name": value}` for the file `stage.json`.
+        """Return everything that determines the translations, as a dict `{"name": value}`.
 
-        This file is in the output folder. A later run continues the folder only if its settings are equal to this dict.
+        A later run continues an output folder only if its settings are equal to this dict.
 
         Args:
             translator: Fingerprint of the translator: a dict with everything that affects a translation, except the
@@ -177,12 +172,9 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
             stage: Access to the rows whose captions are translated.
 
         Returns:
-            A tuple (columns, settings, process, prepare) for the method `RowStage.run`, which processes all rows.
-
-            - `columns`: dict `{new column: feature}`, where a feature is a column type of `datasets`.
-            - `settings`: dict that is recorded in the file `stage.json`.
-            - `process`: function that returns the new columns of a list of rows.
-            - `prepare`: function that translates the captions of several output files before they are written.
+            The tuple (columns, settings, process, prepare) for the method `RowStage.run`: the types of the new columns,
+            the settings to record, a function that returns the new columns of a list of rows, and a function that
+            translates the captions of several output files in advance.
 
         Raises:
             ValueError, OSError, ImportError: If the translator can't be loaded, or the table is incomplete.
@@ -230,6 +222,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         if translator.needs_table:
             return dict(zip(missing, map(Answer, translator.translate(missing)), strict=True))
         memory = self._open_memory(translator.fingerprint)
+        # A sentence is translated twice only if two tasks need it at the same moment.
         answers = memory.find(sentences)
         missing = [sentence for sentence in missing if sentence not in answers]
         max_sentences, max_characters = translator.batch_limits(self)
@@ -237,6 +230,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         with tqdm(total=len(missing), desc=title, unit="sentence", leave=False, disable=not shows_bar) as bar:
 
             def save(sentence: str, answer: Answer) -> None:
+                # Store each answer at once, so that a killed run loses only unanswered requests.
                 memory.append(sentence, answer)
                 bar.update()
                 bar.set_postfix_str(translator.describe_usage(), refresh=False)

@@ -23,22 +23,23 @@ MEMORY_BATCH_ROWS = 10_000  # number of sentences that are read from a file at a
 
 
 class TranslationMemory:
-    """Store of finished translations on disk. All runs and tasks share it, and reuse the stored translations.
+    """Store of finished translations on disk. Several runs and processes can share it.
 
-    Each translator has its own folder. Its parquet files never change: `add` stores a batch of translations as a new
-    file. While a batch is incomplete, `append` can store single answers in a temporary file, the journal, so that a
-    killed run does not lose them. When the batch is complete, `add` stores all its answers and deletes the journal.
+    `add` stores a batch of translations. While a batch is incomplete, `append` can store single answers, so that a
+    killed run does not lose them.
 
     Args:
         folder: Folder with the translations of all translators. Each translator has a subfolder.
         fingerprint: Everything that affects a translation (translator, languages, options), except the sentence itself,
-            as a dict of JSON values. The digest of this dict is the name of the translator's subfolder.
+            as a dict of JSON values. It selects the subfolder.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):
+        # Parquet files in this folder never change: `add` stores each batch as a new file.
         self.folder, self.fingerprint = folder / json_digest(fingerprint, sort_keys=True), fingerprint
         # Sentence -> answer, for answers that are stored only in the journal, and not in a parquet file yet.
         self._answers: dict[str, Answer] = {}
+        # Temporary file of this process, to which `append` writes single answers until `add` stores their batch.
         self._journal = self.folder / f"{uuid.uuid4().hex}.jsonl"
 
     def find(self, sentences: set[str]) -> dict[str, Answer]:
@@ -53,8 +54,7 @@ class TranslationMemory:
     def append(self, sentence: str, answer: Answer) -> None:
         """Store a single answer at once, so that it is not lost if the process is killed.
 
-        The answer is stored in the journal, a temporary file of this process, until `add` stores the whole batch.
-        Raises OSError if the disk is full.
+        A later call of `add` stores the whole batch. Raises OSError if the disk is full.
 
         Args:
             sentence: Sentence that was translated.
@@ -71,9 +71,8 @@ class TranslationMemory:
             translations: Dict `{sentence: translation}`.
 
         Returns:
-            A dict `{sentence: answer}` with one answer for each sentence. An answer is a translation with details, such
-            as token counts. If the method `append` has stored an answer to a sentence before, this answer is kept.
-            Otherwise, the answer has the given translation and no details.
+            A dict `{sentence: answer}`. If `append` has stored an answer to a sentence before, it is this answer, with
+            its problem and token counts. Otherwise, the answer has only the given translation.
 
         Raises:
             OSError: If the disk is full.

@@ -75,15 +75,14 @@ def _sentence_id(number: int, sentence: str) -> str:
 def write_blank_translation_table(path: Path, sentences: list[str], header: Sequence[str] = TABLE_COLUMNS) -> None:
     """Write a table of sentences with an empty last column, in which people will write the translations.
 
-    The file is UTF-8 text. It has one sentence per line, and columns separated by tabs, without quoting. The first
-    column has an id that contains a hash of the sentence. With this id, `TranslationTable` detects if a translation
-    stands next to the wrong sentence.
+    The file is UTF-8 text with one sentence per line, and columns separated by tabs, without quoting.
 
     Args:
         path: TSV file to write.
         sentences: Sentences, in the order of the lines.
         header: Column names for the first line. Each name can be followed by `:` and a value, as in "translation:pt".
     """
+    # The id contains a hash of the sentence, which shows if a translation stands next to the wrong sentence.
     lines = [f"{_sentence_id(number, text)}\t{escape_cell(text)}\t" for number, text in enumerate(sentences, 1)]
     write_text(path, "\n".join(["\t".join(header), *lines]) + "\n")
 
@@ -91,17 +90,13 @@ def write_blank_translation_table(path: Path, sentences: list[str], header: Sequ
 class TranslationTable:
     """A table of sentences and the translations that people have written next to them, read from a TSV file.
 
-    The whole file is read into memory. It must be UTF-8, with or without a byte-order mark, and can have any line
-    endings.
-
     Args:
-        path: TSV file.
+        path: TSV file in UTF-8, with or without a byte-order mark. Any line endings are accepted.
 
     Attributes:
         path: TSV file.
-        header: The first line as a dict `{column name: value}`. The title of a column is its name, optionally with a
-            colon and a value. For example, the titles "id" and "translation:pt" become `{"id": "", "translation":
-            "pt"}`.
+        header: The first line as a dict `{column name: value}`. For example, the titles "id" and "translation:pt"
+            become `{"id": "", "translation": "pt"}`.
         rows: List with a dict `{column name: text}` for each row.
 
     Raises:
@@ -147,8 +142,8 @@ class TranslationTable:
     def check_sentences(self, sentences: list[str]) -> None:
         """Check that the table has exactly the given sentences, in the same order.
 
-        The ids of the rows, which contain a digest of the sentence, are always compared. The sentences themselves are
-        compared only if the table has the column `source`.
+        If the table has no column `source`, only the ids of the rows are compared, which contain a digest of the
+        sentence.
 
         Args:
             sentences: Sentences that the table must have.

@@ -1,8 +1,7 @@
 """Prepare the repository's Markdown pages for the documentation site: insert generated text, and rewrite links.
 
-A page may contain a line `<!-- site: NAME -->`. On the site, generated text replaces this line, such as a list of all
-commands. The dict `GENERATED` maps each NAME to the function that generates the text. On GitHub, the line is an
-invisible comment.
+A page may contain a line `<!-- site: NAME -->`. On the site, generated text replaces this line. The dict `GENERATED`
+has the function that generates the text for each NAME.
 """
 
 import argparse
@@ -189,13 +188,11 @@ GENERATED: dict[str, Callable[[], str]] = {
 def insert_generated_parts_and_rewrite_links(page: str, text: str) -> str:
     """Convert the text of a repository page to the text that the documentation site shows.
 
-    Each line `<!-- site: NAME -->` is replaced by generated text. Some pages of the site have their text in a file
-    outside `docs`, such as CHANGELOG.md. Links to these files are changed, so that they lead to the pages of the site.
+    Each line `<!-- site: NAME -->` is replaced by generated text, and links lead to pages of the site.
 
     Args:
         page: Name of the page below `docs`, without the suffix, such as "how-to/search".
-        text: Text of the page in `docs`. It is not used for the pages in `OUTSIDE_PAGES`, whose text is read from the
-            file outside `docs`.
+        text: Text of the page in `docs`. Not used for the pages in `OUTSIDE_PAGES`, which are files outside `docs`.
 
     Returns:
         The Markdown text for the site.
@@ -203,6 +200,7 @@ def insert_generated_parts_and_rewrite_links(page: str, text: str) -> str:
     source = Path(OUTSIDE_PAGES.get(page, f"docs/{page}.md"))
     if page in OUTSIDE_PAGES:
         text = (ROOT / source).read_text(encoding="utf-8")
+    # On GitHub, such a line is an invisible comment.
     text = re.sub(r"^<!-- site: (\w+) -->$", lambda match: GENERATED[match[1]](), text, flags=re.MULTILINE)
     site_pages = {file: f"docs/{name}.md" for name, file in OUTSIDE_PAGES.items()} | {"README.md": "docs/index.md"}
     here = os.path.dirname(f"docs/{page}.md")

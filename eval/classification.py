@@ -5,9 +5,8 @@ r"""Zero-shot classification: assign to each image the class whose text embeddin
     python -m eval.classification --model MODEL --benchmark food-101 --images DATA --protocol authors \
         --authors_file portuguese_prompts.py --output results/food_authors.json
 
-The prompts of a class are templates filled with the name of the class. The embedding of a class is the normalized mean
-of the normalized embeddings of its prompts. This is called prompt ensembling (CLIP, arXiv 2103.00020, section 3.1.4;
-CAPIVARA, arXiv 2310.13683, section 4).
+The prompts of a class are templates filled with its name. The embedding of a class is the mean of its prompt
+embeddings, called prompt ensembling (CLIP, arXiv 2103.00020, section 3.1.4; CAPIVARA, arXiv 2310.13683, section 4).
 """
 
 import math
@@ -62,8 +61,7 @@ class LabeledImageArguments(ModelArguments):
         Args:
             split: Name of the split.
             class_names: English names of all classes, in the order of the labels.
-            class_indices: Indices in `class_names` of the classes to keep, if there are prompts for only some of the
-                classes. None keeps all classes.
+            class_indices: Indices in `class_names` of the classes to keep. None keeps all classes.
 
         Returns:
             The images with their labels. An image is decoded only when it is used.
@@ -99,6 +97,7 @@ def _embed_classes(cached_embedder: CachedEmbedder, prompts: Prompts) -> Tensor:
     """
     texts = [text for filled in prompts.class_prompts for text in filled]
     embeds = cached_embedder.embed_texts(texts, "Prompts")
+    # The embeddings of the prompts have unit length, so each of them has the same weight in the mean.
     means = [part.mean(dim=0) for part in embeds.split([len(filled) for filled in prompts.class_prompts])]
     return F.normalize(torch.stack(means), dim=-1)
 
@@ -106,7 +105,7 @@ def _embed_classes(cached_embedder: CachedEmbedder, prompts: Prompts) -> Tensor:
 def compute_classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[str, float]:
     """Compute the usual metric of a classification dataset, and also top-1 and top-5 accuracy.
 
-    The two accuracies are only computed if each image has one label. Top-5 accuracy also needs more than five classes.
+    The two accuracies need one label per image. Top-5 accuracy also needs more than five classes.
 
     Args:
         scores: Cosine similarities (images, classes).
@@ -114,12 +113,11 @@ def compute_classification_metrics(scores: Tensor, labels: list, metric: str) ->
         metric: Metric of the dataset: "accuracy", "mean-per-class", "11point_mAP" or "roc_auc".
 
     Returns:
-        A dict `{name of the metric: value from 0 to 1}`, with names as in `Record.metric`. The metric of the dataset
-        comes first.
+        A dict that maps metric names, as in `Record.metric`, to values from 0 to 1. The metric of the dataset comes
+        first.
 
     Raises:
-        ValueError: If metric and labels do not match: "11point_mAP" needs lists of labels, and all other metrics need
-            one label per image.
+        ValueError: If "11point_mAP" gets single labels, or another metric gets lists.
     """
     is_multilabel = isinstance(labels[0], list)
     if is_multilabel != (metric == "11point_mAP"):
@@ -166,9 +164,6 @@ def evaluate_zero_shot_and_write_result(args: ClassificationArguments) -> list[R
     """Measure the zero-shot classification of a dataset, and write the result file.
 
     Each image is assigned to the class whose prompts have the most similar text embedding.
-
-    Args:
-        args: Command-line arguments: model, benchmark, images, and the JSON file to write.
 
     Returns:
         The measured values, one record per metric.

@@ -4,9 +4,7 @@
     images = cached_embedder.embed_images(open_split("data/openmoji/dataset", "test", "image"))
     text_embeds = cached_embedder.embed_texts(["uma foto de um gato"])
 
-A `CachedEmbedder` combines a model with a cache of its embeddings, so that each embedding is computed only once. The
-class `EmbeddingStore` in `capivara_common.embedding_store` reads and writes the files of the cache. Each file has the
-embeddings of up to 256 images or 2048 texts.
+A `CachedEmbedder` combines a model with a cache of its embeddings, so that each embedding is computed only once.
 """
 
 import tempfile
@@ -127,10 +125,10 @@ class CachedEmbedder:
             description: Label of the progress bar.
 
         Returns:
-            Embeddings of the images that can be read, and the reasons why other images can't be read.
+            Embeddings of the readable images, and the reasons why other images can't be read.
 
         Raises:
-            ValueError: If no image can be read, or if the split has precomputed embeddings of another image encoder.
+            ValueError: If no image can be read, or if the split has embeddings of another image encoder.
         """
 
         def load(batches: Iterator[list[Place]]) -> Iterator[list[PIL.Image.Image | BadImage]]:
@@ -177,17 +175,14 @@ class CachedEmbedder:
         return torch.from_numpy(vectors_to_array(table["vectors"])[[position[text] for text in texts]])
 
     def write_result_file(self, args: ModelArguments, records: list[Record], **metadata: Any) -> None:
-        """Write the result file of an evaluation command to `args.output`, with a description of model and device.
-
-        The file also gets the precision and the duration of the measurement.
+        """Write the result file of an evaluation command to `args.output`, with a description of model and measurement.
 
         Args:
             args: Command-line arguments.
             records: The measured values, each with the conditions of its measurement.
-            metadata: Further keyword arguments of `write_records_to_result_file`. `dataset` (folder, file pattern or
-                Hub id of the images) and `fingerprint` (digest of the measured data) are required. Optional are
-                `skipped`, a dict `{row number: reason}`, and `name`, the dataset's name in the records. Any other
-                keyword, such as `notes`, becomes a key of the result file.
+            metadata: Further keyword arguments of `write_records_to_result_file`. `dataset` and `fingerprint` (digest
+                of the measured data) are required, `skipped` and `name` are optional. Any other keyword becomes a key
+                of the file.
         """
         embedder, seconds = self.embedder, time.perf_counter() - self.start_time
         values = {"model": args.model, "device": describe_device(embedder.device), "precision": embedder.precision}
@@ -208,8 +203,6 @@ def run_evaluation_command(
     arguments_type: type[ModelArguments], doc: str, evaluate: Callable[..., list[Record]], argv: list[str] | None = None
 ) -> None:
     """Run an evaluation command: parse the arguments, measure, and print results and notes.
-
-    All evaluation commands share this function. They differ in their arguments and in the function that measures.
 
     Args:
         arguments_type: Dataclass of the command's arguments.

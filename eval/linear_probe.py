@@ -3,10 +3,10 @@
     python -m eval.linear_probe --model MODEL --benchmark cifar-10 --images DATASET --output results/probe.json
     python -m eval.linear_probe --model MODEL --benchmark cifar-10 --images DATASET --shots 1 2 4 8 16 --output p.json
 
-The strength of the L2 penalty is selected on the validation split, or on a fifth of the training images if there is no
-validation split. Then the regression is fitted to training and validation images together (ELEVATER, arXiv 2204.08790,
-section 4). With `--shots`, the result is the mean over several random draws of a few training images per class. Such
-few-shot results do not use the validation split.
+The L2 penalty is selected on the validation split, or on a fifth of the training images if there is none. Then the
+regression is fitted to training and validation images (ELEVATER, arXiv 2204.08790, section 4). With `--shots`, it is
+trained on a few training images per class, without the validation split. The result is the mean over several random
+draws.
 """
 
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ def sample_few_shot(labels: np.ndarray, shots: int, rng: np.random.Generator) ->
 def draw_random_validation_fold(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw a random 20 % of the images of each class for validation, in the format of scikit-learn's `PredefinedSplit`.
 
-    A class with two to four images contributes one image. If a class has only one image, it stays in training.
+    Classes with two to four images contribute one image, classes with a single image none.
 
     Args:
         labels: Class index of each image (images,).
@@ -100,19 +100,18 @@ def tune_probe_and_score_images(
 ) -> tuple[torch.Tensor, float]:
     """Select the regularization of a logistic regression, fit it to image embeddings, and score the test images.
 
-    The regularization is C, scikit-learn's inverse of the L2 penalty. The value in `INVERSE_PENALTIES` with the highest
-    accuracy on the validation images is selected. If several values have the same accuracy, the smallest is taken. If
-    there are too few training images to hold out validation images, C is 1.
+    The regularization is scikit-learn's C: the value in `INVERSE_PENALTIES` with the highest validation accuracy, or 1
+    if there are too few images to select it.
 
     Args:
         train: Embeddings and labels of the training images.
-        validation: Embeddings and labels of the validation images. If None, a fifth of the training images is used.
-        test: Embeddings and labels of the test images.
-        class_count: Number of classes of the dataset, including classes without training images.
+        validation: The same of the validation images. None: a fifth of the training images is used.
+        test: The same of the test images.
+        class_count: Number of classes, including classes without training images.
         rng: Random generator that draws the validation fold.
 
     Returns:
-        A tuple (scores, C): the scores of the test images (images, classes), and the selected C.
+        A tuple (scores, C) with the scores of the test images (images, classes).
 
     Raises:
         ValueError: If the training images have fewer than two classes.
@@ -126,8 +125,8 @@ def tune_probe_and_score_images(
         fold = np.repeat([-1, 0], [len(train[1]), len(validation[1])])
     regression = LogisticRegression(max_iter=MAX_ITERATIONS)
     can_select = 0 in fold and len(np.unique(fit_data[1][fold < 0])) > 1
-    # GridSearchCV selects the C that suits the validation images best. It then fits a classifier with this C to
-    # training and validation images together.
+    # GridSearchCV selects the C with the highest validation accuracy, or the smallest of several equal ones. It then
+    # fits a classifier with this C to training and validation images together.
     if can_select:
         regression = GridSearchCV(regression, {"C": INVERSE_PENALTIES.tolist()}, cv=PredefinedSplit(fold))
     regression.fit(*fit_data)
@@ -145,14 +144,11 @@ def tune_probe_and_score_images(
 def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[Record]:
     """Measure linear probes on a dataset, and write the result file.
 
-    A linear probe is a linear classifier that is trained on frozen image embeddings. With `args.shots`, there is one
-    measurement for each number of training images per class. Otherwise, all training images are used.
-
-    Args:
-        args: Command-line arguments: model, benchmark, images, and the JSON file to write.
+    A linear probe is a linear classifier that is trained on frozen image embeddings. There is one measurement for each
+    number in `args.shots`, or a single one with all training images.
 
     Returns:
-        On the main process, one record per metric and number of training images. On other processes, an empty list.
+        On the main process, one record per metric and measurement. On other processes, an empty list.
 
     Raises:
         ValueError: If an image has several labels, two splits hold the same images, or an argument is invalid.

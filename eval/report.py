@@ -3,9 +3,8 @@
     python -m eval.report results/ --output report/
     python -m eval.report runs/openmoji-pt-001/ --output report/ --overwrite_output_dir
 
-The report is a folder with index.html and its images. If the input folder contains a training run, the report also
-shows the training curves from its `run.json`. Input files are not trusted: text is escaped, and images are decoded and
-encoded again.
+The report is a folder with index.html and its images. For a training run, it also shows the training curves. Input
+files are not trusted: text is escaped, and images are decoded and encoded again.
 """
 
 import os
@@ -68,7 +67,7 @@ class ResultsFolder:
     def copy_images_as_jpeg(self, sheets: list[Path], title: str, output: Path) -> list[tuple[str | None, str]]:
         """Copy images from the results folder into the folder of the report, as JPEG files on a white background.
 
-        An image that can't be read, or that is a link to a file outside of the results folder, is added to `faults`.
+        Images that can't be shown are added to `faults`: unreadable files, and links that leave the results folder.
 
         Args:
             sheets: Paths of the images relative to the results folder. Missing files are ignored.
@@ -101,11 +100,10 @@ class ResultsFolder:
 def read_results_folder(folder: Path) -> ResultsFolder:
     """Read all result files and training runs in a folder and its subfolders.
 
-    Both are JSON files. Hidden files and unfinished runs (`NAME.partial`) are skipped. Files that can't be read are
-    listed in the field `faults`, with reasons.
+    Hidden files and unfinished runs (`NAME.partial`) are skipped.
 
     Returns:
-        The result files, the training runs, and the files that can't be read.
+        The result files, the training runs, and in `faults` the files that can't be read.
 
     Raises:
         ValueError: If the folder does not exist or contains no result file.
@@ -146,18 +144,13 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
     Args:
         results: Folder with result files, which is searched with its subfolders.
         output: Folder to write the report to: index.html and its images.
-        overwrite: True: replace an output folder that is not empty. False: such a folder is an error.
+        overwrite: Whether to replace an output folder that is not empty.
 
     Returns:
-        The result files and training runs that were read. Its field `faults` lists all files that are not shown, with
-        reasons.
+        The files that were read. The field `faults` lists all files that are not shown, with reasons.
 
     Raises:
-        ValueError: In one of these cases:
-
-            - There is no result file.
-            - The output folder is not empty, and `overwrite` is False.
-            - The output folder contains the results.
+        ValueError: If there is no result file, or if the output folder contains the results or may not be replaced.
     """
     files.check_output_folder_and_clean_leftovers(output, overwrite)
     files.check_inputs_outside(output, results)
@@ -225,7 +218,8 @@ def _build_report_block_and_write_images(
     for pair in pairs:
         pair["published"] = get_published_baseline_result(pair)
         pair["models"] = " against ".join(pair[role].folder for role in ("capivara", "baseline") if pair[role])
-    # A result file lists the metric of its dataset first. For classification, the chart shows only this metric.
+    # Each classification dataset has a usual metric, which a result file lists first. The chart shows only this metric;
+    # the other records, such as top-5 accuracy, are only in the table.
     own_metrics = measured.drop_duplicates("dataset").set_index("dataset")["metric"]
     drawn = [p for p in pairs if not p["is_rank"] and (is_retrieval or p["metric"] == own_metrics[p["dataset"]])]
     has_several_models = len({pair["models"] for pair in pairs}) > 1

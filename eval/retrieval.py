@@ -3,8 +3,7 @@ r"""Measure cross-modal retrieval: find the image of each caption, and a caption
     python -m eval.retrieval --model data/openmoji/base --dataset data/openmoji/dataset --split test --language pt \
         --output retrieval_pt.json
 
-Several processes can embed a large dataset together, on one machine or on a cluster (docs/how-to/cluster.md). The
-results are bit-identical to the results of a single process.
+Several processes can embed a large dataset together (docs/how-to/cluster.md), with bit-identical results:
 
     accelerate launch --multi_gpu --num_processes 8 -m eval.retrieval …
 """
@@ -91,16 +90,13 @@ class RetrievalEmbeddings:
         return RetrievalEmbeddings(text_embeds, image_embeds, self.image_of_text, self.full_width or width)
 
     def query_groups(self, direction: str) -> Tensor:
-        """Return for each query the index of the image that it belongs to.
-
-        The index tells which search results are correct: a result is relevant if it belongs to the same image as the
-        query.
+        """Return for each query the index of its image. A search result is relevant if it has the same index.
 
         Args:
             direction: "text_to_image" (captions are the queries) or "image_to_text" (images are the queries).
 
         Returns:
-            Image indices, (queries,). The index of an image query is its own position.
+            Image indices, (queries,).
         """
         return self.image_of_text if direction == "text_to_image" else torch.arange(len(self.image_embeds))
 
@@ -121,9 +117,8 @@ class RetrievalEmbeddings:
     def ranks(self) -> dict[str, Tensor]:
         """For each query, the rank of its best correct result, in both search directions.
 
-        A dict `{direction: ranks}`, from which recall and median rank are computed. In the direction "text_to_image",
-        captions are the queries; in "image_to_text", images are. The ranks are a tensor, (queries,). Rank 0 means that
-        a correct result has the highest score.
+        A dict `{direction: ranks}`. Captions are the queries of "text_to_image", images are the queries of
+        "image_to_text". The ranks are a tensor, (queries,), and count from 0.
         """
         groups = (self.query_groups(direction) for direction in DIRECTIONS)
         ranks = metrics.cross_modal_ranks(self.text_embeds, self.image_embeds, *groups)
@@ -137,8 +132,7 @@ def check_and_flatten_captions(captions: list[list[str]]) -> tuple[list[str], Te
         captions: For each image, the list of its captions.
 
     Returns:
-        A tuple (captions, image indices). The captions are one list, in the order of the images. The image indices say
-        for each caption which image it describes, (texts,), int64.
+        A tuple (captions, image indices): the list, and for each caption the index of its image, (texts,), int64.
 
     Raises:
         ValueError: If an image has no caption, or an empty caption.
@@ -158,12 +152,11 @@ def embed_captions_for_retrieval(
 ) -> RetrievalEmbeddings:
     """Embed captions, and combine them with image embeddings that have already been computed.
 
-    Models that share a frozen image encoder can share the image embeddings, so that only the captions are embedded
-    again.
+    Models with the same image encoder can share the image embeddings.
 
     Args:
         model: A model with `get_text_features`.
-        processor: The processor of the model; its tokenizer is used.
+        processor: The processor of the model.
         captions: For each image, the list of its captions.
         image_embeds: Unit-length embeddings of the images (images, width), in the order of `captions`.
 
@@ -182,20 +175,18 @@ def compute_retrieval_records(
 ) -> list[Record]:
     """Compute the retrieval metrics of a split, for text-to-image and for image-to-text search.
 
-    The metrics are recall@1, recall@5, recall@10, the mean of these three, and the median rank. Recalls come with their
-    chance level, the value for random scores. If the split has at most k images, recall@k is omitted in both
-    directions, because each caption would find its image among the first k. The mean is omitted if any of the three
-    recalls is omitted.
+    The metrics are recall@1, recall@5, recall@10, their mean, and the median rank. Recalls come with their chance
+    level, the value for random scores. If the split has at most k images, recall@k and the mean are omitted.
 
     Args:
         embeddings: The embedded split.
-        protocol: Description of the measurement, stored in the records. Only records with equal protocols are
-            comparable.
+        protocol: Description of the measurement. Only records with equal protocols are comparable.
         record_fields: Other fields of `Record`: dataset, split, language, model, model_folder and seed.
 
     Returns:
         One `Record` per direction and metric: the measured value with the conditions of its measurement.
     """
+    # With at most k images, recall@k would always be 1, because each caption finds its image among the first k.
     records, cutoffs = [], [k for k in RECALL_CUTOFFS if k < len(embeddings.image_embeds)]
     record_fields |= _build_protocol_and_dim_fields(embeddings, protocol)
     for direction in DIRECTIONS:
@@ -243,8 +234,7 @@ def compute_gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings
         record_fields: Other fields of `Record`: dataset, split, language, model, model_folder and seed.
 
     Returns:
-        One record per direction. The list is empty if the split has at most 10 images. These are too few for recall@10,
-        which is part of the mean recall (the mean of recall@1, recall@5 and recall@10).
+        One record per direction, or an empty list if the split has at most 10 images, too few for recall@10.
     """
     if len(after.image_embeds) <= max(RECALL_CUTOFFS):
         return []
@@ -313,9 +303,9 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
     """Measure how well captions and images of a dataset find each other, and write the result file.
 
     Args:
-        args: Command-line arguments: model, dataset, and the JSON file to write.
-        draw_sheet: True: also draw OUTPUT.queries.png, an image that shows the best and worst queries, each with the
-            images that the model ranks first. False: write only the result file.
+        args: Command-line arguments.
+        draw_sheet: Whether to also draw OUTPUT.queries.png, an image of the best and worst queries with the images that
+            the model ranks first.
 
     Returns:
         The measured values, one record per direction and metric.
@@ -354,9 +344,6 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
 
 def select_captions_by_position(value: Any, column: str, positions: str, row: int) -> list[str]:
     """Return those captions of a dataset row that are at the selected positions in the list of captions.
-
-    In the data of CAPIVARA's paper, the position of a caption shows which program translated it. The positions "even"
-    or "odd" therefore select the translations of one program.
 
     Args:
         value: Content of the caption column in this row: a text or a list of texts.

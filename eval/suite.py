@@ -5,15 +5,15 @@ r"""Run all benchmarks of the paper with one command and compare the results wit
     python -m eval.suite elevater --runs runs/a runs/b runs/c --protocol authors --authors_file portuguese_prompts.py
     python -m eval.suite beyond --model capivara --only xm3600 --languages pt hi --data_dir data/benchmarks
 
-A suite is a set of benchmarks. The suite "paper" contains all benchmarks, including three that the paper does not have
-(XM3600, Flickr30k-200, Babel-ImageNet). The other suites are subsets of "paper".
+A suite is a set of benchmarks. The suite "paper" has all benchmarks, including three that the paper does not have
+(XM3600, Flickr30k-200, Babel-ImageNet). The other suites are subsets.
 
-Each benchmark has a key, such as "xm3600", and a file eval/benchmarks/KEY.json that describes it. Its data are first
-looked up in the folder --data_dir/KEY, then on the Hub if the file has a Hub id. The field `local_layout` of the file
-describes the layout of the local folder. Benchmarks without data are listed as not run.
+The data of a benchmark are looked up in the folder --data_dir/KEY, then on the Hub. KEY is its name, such as "xm3600".
+The field `local_layout` in eval/benchmarks/KEY.json describes the folder. Benchmarks without data are listed as not
+run.
 
-To continue an interrupted suite, repeat the command: embeddings are taken from --cache_dir. Use a separate output
-folder for each --protocol, because the result files have the same names.
+To continue an interrupted suite, repeat the command: embeddings are taken from --cache_dir. Use another output folder
+for each --protocol, because the result files have the same names.
 """
 
 import math
@@ -98,20 +98,18 @@ def check_arguments_and_select_benchmarks(args: SuiteArguments) -> list[Benchmar
 
 
 def _check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
-    """Describe all models of the suite: first the baseline, if there is one, then the models to compare with it.
-
-    Each model is loaded once, so that a model that can't be loaded ends the suite before the long work starts.
+    """Load each model of the suite once, and describe it: first the baseline, then the models to compare with it.
 
     Returns:
         One dict per model, to be stored in suite.json. Its main keys are:
 
         - "name": folder or Hub id.
         - "role": "baseline" or "capivara".
-        - "run": number of the model, counted from 0 for each role.
-        - "seed": seed of the training run, from the model's run.json, or None.
+        - "run": number of the model within its role, from 0.
+        - "seed": seed of the training run, or None.
         - "fingerprint": digest that identifies the model.
-        - "published" and "base_published": name under which results of the model, or of the model that it was
-          fine-tuned from, were published (see `find_published_name`); None without such results.
+        - "published" and "base_published": name of the published results of the model and of its base model (see
+          `find_published_name`), or None.
 
     Raises:
         UsageError: If no model is given.
@@ -131,8 +129,9 @@ def _check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
     for role, run, name in [("baseline", 0, args.baseline)] * bool(args.baseline) + runs:
         run_file, is_baseline = Path(name) / "run.json", role == "baseline"
         run_data = {} if is_baseline or not run_file.is_file() else read_json(run_file)
-        # Here the model is loaded only for its fingerprint, which tells models apart. The precision "auto" would first
-        # measure which precision is fastest; this is not needed, so float32 replaces it.
+        # A model that can't be loaded ends the suite here, before the long work starts. Only the fingerprint is needed,
+        # which tells models apart. The precision "auto" would measure which precision is fastest, so float32 replaces
+        # it.
         precision = "float32" if args.precision == "auto" else args.precision
         model = load_embedder(name, "cpu", is_baseline, precision)
         entry = {"name": name, "role": role, "run": run, "seed": run_data.get("seed"), "fingerprint": model.fingerprint}
@@ -184,14 +183,14 @@ def run_measurement(args: SuiteArguments, model: dict[str, Any], measurement: di
     """Measure one model on one benchmark in one language, and write the result file.
 
     Args:
-        args: Arguments of the suite. They include the output folder, precision and batch size.
-        model: The model, as a dict. The keys "name" (folder or Hub id), "role" ("baseline" or "capivara") and "seed"
-            (seed of its training run, or None) are used.
-        measurement: The plan of the measurement, as a dict. The keys "benchmark" (key of the benchmark), "data" (path
-            or Hub id), "language" (language code) and "file" (name of the result file) are used.
+        args: Arguments of the suite.
+        model: The model, a dict with "name" (folder or Hub id), "role" ("baseline" or "capivara") and "seed" (of its
+            training run, or None).
+        measurement: The plan, a dict with "benchmark" (its key), "data" (path or Hub id), "language" (code) and "file"
+            (name of the result file).
 
     Returns:
-        The measured values: one record per metric, and for retrieval one per metric and direction.
+        The measured values: one record per metric, and for retrieval also per direction.
     """
     benchmark = load_benchmarks()[measurement["benchmark"]]
     options = {field.name: getattr(args, field.name) for field in fields(EmbeddingArguments)}
@@ -211,8 +210,8 @@ def run_measurement(args: SuiteArguments, model: dict[str, Any], measurement: di
 def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
     """Run all measurements of the suite, and write their summary to suite.json and table.md.
 
-    If the command was started by a distributed launcher, all processes work on each measurement together. If a
-    measurement fails, the suite records the reason and continues.
+    The processes of a distributed launch work on each measurement together. If a measurement fails, the suite records
+    the reason and continues.
 
     Returns:
         On the main process the summary, which is the content of suite.json; None on the other processes.
@@ -289,24 +288,23 @@ def build_suite_rows_and_remarks(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Build the rows of a suite's table, which shows measured results next to published results, in percent.
 
-    Each model has one of two roles: "baseline", or "capivara" for a model that is compared with the baselines.
+    A model's role is "baseline", or "capivara" if it is compared with the baseline.
 
     Args:
-        pairs: Tuples (benchmark, language). Each tuple gives one row of the table, or two rows for retrieval: one per
-            search direction.
-        values: One dict per measured result: the fields of `Record`, "benchmark" (key of the benchmark), "role"
-            ("baseline" or "capivara") and "run" (0 for the first model of this role, 1 for the second, and so on).
-        model_counts: Number of models of each role, `{role: number}`.
-        protocol: Source of class names and prompts: "ours" (this project) or "authors" (CAPIVARA's authors).
-        published: For each role of the table, the name of the model whose published results are shown, such as
-            "baseline" (see `Benchmark.get_published_figure`). None instead of a name: no published results are shown.
+        pairs: Tuples (benchmark, language). Each gives one row; for retrieval, one row per direction.
+        values: One dict per measured result: the fields of `Record`, "benchmark" (its key), "role" and "run" (number of
+            the model within its role).
+        model_counts: `{role: number of models}`.
+        protocol: Source of prompts: "ours" (this project) or "authors" (CAPIVARA's authors).
+        published: `{role: name}`. The name selects published results, see `Benchmark.get_published_figure`. None shows
+            no results.
 
     Returns:
         A tuple (rows, remarks):
 
-        - A row is a dict with the title, language and direction of the benchmark, and the keys "baseline" and
-          "capivara". Each of the two has the measured result, the published result and their difference.
-        - A remark is a text. It says that an average is omitted, because results of some datasets are missing.
+        - A row is a dict: title, language and direction of the benchmark, and for each role the measured result, the
+          published result and their difference.
+        - A remark is a text about an average that is omitted, because results of some datasets are missing.
     """
     metrics = [(benchmark.key, language, benchmark.metric) for benchmark, language in pairs]
     metrics = pandas.DataFrame(metrics, columns=["benchmark", "language", "metric"])
@@ -357,13 +355,11 @@ def _build_suite_table_row(
         protocol: Source of class names and prompts, "ours" or "authors".
 
     Returns:
-        A dict with these keys:
+        A dict that describes the benchmark and has these keys:
 
-        - "benchmark", "title", "section", "language", "direction", "metric", "images" and "test_images" describe the
-          benchmark.
         - "like_for_like": whether measured and published results are comparable.
-        - "baseline" and "capivara": a dict with "published" and "measured" (each None, or a dict with "mean" and "std"
-          in percent) and "difference" (measured minus published, in percentage points).
+        - "baseline" and "capivara": a dict with "published" and "measured" (mean and standard deviation in percent, or
+          None) and "difference" (measured minus published, in percentage points).
     """
     title = benchmark.title + ("" if benchmark.languages == (language,) else f" ({language})")
     section = "beyond" if "beyond" in benchmark.suite else "paper"
@@ -390,16 +386,11 @@ def _build_suite_table_row(
 def render_suite_table(summary: dict[str, Any]) -> str:
     """Render the results of a suite as Markdown tables, with remarks below them.
 
-    There is a table for the benchmarks of the paper and a table for the other benchmarks. The remarks below them tell:
-
-    - which benchmarks have another number of images than the published split;
-    - how many images could not be read;
-    - how the measurement of a benchmark differs from the published one, and other notes about it;
-    - which averages are omitted;
-    - which benchmarks were not run, and why.
+    There is a table for the benchmarks of the paper and a table for the others. The remarks name deviations from the
+    published measurements, unreadable images, omitted averages, and benchmarks that were not run.
 
     Args:
-        summary: The content of suite.json, as a dict. It has the models, the measurements, and the rows of the tables.
+        summary: The content of suite.json, as a dict.
 
     Returns:
         The Markdown text.

@@ -22,8 +22,8 @@ def collect_run_conditions(args: Any, device: Any = "cpu", *packages: str) -> di
         *packages: Names of packages whose versions are recorded, in addition to those that are always recorded.
 
     Returns:
-        `{"config": {argument: value}, "device": description of the device, "versions": {package: version}}`. In
-        "config", paths that would reveal folders of this machine are shortened.
+        `{"config": {argument: value}, "device": description of the device, "versions": {package: version}}`. Absolute
+        paths are shortened.
     """
     config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
     versions = package_versions(*packages)

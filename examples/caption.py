@@ -3,9 +3,8 @@ r"""Caption images in Portuguese by retrieval: choose the most similar sentences
     python -m examples.caption --model runs/openmoji-pt-001
     python -m examples.caption --model MODEL --pictures ~/Fotos --bank frases.txt --top_k 3 > legendas.csv
 
-The caption bank is the collection of sentences to choose from: a text file with one sentence per line, or the captions
-of a dataset's training split. No caption is generated. The output is CSV with the columns picture (path of the image),
-score (cosine similarity of image and caption) and caption.
+The caption bank is a text file with one sentence per line, or the captions of a dataset's training split. The output is
+CSV with the columns picture (path of the image), score (cosine similarity of image and caption) and caption.
 """
 
 import csv
@@ -67,11 +66,11 @@ def flatten_split_captions(rows: Dataset, language: str) -> tuple[list[str], lis
     """List all captions of a dataset split in one language, and the image that each caption belongs to.
 
     Args:
-        rows: Dataset split with the column captions-LANGUAGE. A cell of this column is a caption or a list of captions.
+        rows: Dataset split with the column captions-LANGUAGE. A cell is a caption or a list of captions.
         language: Code of the language, such as "pt".
 
     Returns:
-        Tuple (captions, rows): all captions, and for each caption the index of the row that has its image.
+        Tuple (captions, rows): all captions, and the row index of the image of each caption.
     """
     captions = [[cell] if isinstance(cell, str) else cell for cell in rows[f"captions-{language}"]]
     texts = [text for row_captions in captions for text in row_captions]

@@ -3,8 +3,8 @@
     with run_stand_in_chat_server(ChatServer(lambda messages: "um gato")) as server:
         print(server.url)  # for --base_url
 
-You pass a function that computes the answers. The server runs in threads of this process, can be reached only from this
-machine, and stops at the end of the `with` block.
+You pass a function that computes the answers. The server can be reached only from this machine, and stops at the end of
+the `with` block.
 """
 
 import json
@@ -21,9 +21,7 @@ MODEL = "stand-in"  # name of the only model that the server offers
 
 @dataclass
 class ChatServer:
-    """Settings of a stand-in chat server: the function that makes its answers, its delay, and its address.
-
-    Pass the object to `run_stand_in_chat_server`, which starts the server.
+    """Settings of a stand-in chat server, which `run_stand_in_chat_server` starts.
 
     Attributes:
         answer: Function that gets the messages of a request and returns the text of the answer.
@@ -38,13 +36,14 @@ class ChatServer:
     def handle(self, handler: "ChatHandler", body: dict[str, Any]) -> None:
         """Answer one request for a chat completion, after a delay of `delay_s` seconds.
 
-        The delay simulates a language model that needs time. The caption commands check the connection with a request
-        for a single token. Such a request is answered without delay.
+        A request for a single token is answered without delay.
 
         Args:
             handler: The connection that the answer is sent to.
             body: JSON content of the request.
         """
+        # The delay simulates a language model. The caption commands check the connection with a request for one token,
+        # which gets no delay.
         time.sleep(self.delay_s if body.get("max_tokens") != 1 else 0)
         handler.send_json(self.completion(body, self.answer(body["messages"])))
 
@@ -52,13 +51,14 @@ class ChatServer:
         """Build the JSON response to a chat request in the format of OpenAI's API, with a single choice.
 
         Args:
-            body: JSON content of the request. It counts as 10 prompt tokens, or as 20 if it contains an image.
-            text: Text of the answer. Each word counts as one token.
+            body: JSON content of the request.
+            text: Text of the answer.
             finish_reason: Reason for the end of the answer, as in OpenAI's API.
 
         Returns:
-            The response as a dict, with the keys of OpenAI's chat completion such as "choices" and "usage".
+            The response, with the keys of OpenAI's chat completion such as "choices" and "usage".
         """
+        # An image counts as 10 more prompt tokens, and each word of the answer as one token.
         has_image = not isinstance(content := body["messages"][-1]["content"], str) and len(content) > 1
         message = {"role": "assistant", "content": text}
         usage = {"prompt_tokens": 20 if has_image else 10, "completion_tokens": len(text.split())}

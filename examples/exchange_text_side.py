@@ -4,17 +4,11 @@ r"""Improve Portuguese search in existing vector stores by replacing only the te
         --base data/openmoji/base
     python -m examples.exchange_text_side --text_side text_side
 
-The first command exports the text encoder of a fine-tuned model. The second command runs the example in these steps:
+The first command exports the text encoder of a fine-tuned model. The second command stores test images, embedded by the
+base model, in Qdrant (local mode) and in LanceDB. It then searches both stores with Portuguese captions, embedded by
+the base model and by the exported text encoder, and reports recall@k of each search.
 
-1. Embed the test images with the base model, and store the embeddings in a Qdrant collection (local mode) and in a
-   LanceDB table.
-2. Search both stores with the Portuguese captions, embedded by the text encoder of the base model.
-3. Search both stores again with the same captions, now embedded by the exported text encoder (loaded with
-   sentence-transformers).
-4. Report recall@k of each search.
-
-The stored vectors are compared before and after the searches, to show that no image was embedded again. The output
-folder gets the two stores and `results.json`.
+The output folder gets the two stores and `results.json`. Its key "embedded_again" is 0 if no image vector changed.
 """
 
 from contextlib import closing
@@ -136,9 +130,8 @@ def search_vector_store_and_compute_recall(
         picture_of_query: For each query, the row index of the only relevant image.
 
     Returns:
-        `{"recall@1": …, "mean_recall": …}`, all from 0 to 1. There is one key "recall@k" for each k in
-        `RECALL_CUTOFFS`: the fraction of the queries whose image is among the first k results. "mean_recall" is the
-        mean of these recalls.
+        `{"recall@1": …, "mean_recall": …}`, all from 0 to 1. "recall@k", for each k in `RECALL_CUTOFFS`, is the
+        fraction of the queries whose image is among the first k results. "mean_recall" is the mean of these recalls.
     """
     ranks = []
     for query, row in zip(tqdm(queries, desc="Queries", unit="query"), picture_of_query, strict=True):
@@ -188,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
                     encoder: search_vector_store_and_compute_recall(pictures, vectors_of_texts, picture_of_text)
                     for encoder, vectors_of_texts in queries.items()
                 }
+                # No vector may change, because no image is embedded again.
                 changed = np.abs(before - pictures.vectors()).max(axis=1) > VECTOR_TOLERANCE
             results["embedded_again"] = max(results["embedded_again"], int(changed.sum()))
         run = collect_run_conditions(args, "cpu", "qdrant-client", "lancedb", "sentence-transformers")

@@ -4,9 +4,9 @@ r"""Fine-tune an image classifier that starts from the embeddings of Portuguese 
     python -m examples.fine_tune_classifier --model MODEL --learning_rate 1e-5 --images DATA --benchmark cifar-10 \
         --output_dir runs/cifar-10
 
-The first command uses scikit-learn's 1,797 handwritten digits and the base model that `python -m
-examples.openmoji.prepare` makes. The value of `--images` is a saved Hugging Face dataset, a Hub id, or a folder that
-has one subfolder per split, each with one subfolder of images per class. Use the fine-tuned model with transformers:
+The first command uses scikit-learn's 1,797 handwritten digits and the base model of `python -m
+examples.openmoji.prepare`. `--images` takes a saved Hugging Face dataset, a Hub id, or a folder with the subfolders
+SPLIT/CLASS. Use the fine-tuned model with transformers:
 
     from transformers import pipeline
     import modeling_capivara
@@ -88,8 +88,7 @@ def make_digits_dataset(names: list[str], seed: int) -> DatasetDict:
         seed: Seed of the random split into train and test, which is stratified by class.
 
     Returns:
-        Dataset with the splits train and test. The split test has `TEST_DIGITS` images. Both have the columns image and
-        labels (class index).
+        Dataset with the splits train and test (`TEST_DIGITS` images) and the columns image and labels (class index).
     """
     from sklearn.datasets import load_digits
 
@@ -106,12 +105,12 @@ class LabeledRows:
     An item is `{"image": PIL image, "labels": class index}`. Images that can't be read are left out.
 
     Args:
-        labeled_images: Images with their labels, from `load_images_with_prompt_class_labels`. All images are decoded
-            once at the start, to find those that can't be read.
+        labeled_images: Images with their labels, from `load_images_with_prompt_class_labels`.
     """
 
     def __init__(self, labeled_images: LabeledImages):
         self.labeled_images = labeled_images
+        # All images are decoded once, to find those that can't be read.
         decoded = labeled_images.images.decode_images(range(len(labeled_images.images)))
         self.rows = [row for row, image in enumerate(decoded) if not isinstance(image, BadImage)]
 

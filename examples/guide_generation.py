@@ -2,15 +2,12 @@
 
     python -m examples.guide_generation --sentence "sol amarelo" --output_dir runs/guided
 
-The image starts as faint noise. If every pixel is optimized (`--cells` equal to `--size`, `--views 0`), the result is
-an adversarial example: the model finds it similar to the sentence, but people see only noise. By default, a coarse grid
-of colors is optimized, and at each step the model sees random views (rotated, cropped and noisy copies) of the image.
-This sometimes gives shapes that people recognize, too. The result is hardly ever a natural image, because there is no
-generative model.
+By default, a coarse grid of colors is optimized, and the model sees rotated, cropped and noisy copies (views) of the
+image. This sometimes gives shapes that people recognize. If every pixel is optimized (`--cells` equal to `--size`,
+`--views 0`), people see only noise.
 
-The output folder gets `picture.png` (the optimized image), `steps.png` (images during the optimization, side by side)
-and `results.json`. The JSON file has the cosine similarities of the image to the sentence and to other sentences,
-before and after the optimization, measured on 8-bit images as they are saved.
+The output folder gets `picture.png` (the result), `steps.png` (images during the optimization, side by side) and
+`results.json` (cosine similarities of the image to the sentence and to other sentences, before and after).
 """
 
 import time
@@ -57,7 +54,7 @@ class GuideArguments:
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
     output_dir: Path = flag(Path("runs/guided"), "Folder for the images and results.json.")
     overwrite_output_dir: bool = flag(False, "Replace the output folder if it exists.")
-    others: list[str] = flag(OTHER_SENTENCES, "Sentences that the image is compared with for reference.")
+    others: list[str] = flag(OTHER_SENTENCES, "Other sentences whose similarity to the image is reported, too.")
     steps: int = flag(60, "Number of optimizer steps.")
     size: int = flag(224, "Side of the image in pixels.")
     cells: int = flag(
@@ -107,9 +104,6 @@ def _make_random_views(pixels: Tensor, count: int, generator: torch.Generator) -
 def preprocess_images_differentiably(pixels: Tensor, image_processor: CapivaraImageProcessor) -> Tensor:
     """Preprocess square images like the model's image processor, but so that gradients flow back to the pixels.
 
-    The image is optimized by these gradients. PyTorch's antialiased bicubic resize replaces PIL's resize. Both give the
-    same result, except that PyTorch does not round values to 8 bits.
-
     Args:
         pixels: Images, (images, 3, side, side), values from 0 to 1.
         image_processor: The model's image processor. Its size, crop, mean and standard deviation are used.
@@ -117,6 +111,7 @@ def preprocess_images_differentiably(pixels: Tensor, image_processor: CapivaraIm
     Returns:
         Normalized pixel values for the model, (images, 3, height, width).
     """
+    # PyTorch's antialiased bicubic resize gives the same result as PIL's, but does not round values to 8 bits.
     side, crop = image_processor.size["shortest_edge"], image_processor.crop_size
     pixels = functional.resize(pixels, [side], functional.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
     pixels = functional.center_crop(pixels, [crop["height"], crop["width"]])
@@ -147,6 +142,8 @@ def main(argv: list[str] | None = None) -> None:
         model.requires_grad_(False)  # only the image is optimized, so the weights need no gradients
         generator, started = torch.Generator().manual_seed(args.seed), time.perf_counter()
         cells = min(args.cells, args.size)
+        # One cell per pixel, without views, gives an adversarial example. There is no generative model, so the result
+        # is hardly ever a natural image.
         colors = INITIAL_NOISE * torch.randn(1, 3, cells, cells, generator=generator)
         colors = colors.to(model.device).requires_grad_()
 
@@ -174,6 +171,7 @@ def main(argv: list[str] | None = None) -> None:
         thumbnails = [np.asarray(picture.resize((STRIP_SIDE, STRIP_SIDE))) for picture in pictures]
         PIL.Image.fromarray(np.hstack(thumbnails)).save(folder / "steps.png")
         sentences = list(dict.fromkeys([args.sentence, *args.others]))
+        # The pictures are 8-bit images, so the similarities are those of the saved files.
         first_and_last = embed_images(model, processor, [pictures[0], pictures[-1]])
         before, after = (first_and_last @ embed_texts(model, processor, sentences).T).tolist()
         cosines = {text: {"before": b, "after": a} for text, b, a in zip(sentences, before, after, strict=True)}

@@ -3,15 +3,14 @@
     python -m examples.real_images --baseline data/openmoji/base --model runs/openmoji-pt-001 --output runs/real_images
     python -m eval.report runs/real_images --output report
 
-The evaluation has three kinds of tasks:
+The models are evaluated by three tasks:
 
 - retrieval on OpenMoji's test split, in Portuguese and in English;
 - zero-shot classification with Portuguese class names, of OpenMoji's test images, of scikit-learn's digits and of
   scikit-image's photographs;
 - a linear probe on scikit-learn's digits.
 
-The first run writes the datasets to `data/real_images`, and later runs reuse them. The output folder gets one result
-file per task and model.
+The output folder gets one result file per task and model. The datasets are kept in `data/real_images`.
 """
 
 from dataclasses import dataclass

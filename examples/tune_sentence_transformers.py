@@ -5,13 +5,11 @@ r"""Fine-tune a CAPIVARA model with the trainer of sentence-transformers, on ima
     python -m examples.tune_sentence_transformers --model repository --dataset data/openmoji/dataset --language pt \
         --output_dir runs/tuned
 
-This example is for users who already train with sentence-transformers. It needs the extra `sentence-transformers` of
-this package. Three options (see `build_clip_loss`) make the loss of sentence-transformers equal to CLIP's loss: both
-retrieval directions, a separate softmax for each direction, and the model's learned scale instead of a fixed scale.
-Gradient caching (GradCache, arXiv 2101.06983) allows batches of any size. Unlike in `train_accelerate.py`, the frozen
-image tower encodes every image twice per epoch, and each image has the same caption during the whole training.
+This example is for users who already train with sentence-transformers. It needs the extra `sentence-transformers`. The
+loss equals CLIP's loss. Gradient caching (GradCache, arXiv 2101.06983) allows batches of any size. Each image has the
+same random caption during the whole training.
 
-Both sentence-transformers and `CapivaraModel.from_pretrained` can load the output folder, which also has
+The output folder gets the model, which sentence-transformers and `CapivaraModel.from_pretrained` can load, and
 `results.json`.
 """
 
@@ -84,9 +82,7 @@ def load_images_with_one_random_caption(dataset: Path, split: str, language: str
         seed: Seed of the random choice among the captions of an image.
 
     Returns:
-        Dataset with one row per image and the columns text and image, in the order that the loss requires. A text is a
-        dict `{"text": caption}`, because sentence-transformers would try to open a plain string that looks like a URL
-        or file name.
+        Dataset with one row per image and the columns text, `{"text": caption}`, and image, in this order.
 
     Raises:
         ValueError: If the dataset has no such split or column, or an image has no caption.
@@ -100,6 +96,8 @@ def load_images_with_one_random_caption(dataset: Path, split: str, language: str
     captions = [[cell] if isinstance(cell, str) else cell for cell in data[split][column]]
     check_and_flatten_captions(captions)  # only for the check: raises ValueError if a caption is missing
     rng = random.Random(seed)
+    # Texts are dicts, because sentence-transformers would try to open a string that looks like a URL or file name. The
+    # loss requires the column text before the column image.
     texts = [{"text": rng.choice(image_captions)} for image_captions in captions]
     return data[split].select_columns("image").add_column("text", texts).select_columns(["text", "image"])
 
@@ -107,10 +105,8 @@ def load_images_with_one_random_caption(dataset: Path, split: str, language: str
 def build_clip_loss(encoder: SentenceTransformer, mini_batch_size: int) -> CachedMultipleNegativesRankingLoss:
     """Build a sentence-transformers loss that equals CLIP's contrastive loss of the whole batch.
 
-    The loss uses gradient caching (GradCache), so that large batches fit into memory. On a single device without
-    gradient accumulation, it equals `modeling_capivara.clip_loss`. Do not use gradient accumulation, because the
-    gradient of the learned scale would not be divided by the number of accumulation steps. Training on several devices
-    would need the option `gather_across_devices` and has not been tested.
+    Use it on a single device and without gradient accumulation. Gradient caching (GradCache) makes large batches fit
+    into memory.
 
     Args:
         encoder: CAPIVARA model that sentence-transformers has loaded.
@@ -119,6 +115,9 @@ def build_clip_loss(encoder: SentenceTransformer, mini_batch_size: int) -> Cache
     Returns:
         The loss for the trainer of sentence-transformers.
     """
+    # Three options make this loss equal to `modeling_capivara.clip_loss`: the learned scale, both retrieval directions,
+    # and a separate softmax for each direction. With gradient accumulation, the gradient of the scale would not be
+    # divided by the number of steps. Several devices would need `gather_across_devices`, which has not been tested.
     return CachedMultipleNegativesRankingLoss(
         encoder,
         scale=1.0,  # `similarity_fct` already multiplies by the learned scale
@@ -132,14 +131,13 @@ def build_clip_loss(encoder: SentenceTransformer, mini_batch_size: int) -> Cache
 def build_recall_evaluator(rows: Dataset) -> InformationRetrievalEvaluator:
     """Build an evaluator that measures text-to-image retrieval: each caption must find its own image.
 
-    The evaluator's accuracy@k equals the recall@k of `eval.retrieval`, unless two images have the same similarity.
-
     Args:
         rows: Dataset with the columns text and image, from `load_images_with_one_random_caption`.
 
     Returns:
         The evaluator of sentence-transformers. Call it with a model to get the recalls as a dict.
     """
+    # The evaluator's accuracy@k equals the recall@k of `eval.retrieval`, unless two images have the same similarity.
     names = [f"{row:08}" for row in range(len(rows))]
     return InformationRetrievalEvaluator(
         dict(zip(names, rows["text"], strict=True)), dict(zip(names, rows["image"], strict=True)),
@@ -178,7 +176,9 @@ def main(argv: list[str] | None = None) -> None:
     evaluator = build_recall_evaluator(load_images_with_one_random_caption(args.dataset, args.split, args.language))
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         encoder = SentenceTransformer(str(args.model))
-        encoder[0].auto_model.freeze_image_encoder()  # as in the CAPIVARA paper (arXiv 2310.13683)
+        # Frozen as in the CAPIVARA paper (arXiv 2310.13683). Unlike in `train_accelerate.py`, the loss still encodes
+        # every image twice per epoch.
+        encoder[0].auto_model.freeze_image_encoder()
         # If the last batch had a single pair, its CLIP loss would be 0. An incomplete last batch is therefore dropped.
         training = Arguments(dataloader_drop_last=True, **build_trainer_options(args, folder, encoder.device))
         loss = build_clip_loss(encoder, args.mini_batch_size)

@@ -5,12 +5,10 @@
     python -m hub_upload.card --model runs/mine --license cc-by-4.0    # only if no license can be inferred
     python -m hub_upload.card --check runs/openmoji-pt-001
 
-All numbers in a card come from the files in the folder of the run or export, such as run.json and the result files.
-`--check` renders the card again from these files and prints each line that differs. You may add sentences without
-numbers to a card, but they are lost when the card is written again.
+All numbers in a card come from files of the run or export. `--check` prints each line that differs from these files.
+You may add sentences without numbers to a card, but they are lost when the card is written again.
 
-To publish a model, run `hub_upload.export`, `hub_upload.card` and `hub_upload.push` in this order. The card is written
-after the export, because the export rewrites the files that the card describes.
+To publish a model, run `hub_upload.export`, `hub_upload.card` and `hub_upload.push` in this order.
 """
 
 import difflib
@@ -88,25 +86,20 @@ class CardArguments:
 def render_card(
     run_metadata: dict[str, Any], language: str = "en", repo_id: str | None = None, license: str | None = None
 ) -> ModelCard:
-    """Render the model card (README.md) of a training run, from values that were read from the files of the run.
+    """Render the model card (README.md) of a training run.
 
     Args:
         run_metadata: Values from `collect_run_metadata`.
-        language: Language of the card, "en" or "pt".
-        repo_id: Hub id of the model that the code examples in the card load. None: the examples load the current
-            folder.
-        license: License of the model, a Hub identifier such as "mit". Needed only if no license can be inferred from
-            the licenses of base model and training data. None: the inferred license is used, if there is one.
+        language: "en" or "pt".
+        repo_id: Hub id that the code examples in the card load. None: they load the current folder.
+        license: License of the model, such as "mit". None: the license that follows from base model and training data.
 
     Returns:
-        The card, with its front matter (YAML header) and Markdown text.
+        The card with its front matter (YAML header).
 
     Raises:
-        ValueError: If an argument is invalid, or `license` contradicts the licenses of base model and training data.
-            Also if the files lack a number that the card needs, or if the card would contain an absolute path or an
-            access token.
+        ValueError: If an argument is invalid, a number is missing, or the card must not be published.
         KeyError, TypeError, jinja2.UndefinedError: If a file of the run lacks a value, or a value has the wrong type.
-            `write_card` turns these errors into ValueError.
     """
     if language not in values.LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(values.LANGUAGES)}, got {language!r}.")
@@ -152,20 +145,18 @@ def write_card(
     """Write the model card (README.md) of a training run or of its export.
 
     Args:
-        folder: Folder of the training run, or of its export by `hub_upload.export`.
-        repo_id: Hub id of the model that the code examples in the card load. None: the examples load the current
-            folder.
-        language: Language of the card, "en" or "pt".
+        folder: Folder of the training run or export.
+        repo_id: Hub id that the code examples in the card load. None: they load the current folder.
+        language: "en" or "pt".
         output: File to write. None: README.md in `folder`.
-        license: License of the model, a Hub identifier such as "mit". Needed only if no license can be inferred from
-            the licenses of base model and training data. None: the inferred license is used, if there is one.
+        license: License of the model, such as "mit". None: the license that follows from base model and training data.
 
     Returns:
         Path of the card.
 
     Raises:
-        ValueError: If an argument is invalid, a file of the run is missing or malformed, or results contradict each
-            other. Also if the card or a file of the run contains an access token, or the card an absolute path.
+        ValueError: If an argument is invalid, the files of the run are malformed or incomplete, or the card must not be
+            published.
     """
     path = output or folder / CARD_FILE
     with values.wrap_format_errors(folder):
@@ -178,24 +169,19 @@ def write_card(
 
 
 def find_differences_between_card_and_files(folder: Path) -> list[str]:
-    """Find outdated or changed lines in a model card, by comparing the card with the files in its folder.
+    """Find the lines in which a model card differs from a card that is rendered again from the files in its folder.
 
-    A new card is rendered from the files, and the two cards are compared line by line. The options for rendering, such
-    as the language, are read from an HTML comment at the end of the existing card. A line that a user has added counts
-    as a difference only if it contains a number, or markup that could hide or change other lines.
-
-    If the card was rendered from another version of the card template, its sentences can't be compared. Only these
-    parts are compared: the front matter (YAML header), the numbers in tables and lists, and the hashes of files. In
-    addition, each line with HTML counts as a difference.
+    Lines that a user has added are accepted, unless they contain a number or markup that could hide other lines. For a
+    card from another template version, only front matter (YAML header), numbers, file hashes and HTML are checked.
 
     Args:
-        folder: Folder of a training run or of its export, with the card README.md.
+        folder: Folder of a training run or export.
 
     Returns:
-        One message for each difference. The list is empty if the card and the files agree.
+        One message for each difference. A handwritten card counts as a difference.
 
     Raises:
-        ValueError: If the folder has no card, or the training run is not finished.
+        ValueError: If the folder has no README.md, or the training run is not finished.
     """
     # The result is not used: the function is called because it raises a ValueError if the training run is not finished.
     list_seed_run_folders(folder)
@@ -217,7 +203,8 @@ def find_differences_between_card_and_files(folder: Path) -> list[str]:
     faults = [*_iter_line_differences(expected_front_matter, front_matter)]
     if options["version"] == TEMPLATE_VERSION:
         return [*faults, *_iter_line_differences(expected_body, body, allow_additions=True)]
-    # The last line is left out, because it is the HTML comment with the options of the card.
+    # A line with HTML could hide other lines, so each one is a difference. The last line is left out, because it is the
+    # HTML comment with the options of the card.
     html_lines = [line for line in body.rstrip().split("\n")[:-1] if "<" in line]
     faults += [f"{CARD_FILE}: the card has {line[:MAX_SHOWN_CHARACTERS]!r}, unlike its files." for line in html_lines]
     expected_values, card_values = ("\n".join(sorted(CARD_VALUE_RE.findall(part))) for part in (expected_body, body))
@@ -231,8 +218,8 @@ def find_differences_between_generated_card_and_files(folder: Path) -> list[str]
         folder: Folder of a model, with or without a card.
 
     Returns:
-        One message for each difference between the card and the files of the folder. The list is empty if card and
-        files agree. It is also empty if the folder has no card or a handwritten card.
+        One message for each difference between card and files. Without a card or with a handwritten card, the list is
+        empty.
     """
     card = folder / CARD_FILE
     is_generated = card.is_file() and _read_render_options_from_card_comment(_read_text(card))

@@ -5,11 +5,8 @@
     template_values = build_template_values(run_metadata, "en", repo_id=None)
 
 The values come from `run.json`, `results/*.json`, `config.json`, the headers of the safetensors files, and
-`onnx/quantisation.json`. For a run with several seeds, `run.json` and `results/*.json` in the folders `seed-*` are read
-too. If a required value is missing, an error is raised. If an optional value is missing, the card omits it.
-
-Texts from files are escaped, so that they can't add Markdown or HTML to the card. Numbers get the decimal separator of
-the card's language.
+`onnx/quantisation.json`. If an optional value is missing, the card omits it. Texts from files are escaped, so that they
+can't add Markdown or HTML to the card.
 """
 
 import hashlib
@@ -99,8 +96,7 @@ def wrap_format_errors(folder: Path) -> Iterator[None]:
         folder: Folder of the files that are read, for the error message.
 
     Raises:
-        ValueError: If the code inside the `with` statement raises a TypeError, a KeyError, or another error that
-            typically results from a missing value or a value of the wrong type.
+        ValueError: If the `with` block raises an error that a missing value or a wrong type typically causes.
     """
     try:
         yield
@@ -111,29 +107,21 @@ def wrap_format_errors(folder: Path) -> Iterator[None]:
 
 
 def collect_run_metadata(folder: Path) -> dict[str, Any]:
-    """Read and check all values that the model card of a training run may state, from the files of the run.
+    """Read and check all values that the model card of a training run may state.
 
     Args:
         folder: Folder of a run with one or several seeds, or an export of the run.
 
     Returns:
-        A dict {name: value} that `render_card` takes. Some of its keys are:
+        A dict {name: value} for `render_card`, which has these and more keys:
 
-        - "run": content of run.json.
         - "config": settings of the training run.
-        - "model": folder with the weights.
-        - "origins": metadata of the base model and the datasets.
         - "license": Hub identifier of the license, or None.
-        - "values": evaluation results with full-width embeddings, averaged over seeds.
-        - "digests": SHA-256 of each file that was read.
-
-        The comments in the `return` statement describe all keys.
+        - "values": evaluation results, averaged over seeds.
 
     Raises:
-        ValueError: If a file is missing, is not valid JSON, or contains an access token. Also if two result files have
-            different values for the same measurement.
-        KeyError, TypeError: If a file lacks a value, or a value has the wrong type. `wrap_format_errors` turns these
-            errors into ValueError.
+        ValueError: If a file is missing, malformed or contains an access token, or if results contradict each other.
+        KeyError, TypeError: If a file lacks a value, or a value has the wrong type.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -308,21 +296,19 @@ def _check_and_average_results(results: list[ResultFile]) -> list[Any]:
 
 
 def find_eval_dataset_revision(run: dict[str, Any], measurement: Any) -> str | None:
-    """Find the Hub commit of an evaluation dataset, so that the card names the exact version of the data.
-
-    Normally, the result file names the commit. Result files that the training run itself wrote don't name it. For them,
-    the commit is read from `run.json`, but only if both files have the same fingerprint (hash) of the dataset.
+    """Find the Hub commit of the dataset with which a model was evaluated.
 
     Args:
         run: Content of `run.json`.
-        measurement: Evaluation result of one seed. It is an element of the list `measured` in a result of
-            `average_over_seeds`.
+        measurement: Evaluation result of one seed, from the list `measured` in a result of `average_over_seeds`.
 
     Returns:
-        The commit hash, or None if the dataset is not from the Hub or its commit is unknown.
+        The commit hash. None if it is unknown, or the dataset is not from the Hub.
     """
     header, dataset = measurement.file.content, measurement.dataset
     commit, fingerprint = header.get("dataset_revision"), header.get("dataset_fingerprint")
+    # Result files that the training run itself wrote don't name the commit. It is read from run.json, but only if both
+    # files have the same fingerprint (hash) of the dataset.
     if not commit and fingerprint:
         origin = run["origins"]["evaluation_dataset"]
         if fingerprint in (run.get("dataset_fingerprints") or {}).values() and origin["hub_id"] == dataset:
@@ -413,14 +399,13 @@ def _compare_recall_by_embedding_width(group: list[Any]) -> list[dict[str, Any]]
 def to_publishable_line(value: Any) -> str:
     """Convert a value from a file to one line of text that is safe to publish in a model card.
 
-    Invisible characters are removed. An absolute path is reduced to its file name. A line longer than
-    `MAX_LINE_CHARACTERS` is truncated.
+    Invisible characters and the folders of absolute paths are removed. A long line is truncated.
 
     Args:
         value: Text, or another value that is converted to a text.
 
     Returns:
-        The line of text, which is not escaped for Markdown.
+        The line, not escaped for Markdown.
     """
     line = " ".join(str(value).split())
     # Remove all characters of the Unicode category C: control characters, text direction marks and private-use
@@ -476,8 +461,7 @@ def select_code_example_inputs(language: str, fallback_texts: Sequence[str]) -> 
 
     Args:
         language: Language code of the model.
-        fallback_texts: Example texts and labels for all languages except Portuguese. For Portuguese, the examples are
-            fixed (`PORTUGUESE_EXAMPLES`).
+        fallback_texts: Texts and labels for all languages except Portuguese, which has fixed examples.
 
     Returns:
         A dict of strings with these keys:
@@ -530,7 +514,7 @@ class CardWriter:
         """Format a fraction (0 to 1), such as a recall, as a percentage with two decimals, without a percent sign.
 
         Args:
-            share: A fraction, or a difference of two fractions. A difference of 0.015 gives "1.50" percentage points.
+            share: A fraction, or a difference of two fractions. For example, 0.015 gives "1.50".
             sign: Whether to write a plus sign before a number that is not negative.
 
         Raises:
@@ -583,14 +567,12 @@ class CardWriter:
         """Format a value of `run.json` for each seed of a run, and join the results with semicolons.
 
         Args:
-            name: Key in `run.json`. Dots separate nested keys: "seconds.training" is the value of "training" in the
-                dict "seconds".
+            name: Key in `run.json`. Dots separate nested keys, as in "seconds.training".
             write: Function that formats a single value, such as `duration`.
             more: Further arguments of `write`.
 
         Returns:
-            The formatted values in the order of seeds. If the formatted values of all seeds are equal, the value is
-            written only once.
+            The formatted values in the order of seeds, or a single value if all are equal.
         """
         texts = [write(reduce(getitem, name.split("."), run), *more) for run in self.run_metadata["runs"]]
         return texts[0] if len(set(texts)) == 1 else "; ".join(texts)
@@ -604,12 +586,10 @@ class CardWriter:
         return ", ".join(map(format_as_markdown_code_or_escaped_text, origin.get("licenses") or ()))
 
     def linked(self, origin: dict[str, Any], kind: str) -> str:
-        """Format the title of a base model or dataset as a link to the Hub, or in italics without a link.
-
-        The title is in italics if the base model or dataset is not on the Hub.
+        """Format the title of a base model or dataset as a link to the Hub. Without a Hub id, the title is in italics.
 
         Args:
-            origin: Metadata of the base model or dataset, from `hub_upload.origins.read_origin_card_metadata`.
+            origin: Metadata from `hub_upload.origins.read_origin_card_metadata`.
             kind: Start of the path on the Hub: "datasets/" for a dataset, "" for a model.
         """
         hub_id, title = origin.get("hub_id"), escape_value_for_markdown(origin["title"])
@@ -620,15 +600,12 @@ class CardWriter:
 
 
 def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: str | None) -> dict[str, Any]:
-    """Build the variables for the Jinja template of a model card.
-
-    Only the variables `title`, `options` and `card_data` are missing, because `render_card` adds them.
+    """Build the variables for the Jinja template of a model card, except `title`, `options` and `card_data`.
 
     Args:
         run_metadata: Values from `collect_run_metadata`.
         language: Language of the card, "en" or "pt".
-        repo_id: Hub id of the model that the code examples in the card load. None: the examples load the current
-            folder.
+        repo_id: Hub id that the code examples in the card load. None: they load the current folder.
 
     Returns:
         A dict {name of the template variable: value or function}.

@@ -7,11 +7,7 @@
     python -m hub_upload.export --model MODEL --output immich --formats immich
 
 `drop_in` writes only the text encoder, for users who have already embedded images with the base model. `immich` writes
-a folder for the photo server Immich; with `--base`, it has only the text encoder.
-
-Formats share files where possible: transformers and Sentence Transformers, for example, read the same weight file. To
-save memory, the weights are memory-mapped and not loaded as a whole. The folder contains only files that may be
-published, according to the list `ALLOWED_FILES` in `hub_upload/upload_checks.py`.
+a folder for the photo server Immich. With `--base`, this folder has only the text encoder.
 """
 
 import logging
@@ -103,31 +99,25 @@ def export_model(
 ) -> list[tuple[str, int]]:
     """Export a model to a folder that can be published, in the formats of several libraries.
 
-    The written weights are compared with the weights of the model, and the files are searched for secrets (access
-    tokens and keys). If the export fails, nothing is written.
+    If the export fails, nothing is written.
 
     Args:
-        model: Folder of a two-tower (CLIP-like) model, written by a training run or `save_pretrained`.
+        model: Folder of a two-tower (CLIP-like) model.
         output: Folder to write. It must be empty or not exist yet, unless `overwrite` is True.
-        formats: Names of formats: "transformers" (always written), "open_clip", "sentence_transformers", "onnx",
-            "transformers_js", "drop_in" (only the text encoder) and "immich" (for the photo server). The last two can't
-            be combined with other formats.
-        text_config: Hub id from which open_clip loads the configuration of the text tower. None: open_clip loads the
-            configuration of XLM-RoBERTa base, and the format "open_clip" is skipped if the model has another text
-            tower.
-        overwrite: True: an existing folder `output` is replaced.
-        repo_id: Hub id under which the folder will be published. It is written to the configuration for open_clip,
-            which loads the tokenizer from this repository, and to the code examples of "drop_in". None: not yet known.
-        base: Folder or Hub id of the base model with which the images were embedded. Its image encoder must be
-            bit-identical to the model's. Required for "drop_in". For "immich", it is optional: if it is given, only
-            the text encoder is written.
+        formats: "transformers" (always written), "open_clip", "sentence_transformers", "onnx", "transformers_js", or
+            alone "drop_in" (only the text encoder) or "immich" (photo server).
+        text_config: Hub id from which open_clip loads the text tower's configuration. None: XLM-RoBERTa base; for other
+            text towers, "open_clip" is skipped.
+        overwrite: Whether to replace an existing folder.
+        repo_id: Hub id under which the folder will be published, if known.
+        base: Folder or Hub id of the base model, with the same image encoder. Required for "drop_in". Optional for
+            "immich", to write only the text encoder.
 
     Returns:
         A tuple (relative path, size in bytes) for each file, sorted by path.
 
     Raises:
-        ValueError: If an argument is invalid, the model is damaged, or a format can't represent the model. Also if a
-            written file contains an absolute path or an access token.
+        ValueError: If an argument is invalid, a format can't represent the model, or a file must not be published.
         ImportError: If a package that a format needs is missing.
     """
     formats = _clean_and_check_formats(formats, text_config, base)
@@ -256,6 +246,7 @@ def _write_formats_with_both_towers(
         else:
             open_clip.write_open_clip_siglip(model, folder, repo_id)
     if "sentence_transformers" in formats:
+        # Only settings are written, because Sentence Transformers reads the weight file of transformers.
         sentence_transformers.write_sentence_transformers_config(folder, processor)
         if not kind.is_native:
             sentence_transformers.check_sentence_transformers_embeddings(model, folder)

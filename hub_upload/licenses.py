@@ -12,22 +12,17 @@ ATTRIBUTION_LICENSES = {"cc-by-2.0", "cc-by-3.0", "cc-by-4.0"}
 
 
 def infer_license(stated_licenses: list[list[str]]) -> str | None:
-    """Infer the license of a model from the licenses of the works that it is derived from.
+    """Infer the license of a model from the licenses of its base model and training datasets.
 
-    The works are the base model and the training datasets. If they have different licenses, the stricter license is
-    the license of the model:
-
-    - Any other license is stricter than a permissive license (`PERMISSIVE_LICENSES`). For example, "mit" and
-      "cc-by-4.0" result in "cc-by-4.0".
-    - A license that forbids commercial use is stricter than an attribution license (`ATTRIBUTION_LICENSES`). For
-      example, "cc-by-4.0" and "cc-by-nc-4.0" result in "cc-by-nc-4.0".
+    If these licenses differ, the strictest license applies. Any other license is stricter than a permissive license
+    such as "mit". A license that forbids commercial use is stricter than an attribution license such as "cc-by-4.0".
 
     Args:
-        stated_licenses: For each work, the Hub identifiers of the licenses that its card states.
+        stated_licenses: For base model and each dataset, the Hub identifiers of the licenses on its card.
 
     Returns:
-        The Hub identifier of the license. None if a work states no license. Also None if none of several licenses is
-        the strictest, for example "cc-by-4.0" and "gpl-3.0".
+        Hub identifier of the license. None if a card states no license, or no license is the strictest, for example
+        with "cc-by-4.0" and "gpl-3.0".
     """
     if not all(stated_licenses):
         return None
@@ -48,15 +43,12 @@ def _is_non_commercial(license: str) -> bool:
 
 
 def check_stated_license(origins: dict[str, Any], stated: str | list[str] | None) -> None:
-    """Check that the license of a model permits commercial use only if the licenses of its sources permit it.
-
-    The sources are the base model, the training datasets and, if run.json names one, a teacher model.
+    """Check that a model is not licensed for commercial use if one of its sources forbids it.
 
     Args:
-        origins: Metadata of the sources, the value of "origins" in run.json: `{"model": base model, "datasets": list of
-            training datasets, "teacher": teacher model}`. Each source is a dict with the keys "title" and "licenses".
-            All keys are optional.
-        stated: License that the model's card states: a Hub identifier, a list of Hub identifiers, or None.
+        origins: Value of "origins" in run.json: metadata of the base model ("model"), the training datasets
+            ("datasets", a list) and the teacher model ("teacher"). All keys are optional.
+        stated: License on the model's card: a Hub identifier, a list of identifiers, or None.
 
     Raises:
         ValueError: If the stated license permits commercial use, but a source is licensed for non-commercial use only.

@@ -16,21 +16,17 @@ from modeling_capivara.loading import read_card_metadata
 def read_origin_cards_and_infer_license(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
     """Read the cards (README.md) of a base model and its datasets, and infer the license of the trained model.
 
-    The result becomes "origins" in run.json, from which the card of the trained model is written.
-
     Args:
         model: Folder or Hub id of the base model.
         datasets: Training datasets: folders, file patterns or Hub ids.
         evaluation_dataset: Dataset of the evaluation: a folder, file pattern or Hub id.
 
     Returns:
-        A dict with these keys:
+        The value of "origins" in run.json, a dict with these keys:
 
-        - "license": Hub identifier of the license that the model inherits from the base model and the training
-          datasets, or None (see `hub_upload.licenses.infer_license`).
-        - "model": metadata of the base model, from `read_origin_card_metadata`.
+        - "license": Hub identifier of the inferred license, or None.
+        - "model", "evaluation_dataset": metadata from `read_origin_card_metadata`.
         - "datasets": list with the metadata of each training dataset.
-        - "evaluation_dataset": metadata of the evaluation dataset.
     """
     base = read_origin_card_metadata(model, "model")
     data = [read_origin_card_metadata(name, "dataset") for name in datasets]
@@ -50,16 +46,15 @@ def read_origin_card_metadata(name: str, repo_type: str) -> dict[str, Any]:
         repo_type: "model" or "dataset".
 
     Returns:
-        A dict with these keys. Values that the card does not state are None or empty.
+        A dict with these keys. Values that are not stated are None or empty.
 
-        - "name": the argument `name`. A path is shortened, because private folders must not be published.
-        - "title": title on the card. If the card has no title, the Hub id or the last part of the path.
-        - "hub_id" and "revision": Hub id and commit of the card. None if the card does not come from the Hub.
-        - "base_model": list of the Hub ids that the card names as base models.
-        - "licenses": list of license identifiers.
-        - "attribution": sentence that credits the authors, as the license requires.
-        - "translations": dict {language code: "human" or "machine"}, which says who translated the captions of a
-          dataset. Dataset cards that `captions.build` writes state it.
+        - "name": `name`, with a shortened path.
+        - "title": title on the card, or otherwise `name` or its last part.
+        - "hub_id", "revision": Hub id and commit of a card on the Hub.
+        - "base_model": Hub ids of base models.
+        - "licenses": license identifiers.
+        - "attribution": sentence that credits the authors.
+        - "translations": dict {language code: "human" or "machine"}, who translated a dataset's captions.
     """
     is_on_hub = not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     is_file_or_pattern = not Path(name).is_dir() and "/" in name

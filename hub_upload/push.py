@@ -7,13 +7,11 @@
     python -m hub_upload.push --model data/mine --repo_id my-name/my-data --repo_type dataset --push
     python -m hub_upload.push --model demo --repo_id my-name/my-demo --repo_type space --push   # from hub_upload.space
 
-Without --push, the changes are only listed, and nothing is changed on the Hub. The access token is read from HF_TOKEN,
-or from the file that `hf auth login` saves. Only files that belong to a model, dataset or Space are uploaded (see
-`hub_upload/upload_checks.py`).
+Without --push, the changes are only listed. The access token comes from HF_TOKEN, or from the file of `hf auth login`.
+If the connection breaks, run the same command again.
 
-Files that are on the Hub but not in the folder stay on the Hub. A Space is an exception: files in the uploaded
-subfolders are deleted from the Hub if the local folder no longer has them. To delete other files or to create tags, use
-the `hf` command. If the connection breaks, run the same command again.
+Only files that belong to a model, dataset or Space are uploaded. Files that exist only on the Hub stay there; use the
+`hf` command to delete them. In a Space, they are deleted if their top-level folder is uploaded again.
 """
 
 import inspect
@@ -110,15 +108,14 @@ class PushArguments:
 class RemoteRepository:
     """State of a repository on the Hub before a push.
 
-    The defaults describe a repository that does not exist, or that is private and can't be read with the access token.
+    The defaults describe a repository that does not exist or can't be read.
 
     Attributes:
         exists: Whether the repository exists and can be read.
         is_private: Whether the repository is private.
         branch_head: Hash of the last commit of the branch to push to. None if the branch does not exist.
-        base_commit: Hash of the commit that will be the parent of the new commit: `branch_head`, or the last commit of
-            main if the branch does not exist yet. None if the repository does not exist.
-        files: Files at `base_commit`, a dict {path: size and hashes of the file}.
+        base_commit: Hash of the new commit's parent: `branch_head`, or for a new branch, the last commit of main.
+        files: Files at `base_commit`, a dict {path: size and hashes}.
     """
 
     exists: bool = False
@@ -130,19 +127,18 @@ class RemoteRepository:
 
 @dataclass
 class PushPlan:
-    """Changes that a push would make on the Hub, found by comparing a local folder with a repository.
+    """Changes that a push would make on the Hub.
 
     Attributes:
         args: Folder, repository and options of the push.
-        user: User name of the access token's owner. None if there is no token, or if the Hub can't be reached.
+        user: Owner of the access token, or None if unknown.
         remote: State of the repository on the Hub.
         metadata: Front matter (YAML header) of the card README.md. None if there is no card.
-        added_files: Files that the commit adds or changes.
-        unchanged_paths: Files of the folder that the Hub already has with the same content.
-        deleted_paths: Files on the Hub that the commit deletes. Only a push to a Space deletes files: those of an
-            earlier version of the Space.
-        unreachable: Reason why the Hub could not be reached. It is an empty string if the Hub was reached.
-        creates_branch: Whether the push must create the branch. It is computed from `remote`.
+        added_files: Files to add or change.
+        unchanged_paths: Files that the Hub already has with the same content.
+        deleted_paths: Files to delete, only in a Space.
+        unreachable: Reason why the Hub could not be reached, otherwise "".
+        creates_branch: Whether the push must create the branch.
     """
 
     args: PushArguments
@@ -183,24 +179,18 @@ def main(argv: list[str] | None = None) -> None:
 def plan_push(args: PushArguments) -> PushPlan:
     """Find out which changes a push would make, by comparing a folder with a repository on the Hub.
 
-    Nothing is changed on the Hub.
-
-    If `args.push` is False, the plan is only a preview, which is also possible if the Hub can't be reached. In this
-    case, all files count as added, and the field `unreachable` of the plan states the reason.
+    Nothing is changed on the Hub. If `args.push` is False, the plan is only a preview, which needs no connection.
 
     Args:
         args: Folder, repository and options of the push.
 
     Returns:
-        The changes that `push_planned_changes` would make.
+        The planned changes. Without a connection, all files count as added.
 
     Raises:
-        ValueError: If the folder holds no file to send, or a file must not be published. Also if the card's front
-            matter (YAML header) is malformed, or states a license that the base model or the training data does not
-            permit.
-        PushError: If the Hub refuses a request, or `args.push` is True and the Hub can't be reached. Also if
-            `args.private` is True and the repository is public, or if `args.pull_request` is True and the repository
-            does not exist.
+        ValueError: If there is no file to send, or a file must not be published.
+        PushError: If the Hub refuses a request, `args.push` is True and the Hub can't be reached, or the repository
+            does not fit the options.
     """
     paths, origins = list_and_check_files_to_send(args.model, args.repo_type), {}
     try:
@@ -220,6 +210,8 @@ def plan_push(args: PushArguments) -> PushPlan:
         if args.push:
             raise
         unreachable = str(error)
+    # Exactly the listed files are committed. `HfApi.upload_folder` is not used, because a star in its patterns also
+    # matches slashes, and it follows symbolic links that lead out of the folder.
     files = [CommitOperationAdd(path.as_posix(), args.model / path) for path in paths]
     unchanged = [file.path_in_repo for file in files if _has_same_content(file, remote.files.get(file.path_in_repo))]
     added = [file for file in files if file.path_in_repo not in unchanged]
@@ -238,10 +230,9 @@ def plan_push(args: PushArguments) -> PushPlan:
 
 
 def warn_or_fail_if_card_is_outdated(args: PushArguments) -> None:
-    """Check before a push that the model card still agrees with the files of the model.
+    """Print a warning if the model card differs from the files of the model. With --push, raise an error instead.
 
-    If it does not, a preview prints a warning. With --push, an error is raised, so that the outdated card is not
-    uploaded. Only a card that `hub_upload.card` wrote is checked, and only for models, not for datasets and Spaces.
+    Handwritten cards, and cards of datasets and Spaces, are not checked.
 
     Args:
         args: Folder, repository type and options of the push.
@@ -360,7 +351,7 @@ def push_planned_changes(plan: PushPlan) -> str | None:
         plan: Result of `plan_push`.
 
     Returns:
-        URL of the commit or pull request. None if no commit was made, because the Hub already has all files.
+        URL of the commit or pull request. None if the Hub already has all files.
 
     Raises:
         PushError: If there is no access token, the Hub refuses the push, or the connection breaks.
@@ -569,8 +560,8 @@ def ensure_writable_repository(repo_id: str, private: bool = False) -> None:
 
     Raises:
         ValueError: If `repo_id` is not a valid repository id.
-        PushError: If there is no access token, the token has no write access, or the Hub can't be reached. Also if
-            `private` is True, but the repository exists and is public.
+        PushError: If the Hub can't be reached, write access is missing, or `private` is True but the repository is
+            public.
     """
     check_repo_id(repo_id)
     api = HfApi()
@@ -590,14 +581,13 @@ def ensure_writable_repository(repo_id: str, private: bool = False) -> None:
 def try_export_and_push_run(run: Path, repo_id: str, private: bool = False, card_language: str = "en") -> None:
     """Export the model of a finished training run with a model card, and push the export to the Hub.
 
-    If the export or the push fails, no error is raised, because the training run itself is complete. Instead, a warning
-    with the reason and a hint is logged, and an exported folder is kept for a later push.
+    If this fails, no error is raised. A warning with the reason is logged, and an exported folder is kept for a later
+    push.
 
     Args:
         run: Folder of the training run.
         repo_id: Repository on the Hub, owner/name.
-        private: True: the repository must be private; a new repository is created as private. False: a new repository
-            gets the default of the Hub account.
+        private: Whether the repository must be private. False: a new repository gets the default of the Hub account.
         card_language: Language of the model card, "en" or "pt".
     """
     # Imported here and not at the top of the file, because hub_upload.export imports torch. This is slow, and the other
@@ -608,6 +598,7 @@ def try_export_and_push_run(run: Path, repo_id: str, private: bool = False, card
     words = ["python", "-m", "hub_upload.push", "--model", str(repository), "--repo_id", repo_id, "--push"]
     try:
         export_model(run, repository, PUBLISHED_FORMATS, overwrite=True, repo_id=repo_id)
+        # The card is written after the export, because the export rewrites the files that the card describes.
         write_card(repository, repo_id, card_language)
         url = push_planned_changes(plan_push(PushArguments(repository, repo_id, push=True, private=private)))
     # Errors of every type are caught. Otherwise, the command would end with an error although the training is complete.

@@ -1,9 +1,7 @@
 """Choose the files of a model, dataset or Space that may be published, and check them before they are uploaded.
 
-From a model folder, only files whose names match a pattern in `ALLOWED_FILES` are uploaded. From a dataset or Space,
-files are chosen by suffix and name (`list_uploadable_dataset_or_space_files`). The checks refuse files that contain
-access tokens, keys or absolute paths. They also refuse damaged files, and in datasets and Spaces symbolic links that
-lead out of the folder.
+Model files are chosen by an allow-list of names (`ALLOWED_FILES`), other files by suffix and name. Damaged files, and
+files that contain access tokens, keys or absolute paths, are refused.
 """
 
 import io
@@ -69,10 +67,7 @@ def check_repo_id(repo_id: str) -> None:
 def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
     """List the files of a folder that may be uploaded to the Hub, and check that they contain no secrets.
 
-    A secret is an access token or a key. In files that describe a model or dataset, absolute paths are refused too.
-
-    Exactly the listed files are committed. `HfApi.upload_folder` is not used for two reasons: a star in its patterns
-    also matches slashes, and it follows symbolic links that lead out of the folder.
+    A secret is an access token or a key. In files that describe a model or dataset, absolute paths are refused, too.
 
     Args:
         folder: Folder of a model, dataset or Space.
@@ -139,21 +134,15 @@ def check_regular_file(path: Path) -> None:
 def check_model_files(folder: Path) -> None:
     """Check that the files of a model that would be uploaded contain no secrets and no absolute paths.
 
-    Only files that match the allow-list `ALLOWED_FILES` are checked. A secret is an access token or a key. The type of
-    a file determines what must not be in it:
-
-    - Text files: secrets and absolute paths.
-    - Safetensors files: secrets and absolute paths in the header. The weights are not searched.
-    - Vocabularies and most binary files: secrets.
-    - ONNX graphs and `.model` files: secrets, and paths of this machine, such as the home folder.
-    - PNG images: secrets, and absolute paths in the text fields of the image.
+    A secret is an access token or a key. Vocabularies and most binary files are searched only for secrets. Weights are
+    not searched.
 
     Args:
         folder: Folder of the model.
 
     Raises:
-        ValueError: If a file contains a secret or a path, or a safetensors file or image is damaged. The message names
-            the file and, if possible, the line. Also if a folder or a pipe has the name of a model file.
+        ValueError: If a file must not be published, or is damaged. The message names the file and, if possible, the
+            line.
     """
     for name in list_uploadable_model_files(folder):
         path = folder / name
@@ -176,17 +165,15 @@ UNSEARCHABLE_PREFIXES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", 
 def check_file_for_secrets(path: Path, name: Path | str) -> None:
     """Check that a file of any type and size contains no secret (access token or key).
 
-    ONNX graphs and binary vocabularies (`.model`) must also not contain paths of this machine, such as the home folder.
-
-    The file is memory-mapped, so it is not loaded into memory as a whole.
+    ONNX graphs and binary vocabularies (`.model`) must also not contain paths of this machine.
 
     Args:
         path: File to search.
         name: Name of the file in error messages.
 
     Raises:
-        ValueError: If the file contains a secret or a path of this machine. For a secret, the message names the line
-            (text files) or byte (binary files). Also if the file is compressed or UTF-16 and so can't be searched.
+        ValueError: If the file contains a secret or such a path, or can't be searched because it is compressed or
+            UTF-16.
     """
     if not path.stat().st_size:
         return
@@ -209,9 +196,7 @@ def check_file_for_secrets(path: Path, name: Path | str) -> None:
 
 
 def check_paths(path: Path, name: Path | str) -> None:
-    """Check that a text file contains no absolute path, because a path could reveal the name of a user, for example.
-
-    In JSON files, escape sequences are decoded before the search, because they can hide the slashes of a path.
+    """Check that a text file contains no absolute path.
 
     Args:
         path: File to search.
@@ -300,21 +285,22 @@ MAX_METADATA_JSON_BYTES = 2**21
 BATCH_ROWS = 256  # rows that are read and checked at a time; even with images, they need only a few megabytes
 PARQUET_BUFFER_BYTES = 2**20  # bytes of a column that are read at a time
 OUTSIDE_PATH_PATTERN = r"^(/|~|[A-Za-z]:[\\/]|file:)|(^|/)\.\.(/|$)"  # image paths that lead out of the dataset
+# The message does not repeat the secret.
 SECRET_MESSAGE = "contains what looks like an access token or key. Remove it, and revoke it if it is real"
 
 
 def list_uploadable_dataset_or_space_files(folder: Path, is_space: bool = False) -> list[Path]:
     """List the files of a dataset or Space that may be uploaded.
 
-    - Dataset: files with rows (such as Parquet files), images, card and license. Files and folders whose names begin
-      with two underscores are skipped.
+    - Dataset: files with rows (such as Parquet files), images, card and license. Names that begin with two underscores
+      are skipped.
     - Space: all files except Python bytecode.
 
-    Hidden files and folders are skipped in both cases.
+    Hidden files and folders are always skipped.
 
     Args:
         folder: Folder of the dataset or Space.
-        is_space: True if `folder` is a Space, False if it is a dataset.
+        is_space: Whether `folder` is a Space.
 
     Returns:
         Sorted paths relative to `folder`.
@@ -339,13 +325,9 @@ def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
         names: Files to check, relative to `folder`.
 
     Raises:
-        ValueError: If a file must not be published. The message names the file and, for Parquet and Arrow files, the
-            column and row. It does not repeat a secret. The possible reasons are:
-
-            - A text contains a secret (access token or key). Texts in nested columns are searched, too.
-            - An image path leads out of the folder.
-            - The bytes of an image can't be read.
-            - A file that describes the dataset (card, license or small JSON file) contains an absolute path.
+        ValueError: If a file contains a secret (access token or key) or a damaged image, an image path leads out of the
+            folder, or a file that describes the dataset contains an absolute path. The message names the file and, for
+            Parquet and Arrow files, the column and row.
     """
     for name in names:
         path = folder / name

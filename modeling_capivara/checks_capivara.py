@@ -46,19 +46,15 @@ LABEL_KEYS = ("id2label", "label2id")
 
 
 def check_config_ranges(values: Mapping[str, Any], section: str = "") -> None:
-    """Check that the sizes in a configuration are plausible, and that its padding token is valid.
-
-    A damaged or malicious configuration may state sizes that would take hours or all memory. `SIZE_LIMITS` lists the
-    smallest and largest accepted value of each setting.
+    """Check that the sizes in a configuration are within `SIZE_LIMITS`, and that its padding token is valid.
 
     Args:
         values: The configuration as a dictionary from setting names to values. Nested dictionaries are checked too.
         section: Prefix of the setting names in error messages, such as "text_config.".
 
     Raises:
-        ValueError: If a value is outside its limits, or the padding token is not in the vocabulary. Also if a required
-            tower or padding token is null. The message names the setting with its section, such as
-            "text_config.vocab_size".
+        ValueError: If a value is outside its limits, the padding token is not in the vocabulary, or a required tower or
+            padding token is null.
     """
     pad, vocab_size = values.get("pad_token_id", 0), values.get("vocab_size")
     if pad is None and values.get("model_type") in PADDING_MODEL_TYPES:
@@ -82,20 +78,17 @@ def check_config_ranges(values: Mapping[str, Any], section: str = "") -> None:
 
 @contextmanager
 def wrap_tokenizer_errors(name: str) -> Iterator[None]:
-    """Return a context manager that turns errors of the tokenizers library into a ValueError with a clear message.
-
-    For a damaged tokenizer file, the library raises a plain `Exception` or a Rust panic. Both become a ValueError whose
-    message is a single line. All other errors pass through unchanged.
+    """Return a context manager that turns errors of the tokenizers library into a ValueError with a one-line message.
 
     Args:
-        name: Description of the tokenizer, which becomes the subject of the error message, such as "The tokenizer of
-            MODEL".
+        name: Subject of the error message, such as "The tokenizer of MODEL".
 
     Raises:
-        ValueError: If the code inside the `with` statement raises an error of the tokenizers library.
+        ValueError: If the `with` block raises an error of the tokenizers library. Other errors pass unchanged.
     """
     try:
         yield
+    # For a damaged tokenizer file, the library raises a plain `Exception` or a Rust panic.
     except BaseException as error:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise

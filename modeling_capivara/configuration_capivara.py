@@ -23,12 +23,9 @@ TEXT_DEFAULTS = {
     "layer_norm_eps": 1e-5,
 }
 
-# Keys of `trimmed_vocabulary`, the record of how the vocabulary was reduced to some languages, and the types of their
-# values:
-# - `languages`: languages whose tokens were kept.
-# - `words`: how many of the most frequent words of each language were used to choose the tokens.
-# - `tokenizer` and `table`: digests of the original vocabulary and of the original table of token embeddings.
-# - `of`: number of rows of the original table.
+# Keys of `trimmed_vocabulary` and the types of their values. "languages" and "words" are arguments of
+# `trim_vocabulary.trim`. "tokenizer" and "table" are hashes of the original vocabulary and of the original embedding
+# table, which had "of" rows.
 TRIM_RECORD_TYPES = {"languages": list, "words": list, "tokenizer": str, "table": str, "of": int}
 
 
@@ -36,36 +33,30 @@ TRIM_RECORD_TYPES = {"languages": list, "words": list, "tokenizer": str, "table"
 class CapivaraConfig(PreTrainedConfig):
     """Configuration of `CapivaraModel` and `CapivaraForImageClassification`.
 
-    The defaults describe the base model that CAPIVARA (arXiv 2310.13683) fine-tunes, open_clip's
-    `xlm-roberta-base-ViT-B-32` (366,121,473 parameters).
+    The defaults describe open_clip's `xlm-roberta-base-ViT-B-32` (366,121,473 parameters), the base model of CAPIVARA
+    (arXiv 2310.13683).
 
     Args:
         vision_config: Image tower: configuration or dictionary of any transformers vision model whose output has a
-            `pooler_output`. A dictionary without `model_type`, or with the default "clip_vision_model", is completed
-            with the values of ViT-B/32. Other model types keep their own defaults.
-        text_config: Text tower: configuration or dictionary of any encoder-only transformers model. A dictionary
-            without `model_type`, or with the default "xlm-roberta", is completed with the values of XLM-RoBERTa base.
-        projection_dim: Width of the embeddings of images and texts, at least 1.
-        text_projection_type: Layers between the text tower and the embedding. "mlp" (the published model): two linear
-            layers with a GELU between them. The hidden layer has the width (text width + projection_dim) // 2.
-            "linear": a single linear layer. No layer has a bias.
+            `pooler_output`. Default: ViT-B/32. A dictionary without `model_type` is completed with the values of
+            ViT-B/32.
+        text_config: Text tower: configuration or dictionary of any encoder-only transformers model. Default:
+            XLM-RoBERTa base. A dictionary without `model_type` is completed with the values of XLM-RoBERTa base.
+        projection_dim: Width of the embeddings of images and texts.
+        text_projection_type: "mlp" (two linear layers with a GELU between them, as in the published model) or "linear"
+            (a single linear layer). No layer has a bias.
         logit_scale_init_value: Initial value of `logit_scale`, the natural logarithm of the factor that multiplies the
             cosine similarities. The default corresponds to a temperature of 0.07.
-        logit_bias_init_value: Initial value of the bias that SigLIP's sigmoid loss adds to the scaled cosines. SigLIP
-            starts at -10 (arXiv 2303.15343, section 3.1). None selects CLIP's loss, which has no bias.
-        matryoshka_dims: Numbers of leading dimensions for which the embeddings were trained to be useful on their own
-            (Matryoshka representation learning, arXiv 2205.13147). Each number must divide `projection_dim`. The
-            numbers are stored in descending order. Embeddings can be truncated to any width, but recall drops less at
-            these widths.
-        trimmed_vocabulary: How `modeling_capivara.trim_vocabulary` removed unused tokens from the vocabulary. None if
-            no tokens were removed. Otherwise `{"languages": languages whose tokens were kept, "words": number of most
-            frequent words of each language, "of": number of original tokens, "tokenizer": digest of the original
-            vocabulary, "table": digest of the original embedding table}`.
+        logit_bias_init_value: Initial bias of SigLIP's sigmoid loss, such as -10 (arXiv 2303.15343, section 3.1). None
+            selects CLIP's loss, which has no bias.
+        matryoshka_dims: Widths for which truncated embeddings were trained (Matryoshka representation learning, arXiv
+            2205.13147). Each width must divide `projection_dim`. The widths are stored in descending order.
+        trimmed_vocabulary: Record that `modeling_capivara.trim_vocabulary` writes when it removes tokens. Default: no
+            token was removed.
 
     Raises:
-        ValueError: If a size or `logit_scale_init_value` is outside the limits in `checks_capivara.py`. Also if the
-            model type of a tower is unknown, or the text tower is an encoder-decoder. Also if a width in
-            `matryoshka_dims` does not divide `projection_dim`, or `trimmed_vocabulary` lacks a key.
+        ValueError: If a value is invalid, such as a size outside the limits in `checks_capivara.py` or an unsupported
+            model type.
 
     Example:
         >>> from modeling_capivara import CapivaraConfig, CapivaraModel
@@ -131,11 +122,10 @@ class CapivaraConfig(PreTrainedConfig):
 def check_and_sort_matryoshka_dims(dims: Sequence[int], projection_dim: int) -> list[int]:
     """Validate Matryoshka widths, remove duplicates and sort them in descending order.
 
-    A Matryoshka width is a number of leading dimensions for which a truncated embedding is trained to be useful on its
-    own (arXiv 2205.13147).
+    Embeddings that are truncated to a Matryoshka width (arXiv 2205.13147) are trained to be useful.
 
     Args:
-        dims: Numbers of leading dimensions of an embedding.
+        dims: Matryoshka widths.
         projection_dim: Width of a full embedding.
 
     Returns:
@@ -188,17 +178,14 @@ def _build_tower_config(name: str, config: dict | PreTrainedConfig | None, defau
 
 
 def collect_config_values_to_check(config: PreTrainedConfig) -> dict[str, Any]:
-    """Convert a configuration object to the dictionary of settings that `check_config_ranges` validates.
-
-    Only settings that may be out of range are collected, such as sizes and numbers of layers. A damaged or malicious
-    value would, for example, fill the memory.
+    """Collect the settings of a configuration that `check_config_ranges` validates, such as sizes.
 
     Args:
         config: Configuration of any transformers model.
 
     Returns:
-        A dictionary {setting name: value}. The value is None if the configuration does not have the setting. A nested
-        configuration, such as `text_config`, is a nested dictionary.
+        A dictionary {setting name: value}. Missing settings are None. A nested configuration, such as `text_config`, is
+        a nested dictionary.
     """
     values = {key: getattr(config, key, None) for key in (*SIZE_LIMITS, "model_args", "model_type")}
     for name in config.sub_configs:

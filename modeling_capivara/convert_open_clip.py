@@ -2,11 +2,9 @@
 
     python -m modeling_capivara.convert_open_clip hf-hub:hiaac-nlp/CAPIVARA capivara-transformers
 
-The command writes a folder that transformers can load, and verifies the converted model. It does not need the package
-open_clip. It reads only tensors, so no code in a checkpoint file is executed. `CapivaraModel.from_open_clip` does the
-same conversion, but writes to a cache instead of a given folder.
-
-This module also has functions that convert a `CapivaraModel` back to open_clip's format. `hub_upload.export` uses them.
+The command writes a folder that transformers can load, and verifies the converted model. The package open_clip is not
+needed. Only tensors are read, so no code in a checkpoint file is executed. In Python, use
+`CapivaraModel.from_open_clip`. For the opposite direction, use `hub_upload.export`.
 """
 
 import re
@@ -99,8 +97,7 @@ POSITION_IDS_NAME = "text.transformer.embeddings.position_ids"
 def to_capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert the state dict of an open_clip model to the state dict of a `CapivaraModel`.
 
-    Tensors are renamed, split or transposed. Their values and dtypes do not change. A tensor with an unknown name
-    keeps this name, so that `load_state_dict(strict=True)` later refuses the tensor.
+    Values and dtypes do not change. A tensor with an unknown name keeps its name.
 
     Args:
         open_clip_state: State dict of the open_clip model, {name in open_clip: tensor}.
@@ -120,6 +117,7 @@ def to_capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, T
         elif open_clip_name == "visual.proj":
             result["visual_projection.weight"] = tensor.T.contiguous()
         else:
+            # An unknown name stays, so that `load_state_dict(strict=True)` later refuses the tensor.
             result[name] = tensor
     return result
 
@@ -127,7 +125,7 @@ def to_capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, T
 def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     """Convert the weights of a transformers model to the state dict of the same model in open_clip.
 
-    Tensors are renamed, joined, split or transposed, as open_clip stores them. Their values and dtypes do not change.
+    Tensors are renamed and reshaped. Their values and dtypes do not change.
 
     Args:
         model: A `CapivaraModel`, or a `SiglipModel` of transformers.
@@ -153,7 +151,8 @@ def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
         elif is_vit and name == "visual_projection.weight":
             result["visual.proj"] = tensor.T.contiguous()
         elif is_siglip and ".attn_pool.in_proj_" in open_clip_name:
-            # timm's attention pooling has one tensor for the query, and one tensor for key and value together.
+            # transformers has one tensor with query, key and value of the attention pooling. open_clip has two tensors:
+            # one with the query, one with key and value.
             query_rows = len(tensor) // 3
             for suffix, rows in {"q.": tensor[:query_rows], "kv.": tensor[query_rows:]}.items():
                 result[open_clip_name.replace("in_proj_", suffix)] = rows.clone()
@@ -187,8 +186,7 @@ def _rename_parameter(name: str, names: dict[str, str]) -> str:
 def new_open_clip_model(config: CapivaraConfig) -> nn.Module:
     """Build an open_clip model with the architecture of a CAPIVARA configuration and random weights.
 
-    The model is used for comparisons with open_clip, for example of tensor names and shapes. Nothing is downloaded. The
-    package open_clip must be installed.
+    The model shows which tensor names and shapes open_clip expects.
 
     Args:
         config: Architecture of the model.
@@ -205,7 +203,7 @@ def new_open_clip_model(config: CapivaraConfig) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         config.text_config.save_pretrained(folder)
         model_cfg = to_open_clip_model_cfg(config, folder)
-        model_cfg["text_cfg"]["hf_model_pretrained"] = False
+        model_cfg["text_cfg"]["hf_model_pretrained"] = False  # random weights, so nothing is downloaded
         return CustomTextCLIP(**model_cfg).eval()
 
 
@@ -217,10 +215,9 @@ VIT_FIELDS = {
     "patch_size": ("patch_size", 16),
     "image_size": ("image_size", 224),
 }
-# Supported values of fields that change the embeddings, but not the names or shapes of tensors. Without this list, an
-# unsupported value would not be noticed. A wrong value of any other field changes names or shapes of tensors, so
-# loading the tensors raises an error. The fields of `vision_config` are settings of a `CapivaraModel` that is exported
-# to open_clip. All other fields are settings of open_clip. They may be missing, because their defaults are supported.
+# Supported values of fields that change the embeddings, but not the names or shapes of tensors. Other wrong values are
+# noticed when the tensors are loaded. The fields of `vision_config` are settings of a `CapivaraModel`, all others are
+# settings of open_clip. A missing field is supported, because its default is.
 SUPPORTED_VALUES: dict[str, tuple] = {
     "vision_cfg.pool_type": ("tok",),
     "vision_cfg.final_ln_after_pool": (False, None),
@@ -244,8 +241,7 @@ def to_capivara_config(model_cfg: dict) -> CapivaraConfig:
     """Convert the `model_cfg` section of open_clip_config.json to a `CapivaraConfig`.
 
     Args:
-        model_cfg: Content of the section: `{"embed_dim": width of the embeddings, "vision_cfg": settings of the image
-            tower, "text_cfg": settings of the text tower}`. Further keys are optional.
+        model_cfg: Content of the section, with the keys "embed_dim", "vision_cfg", "text_cfg" and optional keys.
 
     Returns:
         The configuration.
@@ -291,12 +287,10 @@ def to_open_clip_model_cfg(
     Args:
         config: Architecture of the model.
         text_model_name: Folder or Hub id from which open_clip loads the configuration of the text tower.
-        image_size: Side of the square input images in pixels. Default: the ViT's `image_size`, or 224 for a timm model,
-            whose configuration does not state it.
+        image_size: Side of the square input images in pixels. Default: the ViT's `image_size`, or 224 for a timm model.
 
     Returns:
-        Content of the section: `{"embed_dim": width of the embeddings, "vision_cfg": settings of the image tower,
-        "text_cfg": settings of the text tower}`, plus optional keys such as "init_logit_bias".
+        Content of the section, with the keys "embed_dim", "vision_cfg", "text_cfg" and optional keys.
 
     Raises:
         ValueError: If open_clip can't represent the architecture.
@@ -313,7 +307,7 @@ def to_open_clip_model_cfg(
             _raise_unsupported("vision_config.model_args", vision.model_args, supported, "config.json")
         # With an empty `timm_pool`, open_clip keeps the pooling of the timm model instead of replacing it.
         vision_cfg = {"timm_model_name": vision.architecture, "timm_pool": "", "timm_proj": "linear"}
-        vision_cfg["image_size"] = image_size or 224
+        vision_cfg["image_size"] = image_size or 224  # the configuration of a timm model does not state it
     else:
         _check_supported("vision_config", vision.to_dict(), "config.json")
         if image_size not in (None, vision.image_size):
@@ -400,14 +394,11 @@ def _to_image_processor(preprocess_cfg: dict, size: int) -> CapivaraImageProcess
 def to_preprocess_cfg(processor: BaseImageProcessor) -> dict[str, Any]:
     """Convert an image processor to the `preprocess_cfg` section of open_clip_config.json.
 
-    With this section, open_clip resizes and normalizes images as the model expects.
-
     Args:
         processor: Image processor of a CAPIVARA or SigLIP model.
 
     Returns:
-        Content of the section: `{"mean": mean of each channel, "std": standard deviation of each channel,
-        "interpolation": "bicubic" or "bilinear", "resize_mode": "shortest" or "squash"}`.
+        Content of the section, with the keys "mean", "std", "interpolation" and "resize_mode".
 
     Raises:
         ValueError: If open_clip can't do the same preprocessing.
@@ -469,10 +460,9 @@ VOCABULARY_FILES = ("tokenizer.json", "sentencepiece.bpe.model", "spiece.model",
 
 @dataclass
 class OpenClipSource:
-    """Files and settings of an open_clip model that is to be converted.
+    """Files and settings of an open_clip model that is to be converted. The weights have not been read yet.
 
-    The weights have not been read yet. The model is either a folder with open_clip_config.json, or a bare checkpoint
-    file, that is, a weight file that the user gives without a folder.
+    The model is either a folder with open_clip_config.json, or a bare checkpoint file without a folder.
 
     Attributes:
         model_cfg: Section `model_cfg` of open_clip_config.json. None for a bare checkpoint file.
@@ -480,7 +470,7 @@ class OpenClipSource:
         weights: Path of the checkpoint file.
         tokenizer: Folder or Hub id of the tokenizer.
         folder: Folder of the model. None for a bare checkpoint file.
-        repo_id: Hub id of the model. None if the model was not downloaded from the Hub.
+        repo_id: Hub id of the model. None if it was not downloaded.
     """
 
     model_cfg: dict | None
@@ -498,12 +488,12 @@ def _find_or_download_open_clip_files(
 
     Args:
         source: "hf-hub:OWNER/NAME", folder of a model, or path of a checkpoint file.
-        tokenizer: Folder or Hub id of a tokenizer. It is used only if `source` neither contains a tokenizer nor names
-            one in its configuration. Default: the tokenizer of XLM-RoBERTa base.
+        tokenizer: Folder or Hub id of a tokenizer, used if `source` neither contains nor names one. Default: the
+            tokenizer of XLM-RoBERTa base.
         revision: Branch, tag or commit on the Hub. Default: the main branch.
 
     Returns:
-        Files and settings of the model. The weights have not been read yet.
+        Files and settings of the model.
 
     Raises:
         ValueError: If there is no open_clip model in `source`, its configuration is damaged, or it can't be downloaded.
@@ -570,15 +560,14 @@ def _download_model(repo_id: str, revision: str | None) -> Path:
 def read_open_clip_tensors_and_notes(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Read the tensors of an open_clip model from a checkpoint file, and collect notes for the user.
 
-    The tensor names may have a common prefix, for example the attribute name of the model in a PyTorch Lightning
-    module. The prefix is removed.
+    A common prefix of the tensor names, such as "model.", is removed.
 
     Args:
         path: Checkpoint file in the format of safetensors or of `torch.save`.
 
     Returns:
         A tuple (tensors, notes). The tensors are a dictionary {tensor name: tensor in float32}. The notes are sentences
-        that tell the user which entries of the file were ignored.
+        about ignored entries of the file.
 
     Raises:
         ValueError: If the file can't be read, contains objects other than tensors, or does not contain exactly one
@@ -666,17 +655,17 @@ def _convert_write_and_verify_model(source: OpenClipSource, folder: Path) -> tup
     """Convert an open_clip model to a folder that transformers can load, in float32, and verify the converted model.
 
     Args:
-        source: Files and settings of the model, from `_find_or_download_open_clip_files`.
+        source: Files and settings of the model.
         folder: Empty folder to write to.
 
     Returns:
-        The converted model, read back from the folder, and a list of sentences that tell the user which files were used
-        and which entries were ignored.
+        The converted model, read back from the folder, and sentences for the user about the files that were used.
 
     Raises:
-        ValueError: If the configuration can't be converted, which is checked before the weights are read. Also if the
-            conversion changed a tensor, or the embeddings of random inputs are not finite or are equal to each other.
+        ValueError: If the model can't be converted, the conversion changed a tensor, or the embeddings of random inputs
+            are not finite or are equal to each other.
     """
+    # The configuration is converted before the weights are read, so that errors in it are found early.
     config = to_capivara_config(source.model_cfg) if source.model_cfg else CapivaraConfig()
     image_processor = _to_image_processor(source.preprocess_cfg, config.vision_config.image_size)
     state, notes = read_open_clip_tensors_and_notes(source.weights)
@@ -708,8 +697,6 @@ def _convert_write_and_verify_model(source: OpenClipSource, folder: Path) -> tup
 def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
     """Convert an open_clip model to a folder that transformers can load, and return a digest of its weights.
 
-    The cache of converted models in `capivara_common.hub_cache` calls this function to convert a new model.
-
     Args:
         source: "hf-hub:OWNER/NAME", folder of a model, or path of a checkpoint file.
         folder: Empty folder to write to.
@@ -718,6 +705,7 @@ def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
     Returns:
         Digest of the weights (`weights_digest`) as 32 hexadecimal digits.
     """
+    # The cache of converted models, `capivara_common.hub_cache`, calls this function.
     files = _find_or_download_open_clip_files(source, revision=revision)
     return loading.weights_digest(_convert_write_and_verify_model(files, folder)[0])
 
@@ -757,23 +745,21 @@ def main(argv: list[str] | None = None) -> None:
 def convert(
     source: str, output: str | Path, tokenizer: str | None = None, overwrite_output_dir: bool = False
 ) -> list[str]:
-    """Convert an open_clip model to a new folder that transformers can load.
-
-    The converted model is verified. If the conversion fails, the folder is not created.
+    """Convert an open_clip model to a new folder that transformers can load, and verify the result.
 
     Args:
-        source: "hf-hub:OWNER/NAME", folder of a model, or path of a checkpoint file. A checkpoint file has no
-            configuration, so it must have the architecture of the published CAPIVARA model.
-        output: Folder to create. If it exists, it must be empty, unless `overwrite_output_dir` is set.
-        tokenizer: Folder or Hub id of a tokenizer. It is used only if `source` neither contains a tokenizer nor names
-            one in its configuration. Default: the tokenizer of XLM-RoBERTa base.
-        overwrite_output_dir: Replace `output` if it exists.
+        source: "hf-hub:OWNER/NAME", folder of a model, or path of a checkpoint file with the architecture of the
+            published CAPIVARA model.
+        output: Folder to create. An existing folder must be empty.
+        tokenizer: Folder or Hub id of a tokenizer, used if `source` neither contains nor names one. Default: the
+            tokenizer of XLM-RoBERTa base.
+        overwrite_output_dir: Replace an existing `output`, even if it has files.
 
     Returns:
-        Sentences that tell the user which files were used and which entries of the checkpoint were ignored.
+        Sentences that tell the user which files were used and which entries were ignored.
 
     Raises:
-        ValueError: If there is no such model, it can't be converted, or `output` has files.
+        ValueError: If there is no such model, it can't be converted, or `output` has files. Then nothing is written.
     """
     with atomic_folder(Path(output), overwrite_output_dir) as folder:
         return _convert_write_and_verify_model(_find_or_download_open_clip_files(source, tokenizer), folder)[1]

@@ -30,20 +30,10 @@ class CapivaraImageProcessorKwargs(ImagesKwargs, total=False):
 class CapivaraImageProcessor(CLIPImageProcessorPil):
     """CLIP's image processor with the exact steps of open_clip 3.3's evaluation transform.
 
-    The steps are:
-
-    - PIL's bicubic resize in the image's own color mode (gray, palette, …);
-    - center crop with the offset `round(margin / 2)`, where the margin is the number of pixels that the crop removes
-      along a dimension;
-    - conversion to RGB;
-    - normalization.
-
-    transformers' CLIP image processors differ in two ways. They convert to RGB before the resize, and the position of
-    their crop differs by one pixel if the margin is 3 modulo 4.
-
-    An array or tensor gives the same result as a PIL image with the same pixels. 16-bit images are scaled to 8 bits,
-    because PIL alone would clip all values above 255 to white. Images from files keep their color mode and are rotated
-    according to their EXIF data. Images from URLs are converted to RGB when they are loaded.
+    An image is resized in its own color mode (gray, palette, …) with PIL's bicubic filter, cropped at the center,
+    converted to RGB and normalized. An array or tensor gives the same result as a PIL image with the same pixels.
+    16-bit images are scaled to 8 bits. Images from files are rotated according to their EXIF data. Images from URLs are
+    converted to RGB before the resize.
     """
 
     valid_kwargs = CapivaraImageProcessorKwargs
@@ -52,8 +42,7 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
     def fetch_images(self, image_url_or_urls) -> Image.Image | np.ndarray | torch.Tensor | list:
         """Load images from paths and URLs. Images that are already loaded are returned unchanged.
 
-        transformers converts local files to RGB when it loads them. This method does not, because the resize must
-        happen in the image's own color mode.
+        Images from files keep their color mode. Images from URLs are converted to RGB.
 
         Args:
             image_url_or_urls: A path, URL, PIL image, array or tensor, or a list of them (also nested).
@@ -64,6 +53,7 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
         source = image_url_or_urls
         if isinstance(source, (list, tuple)):
             return [self.fetch_images(item) for item in source]
+        # transformers would convert a file to RGB, but the resize must happen in the image's own color mode.
         if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
             with Image.open(source) as image:
                 return ImageOps.exif_transpose(image)
@@ -95,22 +85,20 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
     def process_image(
         self, image, input_data_format: str | ChannelDimension | None = None, **kwargs: Unpack[ImagesKwargs]
     ) -> Image.Image:
-        """Convert an image of any type to a PIL image with 8 bits per channel, ready for the resize.
-
-        The color mode is kept (gray, palette, RGB, …), because the resize happens in this mode.
+        """Convert an image of any type to a PIL image with 8 bits per channel, and keep its color mode.
 
         Args:
             image: PIL image, array or tensor.
             input_data_format: "channels_first" or "channels_last", for arrays and tensors. Default: inferred from the
                 shape.
-            **kwargs: Ignored. transformers passes all options of the call.
+            **kwargs: Ignored.
 
         Returns:
             The PIL image.
 
         Raises:
-            ValueError: If an array or tensor does not have the shape of an image. Also if a pixel value is negative,
-                too large or not finite (see `convert_pixels_to_uint8`).
+            ValueError: If an array or tensor does not have the shape of an image, or a pixel value is out of range (see
+                `convert_pixels_to_uint8`).
         """
         if not isinstance(image, Image.Image):
             return _array_to_pil(image, input_data_format)
@@ -121,6 +109,8 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
         return image.convert("LA") if image.mode == "La" else image
 
     def _preprocess(self, images: list[Image.Image], **kwargs: Unpack[CapivaraImageProcessorKwargs]) -> BatchFeature:
+        # transformers' CLIP image processors convert to RGB before the resize. Their crop also differs by one pixel if
+        # the removed margin is 3 modulo 4.
         # transformers passes all options. Options that the caller did not set have their default values.
         size, crop_size, factor = kwargs["size"], kwargs["crop_size"], kwargs["rescale_factor"]
         batch = []
@@ -236,15 +226,12 @@ def convert_pixels_to_uint8(array: np.ndarray) -> np.ndarray:
 
     - uint8 values are not changed.
     - uint16 values are divided by 257, so 65535 becomes 255.
-    - Other integers are interpreted as 8-bit values if none exceeds 255, otherwise as 16-bit values.
+    - Other integers are read as 8-bit values if none exceeds 255, otherwise as 16-bit values.
     - Booleans become 0 and 255.
-    - Floats are interpreted as values from 0 to 1 if none exceeds 1, otherwise as values from 0 to 255.
-
-    Args:
-        array: Pixels in any shape.
+    - Floats are read as values from 0 to 1 if none exceeds 1, otherwise as values from 0 to 255.
 
     Returns:
-        Array of the same shape with dtype uint8.
+        uint8 array of the same shape.
 
     Raises:
         ValueError: If a value is negative, too large or not finite, or the dtype is not numeric.
@@ -290,7 +277,7 @@ def _to_channels_last(array: np.ndarray, is_tensor: bool, input_data_format: str
         channels_first = ChannelDimension(input_data_format) == ChannelDimension.FIRST
     if not (first_fits if channels_first else last_fits):
         data_format = f" with input_data_format={input_data_format!r}" if input_data_format else ""
-        rule = "An image must have 1 to 4 channels, as its first or last dimension"
+        rule = "An image array must be (height, width, channels) or (channels, height, width), with 1 to 4 channels"
         raise ValueError(f"{rule}, got shape {array.shape}{data_format}.")
     return array.transpose(1, 2, 0) if channels_first else array
 

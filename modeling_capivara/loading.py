@@ -1,8 +1,7 @@
 """Load two-tower models (CAPIVARA and CLIP-like models of transformers) and their processors from folders or the Hub.
 
-The functions of this module are stricter than transformers. They validate files before using them. If a weight is
-missing, unexpected or has the wrong shape, they raise ValueError, where transformers only warns. Each error message is
-a single line that names the problem.
+The functions are stricter than transformers. A weight that is missing, unexpected or of the wrong shape raises a
+ValueError, where transformers only warns.
 """
 
 import hashlib
@@ -78,8 +77,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
 
     Raises:
         ValueError: If there is no such model, a file is damaged, or the model is not a supported two-tower model. Also
-            if weights are missing, unexpected or of the wrong shape. transformers itself would accept missing and
-            unexpected weights with a warning, and initialize missing weights randomly.
+            if weights are missing, unexpected or of the wrong shape.
     """
     check_model_file_exists(source, "config.json", "is not a model folder")
     try:
@@ -96,6 +94,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
             model, report = AutoModel.from_pretrained(source, config=load_two_towers_config(source), **options)
     except Exception as error:
         raise ValueError(f"The model {source} can't be loaded: {' '.join(str(error).split())}") from error
+    # transformers itself would only warn, and initialize missing weights randomly.
     _raise_on_weight_mismatch(f"The weights of {source}", report)
     check_config_ranges({"logit_scale": model.logit_scale.item()}, f"{source}: ")
     return model
@@ -143,11 +142,6 @@ def load_memory_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrain
 
     The returned model is only for saving. Use `load_model` to load a model that can be run.
 
-    The weights can be mapped only if they have the same names in the file and in the model. In some model types, such
-    as AltCLIP, transformers renames weights while it loads them, for example `layer.0` to `layers.0`. For such a model,
-    this function calls `load_model`, which copies the weights into memory as float32. Weights of CAPIVARA models are
-    not renamed, so for these models other names are an error.
-
     Args:
         folder: Folder with the weights.
         config: Configuration of the model.
@@ -162,6 +156,9 @@ def load_memory_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrain
     try:
         model = build_save_only_model_from_tensors(tensors, config, f"The weights of {folder}")
     except ValueError:
+        # transformers renames weights of some model types, such as AltCLIP, while it loads them (`layer.0` to
+        # `layers.0`). Such weights can't be mapped, so `load_model` copies them into memory as float32. Weights of
+        # CAPIVARA models are not renamed, so for these models other names are an error.
         if KINDS[config.model_type].is_native:
             raise
         return load_model(folder).eval()
@@ -172,15 +169,12 @@ def load_memory_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrain
 def build_save_only_model_from_tensors(
     tensors: Mapping[str, Tensor], config: PreTrainedConfig, subject: str
 ) -> PreTrainedModel:
-    """Build a model that uses the given tensors as its weights, without copying them, in order to save it.
-
-    The model can't be run, because its non-persistent buffers are not among the given tensors and have no values.
+    """Build a model that uses the given tensors as its weights, without copying them. It can be saved, but not run.
 
     Args:
         tensors: Dictionary {weight name: tensor}.
         config: Configuration of the model.
-        subject: Description of the weights, which becomes the subject of error messages, such as "The weights of
-            FOLDER".
+        subject: Subject of error messages, such as "The weights of FOLDER".
 
     Returns:
         The model in evaluation mode.
@@ -188,6 +182,7 @@ def build_save_only_model_from_tensors(
     Raises:
         ValueError: If tensors are missing, unexpected or of the wrong shape. The message names some of them.
     """
+    # Non-persistent buffers stay on the device "meta" and have no values, so the model can't be run.
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=torch.float32)
     expected = model.state_dict()
@@ -206,11 +201,9 @@ def _raise_on_weight_mismatch(subject: str, report: Mapping[str, Iterable]) -> N
     """Raise an error if a comparison of weights with a model's configuration found differences.
 
     Args:
-        subject: Description of the weights, which becomes the subject of the error message.
-        report: Result of the comparison, as transformers returns it. "missing_keys" are names of weights that the model
-            needs but the files do not contain. "unexpected_keys" are names of weights in the files that the model does
-            not have. "mismatched_keys" are weights with a wrong shape: name, shape in the files, and shape in the
-            model.
+        subject: Subject of the error message, such as "The weights of FOLDER".
+        report: Result of the comparison, as transformers returns it: names under "missing_keys" and "unexpected_keys",
+            and tuples (name, shape in the files, shape in the model) under "mismatched_keys".
 
     Raises:
         ValueError: If one of the three lists is not empty. The message names at most `MAX_NAMED_KEYS` weights.
@@ -246,9 +239,8 @@ def load_processor(source: str | Path) -> ProcessorMixin:
         source: Folder or Hub id.
 
     Returns:
-        The processor: a `CapivaraProcessor` for a CAPIVARA model, otherwise an object of the class that transformers
-        has for this model type. The tokenizer of the processor truncates texts to the number of tokens that the model
-        accepts.
+        A `CapivaraProcessor` for a CAPIVARA model, otherwise a processor of transformers. Texts are truncated to the
+        number of tokens that the model accepts.
 
     Raises:
         ValueError: If there is no processor, a file is damaged, or the processor belongs to another model.
@@ -360,13 +352,12 @@ def check_model_file_exists(source: str | Path, required_file: str, fault: str) 
     """Check that a model and one of its files exist, to give a clear error before transformers loads the model.
 
     Args:
-        source: Folder or Hub id. For a Hub id, the file must be in the Hub's cache, or the Hub must be reachable.
+        source: Folder or Hub id.
         required_file: Name of the file, such as "config.json".
-        fault: Predicate of the error message if the folder does not contain the file, such as "is not a model folder".
+        fault: What the error says about a folder without the file, such as "is not a model folder".
 
     Raises:
-        ValueError: If the folder does not exist or lacks the file, its configuration is damaged, or the Hub can't be
-            reached.
+        ValueError: If the folder or file does not exist, the configuration is damaged, or the Hub can't be reached.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -409,16 +400,16 @@ def load_two_towers_config(source: str | Path) -> PreTrainedConfig:
 
 
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
-    """Compute a digest (hash) of a model's weights, so that two models can be compared by a short string.
+    """Compute a hash of a model's weights, so that two models can be compared by a short string.
 
-    The BLAKE2b digest covers the names, dtypes, shapes and values of the tensors in the state dict.
+    The hash covers the names, dtypes, shapes and values of the tensors.
 
     Args:
         model: The model.
         prefixes: Only tensors whose names start with one of these prefixes are included. Default: all tensors.
 
     Returns:
-        The digest as 32 hexadecimal digits.
+        The BLAKE2b hash as 32 hexadecimal digits.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
@@ -451,15 +442,14 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
 def write_origin_card(source: Path, folder: Path, description: str, repo_id: str | None = None) -> None:
     """Write the model card of a converted or trimmed model, with the license and attribution of the original model.
 
-    The new card refers to the card of the original model for everything else. No card is written if `repo_id` is None
-    and the card of the original model has no license, language, attribution or base model.
+    No card is written if `repo_id` is None and the original card has no metadata to copy.
 
     Args:
         source: Folder of the original model, whose README.md is read.
         folder: Folder of the new model, to which README.md is written.
-        description: Sentence for the card that says how the new model was made.
-        repo_id: Hub id of the original model, for the metadata field `base_model`. Default: the `base_model` in the
-            card of the original model.
+        description: Sentence that says how the new model was made.
+        repo_id: Hub id of the original model, for the metadata field `base_model`. Default: the `base_model` of the
+            original card.
     """
     source_metadata = read_card_metadata(source / "README.md")
     metadata = {"base_model": repo_id or source_metadata.get("base_model")}

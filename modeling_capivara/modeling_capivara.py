@@ -1,8 +1,7 @@
 """PyTorch models of CAPIVARA: a CLIP-like dual encoder with a multilingual text tower, and an image classifier.
 
-`CapivaraModel` embeds texts and images into one space and computes the contrastive loss.
-`CapivaraForImageClassification` combines the image encoder of a `CapivaraModel` with a linear classification head. Its
-method `from_zero_shot` initializes the head from text prompts, so that it starts as a zero-shot classifier.
+`CapivaraModel` embeds texts and images into one space. `CapivaraForImageClassification` classifies images with the same
+image encoder and a linear head.
 """
 
 import copy
@@ -34,18 +33,17 @@ class CapivaraOutput(ModelOutput):
     """Output of `CapivaraModel`. A field is None if it needs texts or images that were not given.
 
     Attributes:
-        loss: Contrastive loss in nats, a float32 scalar. None unless `return_loss=True` was passed.
+        loss: Contrastive loss in nats, a float32 scalar. None without `return_loss=True`.
         logits_per_image: (images, texts), float32. Cosine similarities times exp(`logit_scale`), plus `logit_bias` if
             the model has one.
         logits_per_text: (texts, images), the transpose of `logits_per_image`.
         text_embeds: (texts, projection_dim), float32, unit length.
         image_embeds: (images, projection_dim), float32, unit length.
         text_model_output: Output of the text tower in its own dtype. Its `pooler_output`, (texts, text width), is the
-            mean of the token states, before the projection.
+            mean of the token states, not projected.
         vision_model_output: Output of the image tower in its own dtype. Its `pooler_output`, (images, image width), is
-            the pooled output of the tower, before the projection.
-        pooler_output: Same as `image_embeds` if only images were given, otherwise None. transformers' pipeline
-            "image-feature-extraction" reads this field.
+            not projected.
+        pooler_output: Same as `image_embeds` if only images were given, otherwise None.
     """
 
     loss: Tensor | None = None
@@ -55,7 +53,7 @@ class CapivaraOutput(ModelOutput):
     image_embeds: Tensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
-    pooler_output: Tensor | None = None
+    pooler_output: Tensor | None = None  # transformers' pipeline "image-feature-extraction" reads this field
 
     def to_tuple(self) -> tuple:
         """Convert the output to a tuple of its fields that are not None, in the order of their declaration.
@@ -122,14 +120,13 @@ class CapivaraPreTrainedModel(PreTrainedModel):
 
         Args:
             pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` returns them.
-            truncate_dim: Number of leading dimensions of each embedding to keep. Default: all. Models that were trained
-                with `CapivaraConfig.matryoshka_dims` lose less accuracy at the widths that are named there.
-            **kwargs: Options of the image tower, such as `output_hidden_states` and `output_attentions`. With
-                `return_dict=False` a tuple is returned.
+            truncate_dim: Number of leading dimensions to keep, ideally one of `config.matryoshka_dims`. Default: all.
+            **kwargs: Options of the image tower, such as `output_hidden_states`. With `return_dict=False` a tuple is
+                returned.
 
         Returns:
-            The output of the image tower. Its `pooler_output` is replaced by the projected embedding, (images, width),
-            which is not normalized. The width is `truncate_dim` if given, otherwise `projection_dim`.
+            The output of the image tower. Its `pooler_output` is the projected embedding, (images, width), not
+            normalized.
 
         Raises:
             ValueError: If `pixel_values` does not have four dimensions, or `truncate_dim` is not from 1 to
@@ -163,17 +160,17 @@ class CapivaraPreTrainedModel(PreTrainedModel):
 class CapivaraModel(CapivaraPreTrainedModel):
     """CAPIVARA model (arXiv 2310.13683, section 3), which embeds images and texts in one shared space.
 
-    The model has an image tower and a text tower, each followed by a projection to the shared space. For a text, the
-    states of all tokens except padding are averaged and projected. For an image, the pooled output of the image tower
-    is projected. The outputs equal those of open_clip's `CustomTextCLIP` with a mean pooler.
+    An image tower and a text tower are each followed by a projection to the shared space. The states of a text's
+    tokens, except padding, are averaged before the projection. The outputs equal those of open_clip's `CustomTextCLIP`
+    with a mean pooler.
 
     Args:
         config: Architecture of the model. The weights are random. Use `from_pretrained` or `from_open_clip` to load
             trained weights.
 
     Raises:
-        ValueError: If the image tower of `config` does not take `pixel_values` or has no `pooler_output`, or the text
-            tower does not take `input_ids`.
+        ValueError: If the image tower does not take `pixel_values` or has no `pooler_output`, or the text tower does
+            not take `input_ids`.
 
     Example:
         >>> import numpy as np
@@ -202,17 +199,15 @@ class CapivaraModel(CapivaraPreTrainedModel):
 
     @classmethod
     def from_open_clip(cls, source: str, revision: str | None = None, **kwargs) -> "CapivaraModel":
-        """Load a model that is stored in open_clip's format, and convert it. The package open_clip is not needed.
+        """Load a model in open_clip's format as a `CapivaraModel`. The package open_clip is not needed.
 
-        The first call downloads the model, converts it, verifies the conversion and stores the converted model in the
-        cache `$CAPIVARA_CACHE` (default: ~/.cache/capivara). Later calls read the converted model from the cache, and
-        need a network only if `revision` is a branch or tag. Load the matching processor with
-        `AutoProcessor.from_pretrained(model.name_or_path)`.
+        The first call downloads and converts the model, and stores it in the cache `$CAPIVARA_CACHE` (default:
+        ~/.cache/capivara). Load its processor with `AutoProcessor.from_pretrained(model.name_or_path)`.
 
         Args:
             source: Hub id such as "hiaac-nlp/CAPIVARA", folder of a model, or path of a checkpoint file.
-            revision: Branch, tag or commit on the Hub. Default: the converted model in the cache if there is one,
-                otherwise the main branch.
+            revision: Branch, tag or commit on the Hub. A branch or tag needs a network in every call. Default: the
+                cached model, otherwise the main branch.
             **kwargs: Options of `from_pretrained`, such as `dtype`.
 
         Returns:
@@ -220,8 +215,7 @@ class CapivaraModel(CapivaraPreTrainedModel):
 
         Raises:
             ValueError: If there is no such model, it can't be converted, or the Hub can't be reached.
-            ImportError: If the package modeling-capivara is not installed. This happens if the class was loaded from a
-                model folder with `trust_remote_code=True`.
+            ImportError: If the package modeling-capivara is not installed.
         """
         # `save_pretrained` copies this file into model folders, and also every module that this file names in an import
         # statement. `import_module` is used, because the modules of the cache and the converter must not be copied.
@@ -240,9 +234,6 @@ class CapivaraModel(CapivaraPreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Save the model so that `AutoModel` and the Auto classes for image classification can load it.
-
-        The method adds `AutoModelForZeroShotImageClassification` and `AutoModelForImageClassification` to `auto_map` in
-        config.json. transformers reads there which class of the saved code an Auto class loads.
 
         Args:
             save_directory: Folder to write to; it is created if necessary.
@@ -280,31 +271,27 @@ class CapivaraModel(CapivaraPreTrainedModel):
     ) -> tuple | BaseModelOutputWithPooling:
         """Encode texts with the text tower and its projection.
 
-        The first three parameters are `input_ids`, `attention_mask` and `position_ids`, in the order that transformers'
-        `CLIPModel.get_text_features` uses. Pass all others by keyword.
-
         Args:
             input_ids: (texts, tokens). Give either `input_ids` or `inputs_embeds`.
             attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: padding tokens in `input_ids` are
-                masked. With `inputs_embeds` the default masks nothing, because an embedding does not show whether its
-                token is padding.
-            position_ids: (texts, tokens), positions of the tokens. Default: the text tower counts them.
-            token_type_ids: Ignored. Accepted because BERT's tokenizers return them; a single text has only one type.
+                masked; with `inputs_embeds`, nothing is masked.
+            position_ids: (texts, tokens). Default: the text tower counts the positions.
+            token_type_ids: Ignored.
             inputs_embeds: (texts, tokens, text width), token embeddings instead of `input_ids`.
-            truncate_dim: Number of leading dimensions of each embedding to keep. Default: all. Models that were trained
-                with `CapivaraConfig.matryoshka_dims` lose less accuracy at the widths that are named there.
-            **kwargs: Options of the text tower, such as `output_hidden_states` and `output_attentions`. With
-                `return_dict=False` a tuple is returned.
+            truncate_dim: Number of leading dimensions to keep, ideally one of `config.matryoshka_dims`. Default: all.
+            **kwargs: Options of the text tower, such as `output_hidden_states`. With `return_dict=False` a tuple is
+                returned.
 
         Returns:
-            The output of the text tower. Its `pooler_output` is the projected embedding, (texts, width), which is not
-            normalized. The width is `truncate_dim` if given, otherwise `projection_dim`.
+            The output of the text tower. Its `pooler_output` is the projected embedding, (texts, width), not
+            normalized.
 
         Raises:
-            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, or a shape is wrong. Also if the
-                attention mask of a text is all 0, which is checked on the CPU only. Also if `truncate_dim` is not from
-                1 to `projection_dim`.
+            ValueError: If an input is missing or has a wrong shape, `truncate_dim` is out of range, or the attention
+                mask of a text is all 0 (checked only on the CPU).
         """
+        # The first three parameters have the order of transformers' `CLIPModel.get_text_features`. `token_type_ids` is
+        # accepted because BERT's tokenizers return it; a single text has only one type.
         check_truncate_dim(truncate_dim, self.config.projection_dim)
         outputs = self._run_text_tower(input_ids, attention_mask, inputs_embeds, position_ids=position_ids, **kwargs)
         outputs.pooler_output = self.text_projection(outputs.pooler_output)[:, :truncate_dim]
@@ -318,22 +305,22 @@ class CapivaraModel(CapivaraPreTrainedModel):
         Args:
             input_ids: (texts, tokens), or None if `inputs_embeds` is given.
             attention_mask: (texts, tokens), 1 for a token and 0 for padding. None masks the padding tokens of
-                `input_ids`, or nothing with `inputs_embeds`.
+                `input_ids`.
             inputs_embeds: (texts, tokens, text width), token embeddings instead of `input_ids`.
-            **kwargs: `position_ids`, (texts, tokens), the positions of the tokens, and options of the text tower, such
-                as `output_hidden_states`. If `position_ids` is None, the text tower counts the positions.
+            **kwargs: `position_ids`, (texts, tokens) or None, and options of the text tower.
 
         Returns:
-            The output of the text tower. Its `pooler_output`, (texts, text width), is the mean of the token states
-            that are not masked.
+            The output of the text tower. Its `pooler_output`, (texts, text width), is the mean of the unmasked token
+            states.
 
         Raises:
-            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, a shape is wrong, or the attention
-                mask of a text is all 0 (checked on the CPU only).
+            ValueError: If an input is missing or has a wrong shape, or the attention mask of a text is all 0 (checked
+                only on the CPU).
         """
         _check_text_inputs(input_ids, inputs_embeds)
         if inputs_embeds is not None:
             tokens = inputs_embeds[..., 0]
+            # The default masks nothing, because an embedding does not show whether its token is padding.
             default_mask = torch.ones_like(tokens, dtype=torch.long)
         else:
             tokens, pad = input_ids, self.config.text_config.pad_token_id
@@ -362,30 +349,25 @@ class CapivaraModel(CapivaraPreTrainedModel):
     ) -> tuple | CapivaraOutput:
         """Embed texts, images or both. If both are given, also compute the similarity of every text to every image.
 
-        The positional order is the same as in transformers' `CLIPModel.forward`.
-
         Args:
             input_ids: (texts, tokens), or None to embed only images.
             pixel_values: (images, 3, height, width), or None to embed only texts.
             attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: padding tokens are masked.
-            position_ids: (texts, tokens), positions of the tokens. Default: the text tower counts them.
-            return_loss: True: the contrastive loss is computed, for which text i must belong to image i. None or False:
-                no loss is computed.
-            token_type_ids: Ignored. Accepted because BERT's tokenizers return them; a single text has only one type.
-            **kwargs: Options of both towers, such as `output_hidden_states` and `output_attentions`. With
-                `return_dict=False` a tuple is returned.
+            position_ids: (texts, tokens). Default: the text tower counts the positions.
+            return_loss: Whether to compute the contrastive loss. Text i must then belong to image i.
+            token_type_ids: Ignored.
+            **kwargs: Options of both towers, such as `output_hidden_states`. With `return_dict=False` a tuple is
+                returned.
 
         Returns:
-            A `CapivaraOutput`. It has the embeddings of the given texts and images, scaled to unit length, and the
-            outputs of the towers. If both texts and images are given, it also has the logits, which are scaled and
-            optionally shifted cosine similarities. If `return_loss` is set, it has the loss. A field is None if its
-            inputs are not given.
+            A `CapivaraOutput` with embeddings of unit length. Fields of missing inputs are None.
 
         Raises:
-            ValueError: If neither texts nor images are given, or a shape is wrong. Also if the attention mask of a text
-                is all 0, which is checked on the CPU only. If the loss is requested, also if texts or images are
-                missing, or their numbers differ.
+            ValueError: If an input is missing or has a wrong shape, or the attention mask of a text is all 0 (checked
+                only on the CPU). With `return_loss`, also if the numbers of texts and images differ.
         """
+        # The positional parameters have the order of transformers' `CLIPModel.forward`. `token_type_ids` is accepted
+        # because BERT's tokenizers return it; a single text has only one type.
         if input_ids is None and pixel_values is None:
             raise ValueError("Give `input_ids`, `pixel_values` or both; got neither.")
         if return_loss and (input_ids is None or pixel_values is None):
@@ -414,13 +396,9 @@ class CapivaraModel(CapivaraPreTrainedModel):
 class CapivaraForImageClassification(CapivaraPreTrainedModel):
     """CAPIVARA's image encoder with a linear classification head, for fine-tuning on labeled images.
 
-    The head is applied to unit-length image embeddings times exp(`logit_scale`). `from_zero_shot` initializes the rows
-    of the head's weight matrix with the text embeddings of the classes. The model then starts as a zero-shot classifier
-    (CLIP, arXiv 2103.00020, section 3.1.2). The factor exp(`logit_scale`) multiplies the embeddings and not the rows.
-    Otherwise, the rows would be up to a hundred times longer, and Adam's steps would hardly change their direction.
-
-    `from_pretrained` also accepts the folder of a `CapivaraModel`. It then ignores the text encoder and creates a head
-    with random weights.
+    `from_zero_shot` initializes the head with the text embeddings of the classes. The model then starts as a zero-shot
+    classifier (CLIP, arXiv 2103.00020, section 3.1.2). `from_pretrained` also loads the folder of a `CapivaraModel`,
+    and then creates a head with random weights.
 
     Args:
         config: Architecture of the model; `num_labels` is the number of classes.
@@ -474,17 +452,14 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
     ) -> "CapivaraForImageClassification":
         """Build a classifier that starts with the zero-shot probabilities of a `CapivaraModel`, ready for fine-tuning.
 
-        The softmax of the classifier's logits equals the zero-shot probabilities. A class has one prompt per
-        template, in which the class name is inserted. The embedding of a class is the mean of the unit-length
-        embeddings of its prompts, again scaled to unit length. This is prompt ensembling (CLIP, arXiv 2103.00020,
+        The initial weights of a class are the mean embedding of its prompts (prompt ensembling, CLIP, arXiv 2103.00020,
         section 3.1.4).
 
         Args:
             model: A `CapivaraModel`. It is not changed, and the classifier shares no weights with it.
             processor: The model's `CapivaraProcessor`.
-            labels: Either the names of at least two classes, in the order of the logits, or a dictionary `{class name:
-                text or list of texts}`. The texts are inserted into the templates instead of the name, for example
-                `{"0": ["o número 0", "o algarismo zero"], ...}`.
+            labels: At least two class names, in the order of the logits. Or a dictionary `{class name: text or list of
+                texts}`, whose texts replace the class names in the templates.
             templates: Texts in which `{}` is replaced by the class name, such as "uma foto de {}.". Use `["{}"]` if the
                 texts in `labels` are complete sentences.
 
@@ -493,8 +468,7 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
             head is in float32. No parameter is frozen.
 
         Raises:
-            ValueError: If there are fewer than two labels, a label is blank or repeated, there is no template, or a
-                template has no `{}`.
+            ValueError: If there are fewer than two labels, a label is blank or repeated, or a template lacks `{}`.
         """
         prompts = _fill_templates(labels, templates)
         config = copy.deepcopy(model.config)
@@ -506,15 +480,14 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         return cls.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).to(model.device)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save the classifier, without a text encoder.
-
-        The saved folder can't be loaded as a `CapivaraModel`, because it has no text encoder. So the class is removed
-        from `auto_map` in config.json, where transformers reads which class an Auto class loads.
+        """Save the classifier, without a text encoder. The folder can't be loaded as a `CapivaraModel`.
 
         Args:
             save_directory: Folder to write to; it is created if necessary.
             **kwargs: Options of transformers' `PreTrainedModel.save_pretrained`.
         """
+        # transformers reads in `auto_map` which class an Auto class loads. `CapivaraModel` is removed, because it could
+        # not be loaded without a text encoder.
         auto_map = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = {key: name for key, name in auto_map.items() if not name.endswith(".CapivaraModel")}
         super().save_pretrained(save_directory, **kwargs)
@@ -533,12 +506,10 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
 
         Args:
             pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` returns them.
-            labels: Correct classes of the images. If each image has one label: integer class indices, (images,), for a
-                cross-entropy loss. If an image may have several labels: 0.0 or 1.0 for each class, (images,
-                num_labels), for a binary cross-entropy loss. `config.problem_type` selects the loss. If it is None, the
-                first call with `labels` sets it according to the dtype of `labels`.
-            **kwargs: Options of the image tower, such as `output_hidden_states` and `output_attentions`. With
-                `return_dict=False` a tuple is returned.
+            labels: Class indices, (images,), for a cross-entropy loss. If an image may have several labels: 0.0 or 1.0
+                for each class, (images, num_labels), for a binary cross-entropy loss.
+            **kwargs: Options of the image tower, such as `output_hidden_states`. With `return_dict=False` a tuple is
+                returned.
 
         Returns:
             An output with `logits`, (images, num_labels), float32, and `loss` in nats (None without `labels`).
@@ -549,8 +520,11 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
         image_embeds = l2_normalize(outputs.pooler_output)  # float32
         with torch.autocast(image_embeds.device.type, enabled=False):
+            # The factor multiplies the embeddings, not the rows of the head. Otherwise, the rows would be up to a
+            # hundred times longer, and Adam's steps would hardly change their direction.
             scaled = self.logit_scale.float().exp() * image_embeds
             logits = self.classifier(scaled.to(self.classifier.weight.dtype)).float()
+        # If `config.problem_type` is None, the first loss sets it according to the dtype of `labels`.
         return ImageClassifierOutput(
             loss=self.loss_function(labels, logits, self.config) if labels is not None else None,
             logits=logits,
@@ -562,16 +536,15 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
 def similarity_logits(
     text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
 ) -> Tensor:
-    """Compute the similarity logits of every text with every image.
+    """Compute the similarity logits of every text with every image, in float32 even inside autocast.
 
-    A logit is the cosine similarity times exp(`logit_scale`), plus `logit_bias` if given. The computation is in
-    float32, even inside autocast.
+    A logit is the cosine similarity times exp(`logit_scale`), plus `logit_bias` if given.
 
     Args:
         text_embeds: (texts, projection_dim), unit length.
         image_embeds: (images, projection_dim), unit length.
-        logit_scale: Scalar, natural logarithm of the factor that multiplies the cosines.
-        logit_bias: Scalar, added to the scaled cosines (SigLIP). Default: no bias.
+        logit_scale: Scalar, natural logarithm of the factor.
+        logit_bias: Scalar, SigLIP's bias. Default: no bias.
 
     Returns:
         Logits, (texts, images), float32.
@@ -586,18 +559,17 @@ def clip_loss(
 ) -> Tensor:
     """Compute the contrastive loss of a batch of matching texts and images.
 
-    Without `logit_bias`, this is CLIP's loss (arXiv 2103.00020, section 2.3, figure 3). It is the mean of two
-    cross-entropies. One is for choosing the right image for each text, the other for choosing the right text for each
-    image. With `logit_bias`, it is SigLIP's sigmoid loss (arXiv 2303.15343, algorithm 1).
+    Without `logit_bias`, this is CLIP's symmetric cross-entropy loss (arXiv 2103.00020, section 2.3, figure 3). With
+    `logit_bias`, it is SigLIP's sigmoid loss (arXiv 2303.15343, algorithm 1).
 
     Args:
         text_embeds: (pairs, projection_dim), unit length.
         image_embeds: (pairs, projection_dim), unit length. Row i belongs to row i of `text_embeds`.
         logit_scale: Scalar, natural logarithm of the factor that multiplies the cosines.
-        logit_bias: Scalar, SigLIP's bias. Default: None, for CLIP's loss.
+        logit_bias: Scalar, SigLIP's bias. Default: CLIP's loss.
 
     Returns:
-        The loss in nats, a float32 scalar. CLIP's loss of a single pair is 0, because there is no wrong pair.
+        The loss in nats, a float32 scalar.
 
     Raises:
         ValueError: If the numbers of texts and images differ, or both are 0.
@@ -610,6 +582,7 @@ def clip_loss(
     if logit_bias is not None:
         signs = 2 * torch.eye(len(logits_per_text), device=logits_per_text.device) - 1
         return -F.logsigmoid(signs * logits_per_text).sum() / len(logits_per_text)
+    # The loss of a single pair is 0, because there is no wrong pair.
     targets = torch.arange(len(logits_per_text), device=logits_per_text.device)
     return (F.cross_entropy(logits_per_text, targets) + F.cross_entropy(logits_per_text.T, targets)) / 2
 
@@ -618,11 +591,11 @@ def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
     """Average the token states (outputs of the last layer) of each text, without the states of padding tokens.
 
     Args:
-        last_hidden_state: Token states, (texts, tokens, width), output of the text tower.
+        last_hidden_state: Token states, (texts, tokens, width).
         attention_mask: (texts, tokens), 1 for a token and 0 for padding.
 
     Returns:
-        Mean token state of each text, (texts, width), float32. If the mask of a text is all 0, its row is NaN.
+        Mean token state of each text, (texts, width), float32. It is NaN if the mask of the text is all 0.
     """
     mask = attention_mask.unsqueeze(-1).float()  # (texts, tokens, 1)
     return (last_hidden_state.float() * mask).sum(dim=1) / mask.sum(dim=1)
@@ -664,24 +637,24 @@ def _with_pooler_output(outputs: ModelOutput, pooled: Tensor) -> BaseModelOutput
 
 
 def _build_tower(name: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a tower with random weights, and check its input: pixels for an image tower, token ids for a text tower.
-
-    A text tower is built without its own pooling layer, because mean pooling does not use this layer.
+    """Build a tower with random weights, and check that it takes pixels (image tower) or token ids (text tower).
 
     Args:
         name: Field of `CapivaraConfig` that describes the tower: "vision_config" or "text_config".
         config: Configuration of the tower.
 
     Returns:
-        The tower in the default dtype, so that all parts of the model agree. The dtype in `config` is ignored.
+        The tower in the default dtype.
 
     Raises:
         ValueError: If the main input of the tower is not `pixel_values` or `input_ids`, respectively.
     """
-    # For an unknown type, no option is set. AutoModel then raises a clear error.
+    # A text tower is built without its own pooling layer, because mean pooling does not use it. For an unknown type, no
+    # option is set. AutoModel then raises a clear error.
     model_class = MODEL_MAPPING.get(type(config), object)
     has_pooler = name == "text_config" and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     options = {"add_pooling_layer": False} if has_pooler else {}
+    # The dtype in `config` is ignored, so that all parts of the model have the same dtype.
     tower = AutoModel.from_config(config, dtype=torch.get_default_dtype(), **options)
     expected, example = TOWER_INPUTS[name]
     if tower.main_input_name != expected:
@@ -769,10 +742,10 @@ def l2_normalize(features: Tensor) -> Tensor:
 
 
 def check_truncate_dim(dim: int | None, width: int, name: str = "truncate_dim") -> None:
-    """Check that embeddings of a given width can be truncated to their first `dim` dimensions.
+    """Check that embeddings can be truncated to their first `dim` dimensions.
 
     Args:
-        dim: Number of leading dimensions to keep. None keeps all dimensions and is always valid.
+        dim: Number of leading dimensions to keep. None keeps all.
         width: Number of dimensions of a full embedding.
         name: Name of the argument, for the error message.
 

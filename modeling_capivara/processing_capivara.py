@@ -9,27 +9,21 @@ __all__ = ["CONTEXT_LENGTH", "CapivaraProcessor", "clean_text"]
 
 
 class CapivaraProcessor(ProcessorMixin):
-    """Processor of CAPIVARA models: a tokenizer for texts and an image processor for images in one object.
+    """Tokenizer and image processor of CAPIVARA models in one object.
 
-    The token ids equal those of open_clip's `HFTokenizer`. Texts are cleaned, truncated to 77 tokens and padded to the
-    longest text of the batch. If the tokenizer's `model_max_length` is smaller than 77, it is the limit. Embeddings do
-    not depend on the padding. The arguments `max_length`, `padding` and `truncation` of a call override these defaults.
-    Settings that were passed when the tokenizer was loaded override them too, for example
-    `AutoTokenizer.from_pretrained(folder, max_length=32, padding="max_length")`.
+    Texts are cleaned, truncated to 77 tokens (or to a smaller `model_max_length` of the tokenizer) and padded to the
+    longest text of the batch. Padding does not change the embeddings. The arguments `max_length`, `padding` and
+    `truncation` of a call override these defaults. The token ids equal those of open_clip's `HFTokenizer`.
 
-    transformers' `pipeline(task, model=folder)` finds the processor in the folder. If the model is already loaded, pass
-    the tokenizer and the image processor by name, because pipelines ignore `processor=`::
+    transformers' pipelines ignore `processor=`. With a loaded model, pass both parts of the processor by name::
 
         pipeline("zero-shot-image-classification", model=model, tokenizer=processor.tokenizer,
                  image_processor=processor.image_processor)
-        pipeline("image-feature-extraction", model=model, image_processor=processor.image_processor)
 
     Args:
         image_processor: A `CapivaraImageProcessor`.
-        tokenizer: A fast tokenizer. It is converted to a `CapivaraTokenizer`, which also cleans texts when it is called
-            without the processor. The conversion keeps the vocabulary and the tokenization rules, such as the
-            normalizer. It does not keep the `max_length` and `padding` that the tokenizers library stores from the last
-            call.
+        tokenizer: A fast tokenizer. It is converted to a `CapivaraTokenizer` with the same vocabulary and tokenization
+            rules.
         **kwargs: Options of transformers' `ProcessorMixin`.
 
     Example:
@@ -56,16 +50,14 @@ class CapivaraProcessor(ProcessorMixin):
         Args:
             images: A PIL image, array, tensor, path or URL, or a list of them.
             text: A text or a list of texts.
-            **kwargs: Options of the tokenizer and the image processor, such as `max_length`, `padding` and
-                `return_tensors`.
+            **kwargs: Options of the tokenizer and the image processor, such as `max_length` and `return_tensors`.
 
         Returns:
-            A dictionary-like `BatchFeature`. If `text` is given, it has the keys "input_ids" and "attention_mask", each
-            (texts, tokens). If `images` are given, it has the key "pixel_values", (images, 3, height, width).
+            A dictionary-like `BatchFeature`. For texts, it has "input_ids" and "attention_mask", each (texts, tokens).
+            For images, it has "pixel_values", (images, 3, height, width).
 
         Raises:
-            ValueError: If a text is not a string, the list of texts is empty, neither images nor texts are given, or an
-                image is invalid.
+            ValueError: If there is neither a text nor an image, a text is not a string, or an image is invalid.
         """
         if text is not None:
             text = check_and_collect_texts(text)

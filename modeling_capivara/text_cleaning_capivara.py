@@ -11,10 +11,9 @@ import ftfy
 from ftfy.fixes import unescape_html
 
 CONTEXT_LENGTH = 77  # largest number of tokens of a text, with begin and end token; the default of open_clip
-# Largest numbers of characters and lines of a text that are used. The rest is cut off to save time: the time of the
-# library ftfy, which repairs texts, grows with the square of the number of characters, and with the number of lines.
-# Long white space is shortened first. A quarter of the characters is enough for 77 tokens, even if every letter is
-# written as an HTML entity.
+# Largest numbers of characters and lines of a text that are used, to save time: the time of the library ftfy grows with
+# the square of the number of characters, and with the number of lines. A quarter of the characters is enough for 77
+# tokens, even if every letter is an HTML entity.
 MAX_CHARACTERS = 4096
 MAX_LINES = 512
 LONG_WHITESPACE_RE = re.compile(r"\s{6,}")
@@ -29,12 +28,8 @@ MAX_ENTITY_NESTING = 4
 def clean_text(text: str) -> str:
     """Clean a text: repair mojibake (wrongly decoded characters), resolve HTML entities and collapse white space.
 
-    Nested entities such as "&amp;amp;" are resolved too. The `HFTokenizer` of open_clip 3.3 takes the same steps if its
-    option `clean` is "whitespace". Only the first 4096 characters and 512 lines are used. In longer texts, each run of
-    white space is first shortened to at most five characters.
-
-    Args:
-        text: Text of any length.
+    The steps are those of open_clip 3.3's `HFTokenizer` with `clean="whitespace"`. Only the first 4096 characters and
+    512 lines of a text are used, after long white space is shortened.
 
     Returns:
         The cleaned text on a single line, with single spaces between words.
@@ -124,9 +119,6 @@ def _unescape_all_levels(line: str) -> str:
 
 def check_and_collect_texts(text: str | Iterable[str]) -> str | list[str]:
     """Check that the input of a tokenizer is one string or an iterable of strings, and collect the strings.
-
-    Args:
-        text: One text, or an iterable of texts.
 
     Returns:
         The text itself if `text` is a single string, otherwise a list of the texts.

@@ -13,20 +13,13 @@ from .text_cleaning_capivara import CONTEXT_LENGTH, check_and_collect_texts, cle
 class CapivaraTokenizer(PreTrainedTokenizerFast):
     """Fast tokenizer that returns the same token ids as open_clip's `HFTokenizer`.
 
-    The tokenizer can be used alone or inside `CapivaraProcessor`. Every text is cleaned (`clean_text`) and truncated to
-    77 tokens, or to `model_max_length` if that is smaller. As in transformers, the arguments `max_length` and
-    `truncation` of a call override this limit.
+    Every text is cleaned (`clean_text`) and truncated to 77 tokens, or to a smaller `model_max_length`. The arguments
+    `max_length` and `truncation` of a call override this limit.
 
-    With `pad_to_multiple_of`, texts are first truncated to the limit and then padded. With `pad_to_multiple_of=8`, for
-    example, texts of 77 tokens are padded to 80. If a call also passes `max_length`, then `max_length` must be a
-    multiple of `pad_to_multiple_of`, as in transformers.
+    Padding follows truncation: `pad_to_multiple_of=8` pads 77 tokens to 80. The attention mask is 0 for every padding
+    token ("<pad>"), even if a text itself contains it.
 
-    The attention mask is 0 for every padding token ("<pad>"), even if a text itself contains this token, because
-    open_clip computes its mask from the token ids.
-
-    The tokenizers library stores the `max_length` and `padding` of the last call in `tokenizer.json`. This class
-    neither saves nor loads these two values. If `max_length` or `padding` is passed to `from_pretrained`, it becomes a
-    default of `CapivaraProcessor`.
+    A `max_length` or `padding` that is passed to `from_pretrained` becomes a default of `CapivaraProcessor`.
     """
 
     @classmethod
@@ -68,6 +61,8 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         return tokenizer
 
     def _save_pretrained(self, *args, **kwargs):
+        # Otherwise, the tokenizers library would store the `max_length` and `padding` of the last call in
+        # tokenizer.json.
         self.backend_tokenizer.no_truncation()
         self.backend_tokenizer.no_padding()
         return super()._save_pretrained(*args, **kwargs)
@@ -81,6 +76,7 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
             # Hide `pad_to_multiple_of` from a check of transformers. The check would fail, because the maximum length,
             # 77 by default, is usually not a multiple of it. The padding itself still uses `pad_to_multiple_of`.
             pad_to_multiple_of = None
+        # If the call passes `max_length`, transformers requires that it is a multiple of `pad_to_multiple_of`.
         return super()._get_padding_truncation_strategies(padding, truncation, max_length, pad_to_multiple_of, **kwargs)
 
     def _encode_plus(self, text, text_pair=None, **kwargs) -> BatchEncoding:
@@ -88,6 +84,7 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         with wrap_tokenizer_errors(f"The tokenizer of {self.name_or_path or 'the model'}"):
             batch = super()._encode_plus(text, text_pair, **kwargs)
         pad = self.pad_token_id
+        # open_clip computes its mask from the token ids, so a padding token in a text is masked too.
         # In some tokenizers, the padding token also ends each text. Masking all padding tokens would then mask the end
         # of every text, so the attention mask stays as it is.
         if "attention_mask" in batch and pad not in (None, self.eos_token_id, self.sep_token_id):

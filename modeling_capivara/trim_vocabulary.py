@@ -3,16 +3,9 @@
     python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en
     python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en --texts chosen.txt
 
-Most parameters of a multilingual text tower are embeddings of tokens that a single language never uses. Trimming
-removes tokens from the tokenizer and their rows from the embedding table. The image encoder does not change, so search
-indexes of images stay valid. A text keeps its embedding if all its tokens are kept, because the trimmed tokenizer still
-splits the text into the same tokens. The reason depends on the type of the tokenizer:
-
-- A Unigram tokenizer (XLM-R; XLM-V, which MetaCLIP 2 uses) splits a text into the tokens with the highest sum of
-  scores. Removing tokens that this split does not use can't make another split better. A letter without a token gets a
-  score that depends on the lowest score of the vocabulary. So the token with the lowest score is kept too.
-- A BPE tokenizer (SigLIP 2 uses Gemma's tokenizer) applies a list of merges in order and falls back to bytes. For every
-  kept token, all merges that produce the token are kept, so they are applied in the same order as before.
+The command writes a smaller copy of the model. Removed tokens disappear from the tokenizer and from the embedding table
+of the text tower. A text keeps its embedding if all its tokens are kept. The image encoder does not change, so search
+indexes of images stay valid.
 """
 
 import json
@@ -92,26 +85,20 @@ def trim(
 ) -> list[str]:
     """Write a smaller copy of a multilingual model, with only the tokens that the given languages use.
 
-    The model must be a CAPIVARA, SigLIP or MetaCLIP 2 model. The other tokens are removed from the tokenizer, and their
-    rows from the embedding table. All other weights are unchanged.
-
     Args:
-        model: Folder of the model.
-        output: Folder to create. If it exists, it must be empty, unless `overwrite_output_dir` is set.
+        model: Folder of the model, such as a CAPIVARA, SigLIP 2 or MetaCLIP 2 model.
+        output: Folder to create. An existing folder must be empty.
         languages: Language codes of the package wordfreq, such as "pt".
-        words: How many of the most frequent words of each language keep their tokens, in the order of `languages`. The
-            last number is used for all further languages.
+        words: For each language, the number of most frequent words whose tokens are kept. The last number is used for
+            all further languages.
         texts: UTF-8 files with one text per line. All tokens of these texts are kept too.
-        overwrite_output_dir: Replace `output` if it exists.
+        overwrite_output_dir: Replace an existing `output`, even if it has files.
 
     Returns:
-        Sentences for the user, with the number of tokens, the number of parameters and the size of the weights, before
-        and after.
+        Sentences for the user, with the model's size before and after.
 
     Raises:
-        ValueError: If the model is already trimmed or damaged, or its tokenizer is of an unsupported type. Also if
-            wordfreq has no word list of a language, a file has no text, or a number of words is below 1. Also if
-            `output` has files and may not be replaced.
+        ValueError: If the model can't be trimmed, an argument or file is invalid, or `output` has files.
         ImportError: If wordfreq is not installed.
     """
     check_output_folder_and_clean_leftovers(output, overwrite_output_dir)
@@ -155,16 +142,13 @@ def _write_and_verify_trimmed_model(
 ) -> tuple[int, int]:
     """Write the model without the embeddings of removed tokens, and verify the file that was written.
 
-    The other weights are memory-mapped, so they are never copied in memory.
-
     Args:
         source: Folder of the original model.
         config: Configuration of the original model.
         folder: Folder to write to.
-        kept_ids: Ids of the tokens to keep, in ascending order. Row i of the new embedding table is row `kept_ids[i]`
-            of the original one.
-        record: Dictionary that becomes `trimmed_vocabulary` of the configuration. The number of rows of the original
-            table ("of") and its digest ("table") are added to it.
+        kept_ids: Ids of the tokens to keep, in ascending order.
+        record: Dictionary that becomes `trimmed_vocabulary` of the configuration. The keys "of" (rows of the original
+            embedding table) and "table" (its hash) are added to it.
 
     Returns:
         Number of parameters before and after.
@@ -172,6 +156,7 @@ def _write_and_verify_trimmed_model(
     Raises:
         ValueError: If a written weight differs from the model's weight.
     """
+    # The weights are memory-mapped, so all but the embeddings of tokens are never copied in memory.
     model = loading.load_memory_mapped_model(source, config)
     config = model.config
     embedding = model.text_model.get_input_embeddings()
@@ -198,18 +183,13 @@ def select_token_ids_to_keep(
 ) -> list[int]:
     """Select the tokens to keep when a vocabulary is trimmed.
 
-    The selection has three kinds of tokens:
-
-    - tokens of the most frequent words of each language, in lower case, in upper case and capitalized;
-    - tokens of the given texts;
-    - tokens that any text may need, such as digits and punctuation.
+    These are the tokens of frequent words and of `texts`, and tokens that any text may need, such as digits.
 
     Args:
         processor: Processor with the original tokenizer.
         languages: Language codes of the package wordfreq, such as "pt".
-        words: Number of most frequent words of each language, in the order of `languages`. The last number is used for
-            all further languages.
-        texts: Further texts. All of their tokens are kept.
+        words: For each language, the number of most frequent words. The last number is used for all further languages.
+        texts: Further texts.
 
     Returns:
         Token ids in ascending order.
@@ -291,13 +271,11 @@ def check_trimmed_tokenizer_matches_original(
 ) -> None:
     """Check that the trimmed tokenizer splits texts into the same tokens as the original tokenizer.
 
-    A text that contains a removed token is not compared.
-
     Args:
         original: Processor with the original tokenizer.
         trimmed: Processor with the trimmed tokenizer.
         kept_ids: Original id of each token of the trimmed tokenizer, in the order of its new ids.
-        texts: Texts to tokenize with both tokenizers.
+        texts: Texts to compare. Texts with a removed token are ignored.
 
     Raises:
         ValueError: If the two tokenizers split a text differently.
@@ -330,15 +308,13 @@ def _read_lines(path: Path) -> list[str]:
 def _get_always_kept_token_ids(tokenizer: PreTrainedTokenizerBase, state: dict) -> set[int]:
     """Return the ids of tokens that are always kept, because any text may need them.
 
-    These are added tokens, tokens of a single letter, and tokens without letters. All tokens up to the last special
-    token are included too, so that the ids of the special tokens do not change. For a Unigram tokenizer, the token with
-    the lowest score is included. Tokens of a single Chinese character or Korean syllable are not included, because
-    there are ten thousand of them. If Chinese or Korean is kept, its frequent words add the tokens that are needed.
+    These are added tokens, tokens of a single letter, and tokens without letters.
 
     Args:
         tokenizer: The original tokenizer.
         state: Content of its tokenizer.json, from `_check_and_get_tokenizer_json`.
     """
+    # All tokens up to the last special token are kept, so that the ids of the special tokens do not change.
     special_ids = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     ids = {*range(max(special_ids - {None}) + 1), *(token["id"] for token in state["added_tokens"])}
     # A Unigram tokenizer derives the score of unknown letters from the lowest score of all tokens. So the token with
@@ -346,6 +322,8 @@ def _get_always_kept_token_ids(tokenizer: PreTrainedTokenizerBase, state: dict) 
     if state["model"]["type"] == "Unigram":
         scores = [score for _, score in state["model"]["vocab"]]
         ids.add(scores.index(min(scores)))
+    # Single Chinese characters and Korean syllables are left out, because there are ten thousand of them. If Chinese or
+    # Korean is kept, its frequent words add the tokens that are needed.
     for token_id, token in enumerate(_list_tokens_in_id_order(state)):
         text = "" if re.fullmatch(BYTE_TOKEN_PATTERN, token) else token.removeprefix(WORD_START_MARKER)
         has_letters = any(map(str.isalpha, text))
@@ -410,7 +388,7 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) 
     """Build a copy of a tokenizer that has only the given tokens, with new consecutive ids.
 
     Args:
-        tokenizer: The original tokenizer. It is not changed.
+        tokenizer: The original tokenizer.
         kept_ids: Ids of the tokens to keep, in ascending order. The token `kept_ids[i]` gets the new id i.
 
     Returns:
@@ -424,9 +402,13 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) 
     # `model["vocab"]` does not contain the added tokens, whose ids may be higher. So their ids are left out.
     model_ids = [old_id for old_id in kept_ids if old_id < len(tokens)]
     if model["type"] == "Unigram":
+        # A Unigram tokenizer (XLM-R, or XLM-V in MetaCLIP 2) splits a text into the tokens with the highest sum of
+        # scores. Removing tokens that this split does not use can't make another split better.
         model["vocab"] = [model["vocab"][old_id] for old_id in model_ids]
         model["unk_id"] = new_id[model["unk_id"]]
     else:
+        # A BPE tokenizer (SigLIP 2) applies its merges in order and falls back to bytes. All merges that produce a kept
+        # token are kept in this order, so they give the same tokens as before.
         model["vocab"] = {tokens[old_id]: new_id[old_id] for old_id in model_ids}
         model["merges"] = [merge for merge in model["merges"] if {*merge, "".join(merge)} <= model["vocab"].keys()]
     for token in state["added_tokens"]:

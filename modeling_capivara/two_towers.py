@@ -4,10 +4,9 @@
     embed_texts(model, processor, ["uma foto de um gato"])  # (texts, width), unit length, float32, on the CPU
     load_embedder("open_clip:ViT-B-32:openai", baseline=True).embed_texts(["a photo of a cat"])
 
-Models of transformers are used without a wrapper. They must have the methods `get_text_features` and
-`get_image_features`. Both methods return an output whose `pooler_output` is the embedding before normalization. The
-models also need the parameter `logit_scale`. Models with SigLIP's loss (arXiv 2303.15343, section 3) have the parameter
-`logit_bias` too.
+Models of transformers need the methods `get_text_features` and `get_image_features`, whose `pooler_output` is the
+embedding before normalization. They also need the parameter `logit_scale`, and for SigLIP's loss (arXiv 2303.15343,
+section 3) `logit_bias`.
 """
 
 import hashlib
@@ -79,10 +78,9 @@ def embedding_width(config: PreTrainedConfig) -> int:
 
 
 def freeze_image_encoder(model: PreTrainedModel) -> None:
-    """Freeze the image tower and its projection, so that training does not change their parameters.
+    """Freeze the parameters of the image tower and its projection, so that training does not change them.
 
-    Only the parameters are frozen. A later `model.train()` still switches the image tower to training mode, in which it
-    may use dropout. Only the frozen image tower of a CAPIVARA model stays in evaluation mode.
+    A later `model.train()` still switches the image tower to training mode, unless the model is a CAPIVARA model.
 
     Args:
         model: Two-tower model, which is changed.
@@ -99,9 +97,9 @@ def compute_text_embeds(model: nn.Module, input_ids: Tensor, attention_mask: Ten
 
     Args:
         model: Two-tower model, or a wrapper with the same methods, such as a PEFT model.
-        input_ids: Token ids, (texts, tokens), as `pad_batch` returns them.
-        attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: the default of the model. CAPIVARA
-            models mask padding, SigLIP models attend to it.
+        input_ids: Token ids, (texts, tokens).
+        attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: CAPIVARA models mask padding, SigLIP
+            models do not.
 
     Returns:
         Embeddings, (texts, width), unit length, float32.
@@ -123,9 +121,7 @@ def compute_image_embeds(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
 
 def tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[dict[str, list[int]]]:
-    """Tokenize texts without padding them to a common length.
-
-    The caller can then sort the texts by length before it pads them with `pad_batch`.
+    """Tokenize texts without padding, so that they can be sorted by length before `pad_batch` pads them.
 
     Args:
         processor: Processor from `load_processor`. Texts are truncated to its maximum length.
@@ -133,7 +129,7 @@ def tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[dict[str, 
 
     Returns:
         For each text a dictionary with the lists "input_ids" (the token ids) and "attention_mask" (a 1 for each token).
-        SigLIP models require padding. For them, the dictionary has only "input_ids", padded to the maximum length.
+        For SigLIP models, the dictionary has only "input_ids", padded to the maximum length.
     """
     # SigLIP takes the state of the last token as the embedding of a text, so its texts must be padded to the maximum
     # length as in training. Other models need no padding here.
@@ -154,8 +150,8 @@ def pad_batch(processor: ProcessorMixin, tokenized: Sequence[Mapping[str, list[i
         tokenized: Tokenized texts, as `tokenize` returns them.
 
     Returns:
-        A dictionary with two tensors of shape (texts, tokens): "input_ids" (the token ids) and "attention_mask" (a 1
-        for each token, a 0 for padding). For a SigLIP model it has only "input_ids".
+        A dictionary with the tensors "input_ids" and "attention_mask" (1 for a token, 0 for padding), each (texts,
+        tokens). For a SigLIP model, it has only "input_ids".
     """
     options = {"return_tensors": "pt", "return_attention_mask": not pads_to_max_length(processor)}
     return dict(processor.tokenizer.pad([dict(row) for row in tokenized], **options))
@@ -166,19 +162,18 @@ class Embedder:
     """A loaded two-tower model of transformers or open_clip, with functions that embed images and texts.
 
     Attributes:
-        name: Folder, Hub id or open_clip name that the model was loaded from.
+        name: Folder, Hub id or open_clip name of the model.
         device: Device of the model.
         precision: "float32", or "bf16" for autocast to bfloat16.
-        fingerprint: Digest of everything that the embeddings depend on: weights, settings, tokenizer, precision.
-        image_fingerprint: Digest of everything that image embeddings depend on. Models with the same image encoder have
-            the same value. For open_clip models it equals `fingerprint`.
+        fingerprint: Hash of everything that the embeddings depend on.
+        image_fingerprint: Hash of everything that image embeddings depend on. Models with the same image encoder share
+            it.
         width: Number of dimensions of an embedding.
-        metadata: Dictionary `{"model_class": name of the Python class, "loss": "sigmoid" or "contrastive"}`.
-        embed_images: Function that embeds images. Its arguments are an iterable of PIL images, `batch_size` (int) and
-            `progress` (see `ProgressOption`). Functions of transformers models also take `chunk_images` (int), the
-            number of images per forward pass on a CPU. It returns (images, width), unit length, float32, on the CPU.
-        embed_texts: Function that embeds texts. Its arguments are a sequence of texts, `batch_size` (int) and
-            `progress` (see `ProgressOption`). It returns (texts, width), unit length, float32, on the CPU.
+        metadata: Dictionary with the name of the Python class ("model_class") and of the loss ("loss").
+        embed_images: Function that takes PIL images, `batch_size` and `progress` (see `ProgressOption`). It returns
+            (images, width), unit length, float32, on the CPU.
+        embed_texts: Function that takes texts, `batch_size` and `progress`. It returns (texts, width), unit length,
+            float32, on the CPU.
     """
 
     name: str
@@ -200,14 +195,13 @@ class Embedder:
     ) -> Callable[[Sequence[Image.Image]], Tensor]:
         """Return a function that embeds images as fast as this CPU allows.
 
-        The speed depends on the number of images per forward pass. The first call of the returned function measures
-        which number is fastest, unless an earlier run recorded it. All calls use this number. Nothing is measured on a
-        GPU, for an open_clip model, or if `image_count` is small. The function then uses the default number.
+        The function's first call measures how many images per forward pass are fastest, unless an earlier run recorded
+        the number. Nothing is measured on a GPU, for an open_clip model or for few images.
 
         Args:
             image_count: Number of images that will be embedded in total.
             batch_size: Number of images that are preprocessed at once.
-            record: Folder in which the fastest number is recorded, so that a resumed run uses the same number.
+            record: Folder in which the fastest number is recorded, for resumed runs.
 
         Returns:
             Function that embeds a list of at least one image. It returns (images, width), unit length, float32, on the
@@ -232,20 +226,18 @@ def load_embedder(
     Args:
         model: Folder or Hub id of a CAPIVARA model or of a CLIP-like model of transformers. With `baseline`, also an
             open_clip model: "open_clip:NAME:PRETRAINED", "open_clip:hf-hub:OWNER/NAME" or "open_clip:local-dir:FOLDER".
-        device: "cpu", "cuda", or one GPU such as "cuda:1". Default: the GPU of this process if there is one, otherwise
-            the CPU.
-        baseline: Allow open_clip models, which can be evaluated as a baseline but not trained.
-        precision: "float32", "bf16" for autocast to bfloat16, or "auto" to choose between the two. "auto" selects bf16
-            on a GPU that supports bf16, and on a CPU if a measurement shows that bf16 is faster there. For an open_clip
+        device: "cpu", "cuda", or one GPU such as "cuda:1". Default: the GPU of this process, or the CPU if there is
+            none.
+        baseline: Allow open_clip models.
+        precision: "float32", "bf16" (autocast to bfloat16), or "auto" for the faster of the two. For an open_clip
             model, "auto" selects float32.
-        record: Folder in which the choice for "auto" is recorded, so that a resumed run makes the same choice. None:
-            the choice is not recorded.
+        record: Folder in which the choice for "auto" is recorded, so that a resumed run makes the same choice.
 
     Returns:
-        An `Embedder`: the model in evaluation mode, with the functions `embed_images` and `embed_texts`.
+        An `Embedder`, with the functions `embed_images` and `embed_texts`.
 
     Raises:
-        ValueError: If there is no such model, the model can't be loaded, or it is not a two-tower model.
+        ValueError: If there is no such model, or it is not a two-tower model that can be loaded.
         ImportError: If an open_clip model is requested and open_clip is not installed.
 
     Example:
@@ -273,7 +265,7 @@ def check_model_exists(model: str) -> None:
     """Check that a model exists, without loading it, so that a long program can fail early.
 
     Args:
-        model: Folder, Hub id or open_clip name, in the form that `load_embedder` accepts.
+        model: Folder, Hub id or open_clip name.
 
     Raises:
         ValueError: If there is no such model, or the Hub can't be reached.
@@ -299,16 +291,16 @@ def _parse_open_clip_name(model: str) -> str:
 def choose_fastest_precision(model: PreTrainedModel, processor: ProcessorMixin, record: Path | None = None) -> str:
     """Choose the precision in which a model embeds images fastest.
 
+    A GPU gets "bf16" if it supports bf16. A CPU gets "bf16" only if a measurement shows that it is faster, with nearly
+    the same embeddings as float32.
+
     Args:
         model: Two-tower model in evaluation mode, on its device.
         processor: The model's processor.
-        record: Folder in which the choice is recorded, so that a resumed run makes the same choice. None: the choice is
-            not recorded.
+        record: Folder in which the choice is recorded, so that a resumed run makes the same choice.
 
     Returns:
-        "bf16" or "float32". A GPU that supports bf16 gets "bf16". A CPU that supports bf16 gets "bf16" only if a
-        measurement shows that bf16 is faster there, and that the embeddings are close to the float32 embeddings (see
-        `MIN_COSINES` in `capivara_common.embedding_speed`). In all other cases, the result is "float32".
+        "bf16" or "float32".
     """
     supports_bf16 = environment.resolve_mixed_precision("auto", model.device) == "bf16"
     if not supports_bf16 or model.device.type != "cpu":
@@ -330,7 +322,7 @@ def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin,
         precision: "float32", or "bf16" for autocast to bfloat16.
 
     Returns:
-        The embedder, with digests of the model's weights and settings.
+        The embedder.
     """
     tokenizer = processor.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -355,18 +347,17 @@ def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin,
 
 
 def image_encoder_fingerprint(model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> str:
-    """Compute a digest (hash) of everything that image embeddings depend on: weights, settings and precision.
+    """Compute a hash of everything that image embeddings depend on: weights, settings and precision.
 
-    Two models with the same digest compute the same embedding for the same image, so their image embeddings can be
-    shared.
+    Models with the same hash compute the same image embeddings.
 
     Args:
         model: Two-tower model of transformers.
         processor: The model's processor.
-        precision: Name of the precision in which images are embedded, such as "bf16".
+        precision: Precision in which images are embedded, such as "bf16".
 
     Returns:
-        The digest as 32 hexadecimal digits.
+        The hash as 32 hexadecimal digits.
     """
     settings = model.config.vision_config.to_json_string() + processor.image_processor.to_json_string()
     return _digest_parts(weights_digest(model, IMAGE_ENCODER_PREFIXES), settings, precision)
@@ -467,7 +458,7 @@ def embed_texts(
     batch_size: int = 64,
     progress: ProgressOption = None,
 ) -> Tensor:
-    """Embed texts with a two-tower model. Texts of similar length share a batch, so that they need little padding.
+    """Embed texts in batches, with a two-tower model and its processor.
 
     Args:
         model: Two-tower model in evaluation mode.
@@ -484,6 +475,7 @@ def embed_texts(
     """
     with wrap_tokenizer_errors("The model's tokenizer"):
         tokens = tokenize(processor, texts)
+    # Texts of similar length share a batch, so that they need little padding.
     order = sorted(range(len(texts)), key=lambda i: len(tokens[i]["input_ids"]))
 
     def encode(rows: list[int]) -> Tensor:
@@ -507,18 +499,16 @@ def embed_images(
     Args:
         model: Two-tower model in evaluation mode.
         processor: The model's processor, from `load_processor`.
-        images: At least one PIL image. An iterator is read batch by batch, so not all images need to be in memory.
+        images: At least one PIL image. An iterator is read batch by batch.
         batch_size: Number of images that are preprocessed at once. On a GPU, they are also embedded at once.
         progress: Title of a progress bar, or a function that is called with the size of each finished batch.
-        chunk_images: On a CPU, a batch is split into chunks of this size for the forward passes, which is faster. See
-            `capivara_common.embedding_speed`.
+        chunk_images: Number of images per forward pass on a CPU.
 
     Returns:
         (images, width), unit length, float32, on the CPU, in the order of `images`.
 
     Raises:
-        ValueError: If an image is invalid, the processor gives images of different sizes, or an embedding is NaN or
-            infinite.
+        ValueError: If an image is invalid, preprocessed images differ in size, or an embedding is not finite.
     """
 
     def preprocess(part: list[Image.Image]) -> Tensor:
@@ -588,13 +578,12 @@ def move_to_device_in_chunks(
     Args:
         pixel_values: (images, 3, height, width).
         device: Device of the model.
-        chunk_images: Number of images per chunk on a CPU. With large chunks, every layer allocates new memory for its
-            activations, which can double the time.
+        chunk_images: Largest number of images per chunk on a CPU.
 
     Returns:
-        Chunks of `pixel_values` in channels-last memory format. On a CPU a chunk has at most `chunk_images` images. On
-        other devices there is a single chunk with all images.
+        Chunks of `pixel_values` in channels-last memory format. On a GPU, there is a single chunk.
     """
+    # With large chunks on a CPU, every layer allocates new memory for its activations, which can double the time.
     pixel_values = pixel_values.to(device, memory_format=torch.channels_last)
     return pixel_values.split(chunk_images if device.type == "cpu" else max(len(pixel_values), 1))
 
@@ -604,9 +593,7 @@ def compute_image_embeds_in_chunks(
 ) -> Tensor:
     """Compute the embeddings of preprocessed images fast, for inference without gradients.
 
-    The images pass through the model in small chunks, and the last layer of a CLIP image tower computes only the class
-    token (`class_token.py`). The result differs from that of `compute_image_embeds` by rounding errors in the last
-    bits.
+    The result differs from that of `compute_image_embeds` only by rounding errors in the last bits.
 
     Args:
         model: Two-tower model in evaluation mode.

@@ -112,8 +112,8 @@ class OptimizationArguments:
     frozen_parameters: list[str] = flag(
         [],
         "Regular expressions for names of parameters to freeze; a whole name must match, as in "
-        r"'text_model\.embeddings\..*'. With a sigmoid loss, logit scale and bias are frozen, too, because they suit "
-        "the batch size of the base model's training. Add `none` to train them.",
+        r"'text_model\.embeddings\..*'. With a sigmoid loss, logit scale and logit bias are frozen, too, because they "
+        "suit the batch size of the base model's training. If `none` is in the list, these two are trained.",
     )
     lora_rank: int = flag(0, "Rank of LoRA adapters (peft); the text projection is trained, too. 0: full fine-tuning.")
     lora_alpha: float = flag(8, "LoRA's alpha. The output of an adapter is scaled by alpha / rank.")

@@ -1,9 +1,8 @@
 """Plan the batches of a training run: which pairs, captions and image views each optimizer step uses.
 
-A pair is an image with its captions. A view of an image is the image itself or one of its augmentations. Everything
-random depends only on the seed and the step number, so a run can resume at any step, and every process of a distributed
-run computes the same plan. `BatchPlanner` returns the `StepPlan` of a step number. A plan holds micro-batches, from
-which `training.whole_batch.WholeBatch` computes the gradients.
+A pair is an image with its captions. A view of an image is the image itself or one of its augmentations. `BatchPlanner`
+returns the plan of a step, which depends only on the seed and the step number. A run can therefore resume at any step,
+and all processes compute the same plan.
 """
 
 from collections import Counter
@@ -54,7 +53,7 @@ def tokenize_into_sorted_micro_batches(
 ) -> tuple[list[MicroBatch], list[int]]:
     """Tokenize captions, sort them by number of tokens, and divide them into micro-batches.
 
-    Captions of similar length are then together, so that little padding is needed.
+    Sorting keeps padding short.
 
     Args:
         processor: Processor of the model; its tokenizer is used.
@@ -62,8 +61,8 @@ def tokenize_into_sorted_micro_batches(
         size: Maximum number of captions in a micro-batch.
 
     Returns:
-        A tuple (micro-batches, order). Each micro-batch is padded to the length of its longest caption. `order` has the
-        indices of the sorted captions: `captions[order[0]]` is the first caption of the first micro-batch.
+        A tuple (micro-batches, order). `order` has the indices of the sorted captions: `captions[order[0]]` is the
+        first caption of the first micro-batch.
     """
     tokens = tokenize(processor, captions)
     order = sorted(range(len(captions)), key=lambda i: len(tokens[i]["input_ids"]))
@@ -77,18 +76,18 @@ def tokenize_into_sorted_micro_batches(
 def apportion_batch_to_datasets(batch_size: int, dataset_sizes: Sequence[int]) -> list[int]:
     """Decide how many pairs of a batch come from each dataset, in proportion to the sizes of the datasets.
 
-    A pair is an image with its captions. The method is largest-remainder apportionment (Hamilton's method).
+    The method is largest-remainder apportionment.
 
     Args:
-        batch_size: Pairs in a batch.
+        batch_size: Pairs in a batch. A pair is an image with its captions.
         dataset_sizes: Usable pairs of each dataset.
 
     Returns:
         Pairs that each dataset contributes to every batch; they sum to `batch_size`.
 
     Raises:
-        ValueError: If all datasets together have fewer than 2 pairs or fewer than `batch_size` pairs, or if a dataset
-            is too small to contribute a pair to every batch.
+        ValueError: If there are fewer than 2 or fewer than `batch_size` pairs, or if a dataset is too small to
+            contribute a pair to every batch.
     """
     pairs = sum(dataset_sizes)
     if pairs < 2:
@@ -120,9 +119,7 @@ def apportion_batch_to_datasets(batch_size: int, dataset_sizes: Sequence[int]) -
 def batch_indices(step: int, batch_size: int, dataset_size: int, seed: int) -> np.ndarray:
     """Return the indices of the dataset rows that a training step uses.
 
-    The rows are shuffled again in each epoch and divided into batches. An incomplete batch at the end of an epoch is
-    dropped. If it were filled up with rows of the next epoch, it could hold an image twice, and the image would be its
-    own negative.
+    The rows are shuffled again in each epoch and divided into batches. An incomplete last batch is dropped.
 
     Args:
         step: Optimizer step, counted from 0.
@@ -133,6 +130,8 @@ def batch_indices(step: int, batch_size: int, dataset_size: int, seed: int) -> n
     Returns:
         Row indices without repetition, (batch_size,).
     """
+    # An incomplete batch is not filled up with rows of the next epoch. It could then hold an image twice, and the image
+    # would be its own negative.
     batches_per_epoch = dataset_size // batch_size
     epoch, position = divmod(step, batches_per_epoch)
     return _epoch_permutation(seed, epoch, dataset_size)[position * batch_size : (position + 1) * batch_size]
@@ -140,9 +139,6 @@ def batch_indices(step: int, batch_size: int, dataset_size: int, seed: int) -> n
 
 def _replacement_index(step: int, batch_size: int, dataset_size: int, seed: int, attempt: int) -> int:
     """Return the number of the row that replaces a row of a batch if its image can't be used.
-
-    Replacements are the rows that follow the batch in the shuffled order of its epoch. After the last row, they
-    continue with the first. A replacement is therefore never in the batch already.
 
     Args:
         step: Optimizer step, counted from 0.
@@ -152,7 +148,7 @@ def _replacement_index(step: int, batch_size: int, dataset_size: int, seed: int,
         attempt: Number of replacements that this step has already used from this dataset.
 
     Returns:
-        Row number of the replacement.
+        Row number of the replacement, which is not in the batch.
 
     Raises:
         ValueError: If every row outside the batch has already been used as a replacement.
@@ -162,6 +158,7 @@ def _replacement_index(step: int, batch_size: int, dataset_size: int, seed: int,
             f"Step {step + 1}: images can't be used, and no pair is left to replace them: a batch takes {batch_size} "
             f"of {dataset_size} pairs of the dataset. Choose a smaller effective_batch_size, or repair the images."
         )
+    # Replacements are the rows that follow the batch in the shuffled order of its epoch, then the rows from its start.
     epoch, position = divmod(step, dataset_size // batch_size)
     return int(_epoch_permutation(seed, epoch, dataset_size)[((position + 1) * batch_size + attempt) % dataset_size])
 
@@ -185,7 +182,7 @@ def sample_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, 
         seed: Seed of the draws.
 
     Returns:
-        One caption for each of `rows`, in their order.
+        One caption for each row, in the order of `rows`.
     """
     # The row order in `batch_indices` also depends on random numbers from this seed. The additional number 1 makes the
     # draws of captions independent of the row order.
@@ -199,15 +196,13 @@ def sample_view_numbers(views: int, number: int, step: int, seed: int) -> np.nda
     """Draw for each image of a training step which of its views is used. A view is an augmented copy of an image.
 
     Args:
-        views: Number of views of every image. The views stay the same during the whole run. 0 means that there are no
-            fixed views, but a new augmentation at every step.
+        views: Number of fixed views of every image. 0: a new augmentation at every step.
         number: Number of images in the step.
         step: Optimizer step, counted from 0.
         seed: Seed of the draws.
 
     Returns:
-        The number of the view for each image, from 0 to `views` - 1, (number,). If `views` is 0, every image gets the
-        step number, which makes its augmentation new at every step.
+        Numbers from 0 to `views` - 1, (number,). If `views` is 0, every image gets the step number.
     """
     if views == 0:
         return np.full(number, step)
@@ -231,15 +226,13 @@ class StepPlan:
     replacement_counts: Counter[int] = field(default_factory=Counter)
 
     def items(self, places: Tensor) -> list[tuple[int, int, int]]:
-        """Return where the images at some positions of the batch are stored: dataset, row and view.
-
-        A view is the image itself or an augmented copy of it. `training.inputs.prefetch_pixels` loads the images.
+        """Return where the images at some positions of the batch are stored, for `training.inputs.prefetch_pixels`.
 
         Args:
             places: Positions in the batch, (images,).
 
         Returns:
-            One tuple per image: (index of its dataset, row number in the dataset, number of its view).
+            One tuple per image: (index of its dataset, row number in the dataset, number of its augmented version).
         """
         return [(self.dataset_indices[place], self.rows[place], self.views[place]) for place in places.tolist()]
 
@@ -281,8 +274,6 @@ class BatchPlanner:
     def replace_pairs(self, plan: StepPlan, places: Sequence[int]) -> StepPlan:
         """Replace those pairs of a batch whose images can't be used, for example because a file is damaged.
 
-        The micro-batches with replaced captions are tokenized again.
-
         Args:
             plan: Plan of a step. It is not changed.
             places: Positions of the pairs to replace, counted from 0 in the batch.
@@ -291,7 +282,7 @@ class BatchPlanner:
             A new plan. Each replacement comes from the same dataset as the pair that it replaces.
 
         Raises:
-            ValueError: If a dataset has no pair left that is not yet in the batch or among the replacements.
+            ValueError: If a dataset has no unused pair left.
         """
         rows, texts, counts = plan.rows.copy(), [*plan.texts], Counter(plan.replacement_counts)
         for place in places:

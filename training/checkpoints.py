@@ -1,12 +1,8 @@
 """Save and load checkpoints of a training run.
 
-A checkpoint is a folder with weights, optimizer state, fp16 scaler and training curve. They are enough to resume with
+A checkpoint is a folder with weights, optimizer state, fp16 scaler and training curve. A run that resumes from it gives
 bit-identical results, because everything random depends only on the seed and the step number. The folder gets its final
-name only when the checkpoint is complete. It contains SHA-256 checksums of all files, which are compared before a file
-is loaded.
-
-Accelerate saves the files. Its option `ProjectConfiguration(automatic_checkpoint_naming=True)` is not used, because it
-does not keep the best checkpoint, and because a process that is killed would leave an incomplete checkpoint.
+name when it is complete, and has SHA-256 checksums of its files.
 """
 
 import hashlib
@@ -85,11 +81,8 @@ class Checkpoints:
         """Return the folder of the checkpoint that the run should resume from, or None for a new run.
 
         Args:
-            args: Arguments of the run. `args.resume` is None for a new run, "auto" for the latest checkpoint, or the
-                folder of a checkpoint.
-
-        Returns:
-            The folder. None if the run is new, or if "auto" finds no checkpoint.
+            args: Arguments of the run. `args.resume` is None for a new run, the folder of a checkpoint, or "auto" for
+                the latest checkpoint if there is one.
 
         Raises:
             ValueError: If the checkpoint is damaged, or was written with other settings.
@@ -115,6 +108,8 @@ class Checkpoints:
         path = self.path(state.step)
         if path.exists():
             return
+        # Accelerate's option `automatic_checkpoint_naming` is not used: it does not keep the best checkpoint, and a
+        # process that is killed would leave an incomplete checkpoint.
         temporary = self.folder / f"tmp-{path.name}"
         try:
             self.accelerator.save_state(str(temporary))
@@ -144,7 +139,7 @@ class Checkpoints:
 
         Args:
             path: Folder of the checkpoint.
-            current: State of the run that is starting. Its settings and data must be the same as in the checkpoint.
+            current: State of the starting run, with which settings and data of the checkpoint are compared.
 
         Returns:
             The state of the run as it was when the checkpoint was saved.
@@ -221,13 +216,11 @@ def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str,
     Args:
         state: State of the checkpoint or the finished run.
         config: Settings of the current run, as `RunArguments.to_dict()` returns them.
-        data: Digests of the current run's data, `{name of a dataset split or model: digest}`. Names that are missing
-            here are not compared.
+        data: `{name of a dataset split or model: digest}` of the current run. Missing names are not compared.
         path: Folder of the checkpoint or the finished run, for messages.
 
     Raises:
-        ValueError: If a digest or a setting that affects the weights differs, or if the checkpoint or finished run has
-            a setting that this version does not know. The message lists all such settings and data.
+        ValueError: If data or settings differ, or a setting is unknown. The message lists them.
     """
     if unknown := sorted(state.config.keys() - SETTING_DEFAULTS.keys() - CHANGEABLE_SETTINGS):
         raise ValueError(

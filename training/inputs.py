@@ -1,14 +1,13 @@
 """Load what a training run needs: datasets, model, and the embeddings or pixels of the images.
 
-`load_inputs_and_embed_images` does quick checks first, so that wrong arguments fail before long work starts. A view is
-the version of an image that the model gets at a training step. The setting `augmented_views` selects the views:
+A view is the version of an image that the model gets at a training step. The setting `augmented_views` selects the
+views:
 
 - 1: the image itself.
-- V above 1: V augmentations of the image, which stay the same during the whole run. Each step draws one of them.
+- V above 1: V augmentations, which stay the same during the whole run. Each step draws one.
 - 0: a new augmentation at every step, as in CAPIVARA's paper (arXiv 2310.13683).
 
-If `augmented_views` is at least 1, the frozen image tower can embed every view once, and the embeddings are cached on
-disk.
+Unless it is 0, the frozen image tower can embed every view once, with a cache on disk.
 """
 
 import copy
@@ -106,24 +105,22 @@ class PairDataset:
     def load_pixels(self, pair: int, view: int) -> Tensor | BadImage:
         """Load the image of a pair, augment it if the run uses augmentation, and preprocess it for the model.
 
-        The random augmentation depends on the digest of the image, not on the index of its pair, because the index
-        changes when other rows are skipped.
-
         Args:
             pair: Index of the pair in this dataset.
             view: Number that selects the augmented version of the image. It is ignored if `augmented_views` is 1.
 
         Returns:
-            Pixels, (3, height, width), or a `BadImage` if the image can't be decoded or the processor rejects it.
-            `BadImage` is an exception. It is returned, because it would lose its attributes if it were raised in a
-            worker process.
+            Pixels, (3, height, width). If the image can't be used, a `BadImage` exception is returned, not raised.
         """
         try:
             image = self.source.load_image(self.table[pair]["row"])
             if self.augmented_views != 1:
+                # The augmentation depends on the digest of the image, not on the index of its pair, because the index
+                # changes when other rows are skipped.
                 image = make_augmented_view(image, self.table[pair]["digest"], view, self.seed)
             return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         except ValueError as error:
+            # The exception is returned, because it would lose its attributes if it were raised in a worker process.
             return error if isinstance(error, BadImage) else BadImage("unreadable image", str(error))
 
     @cached_property
@@ -166,13 +163,11 @@ class TrainingInputs:
         return BatchPlanner(captions, counts, processor, args.micro_batch_size, args.augmented_views, args.seed)
 
     def fingerprints(self, args: RunArguments) -> dict[str, str]:
-        """Return digests of the base model and the data, which identify what a run was trained on.
-
-        When a run is resumed, the digests must be the same as before.
+        """Return digests of the base model and the data. They must be the same when a run is resumed.
 
         Returns:
-            A dict `{name: digest}`. The names are "base model", "DATASET SPLIT" for the training and validation splits,
-            and "DATASET SPLIT LANGUAGE" for the test split.
+            A dict from names to digests. The names are "base model", "DATASET SPLIT" for the training and validation
+            splits, and "DATASET SPLIT LANGUAGE" for the test split.
         """
         tables = {f"{pairs.source.name} {args.train_split}": pairs.table for pairs in self.training}
         tables[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation.table
@@ -185,8 +180,6 @@ class TrainingInputs:
 def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     """Load the data of a training run, and compute the image embeddings that are not in the cache yet.
 
-    Arguments and data are checked before the long work starts.
-
     Args:
         args: Arguments of the run.
         accelerator: Device, precision and processes of the run.
@@ -195,11 +188,7 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
         The usable training pairs, the validation and test pairs with image embeddings, and the skipped training rows.
 
     Raises:
-        ValueError: In one of these cases:
-
-            - Data, columns or the model are missing or invalid.
-            - More than `args.max_bad_share` of the training rows can't be used, or too few pairs are left for a batch.
-            - A dataset has embeddings instead of images, and they were computed with another image encoder.
+        ValueError: If data or model are invalid, or too few usable training pairs are left.
     """
     # The data are opened before a model is loaded, so that missing data, the most common error, is reported at once.
     splits = _open_and_check_splits(args)
@@ -326,11 +315,11 @@ def load_training_pairs(args: RunArguments, splits: Splits, processor: Processor
     Args:
         args: Arguments of the run.
         splits: The opened dataset splits, as a dict `{(dataset, split name): split}`.
-        processor: Processor of the model. If it is None, the pairs can be counted but not trained on.
+        processor: Processor of the model. None is enough to count the pairs.
 
     Returns:
-        One dataset for each name in `args.dataset`. Rows that can't be used are still included; their column `reason`
-        says why.
+        One dataset for each name in `args.dataset`. Rows that can't be used are included; their column `reason` says
+        why.
     """
     columns = _list_training_caption_columns(args)
     caption_column, standard_column = _get_caption_column(args, args.language), f"captions-{args.language}"
@@ -351,8 +340,6 @@ def load_training_pairs(args: RunArguments, splits: Splits, processor: Processor
 def load_evaluation_pairs(split: Split, caption_column: str, processor: ProcessorMixin | None) -> PairDataset:
     """Load the images and captions of a validation or test split, in one language.
 
-    Every row must be usable, because skipping rows would change the results.
-
     Args:
         split: The opened split.
         caption_column: Name of the column with the captions.
@@ -362,7 +349,7 @@ def load_evaluation_pairs(split: Split, caption_column: str, processor: Processo
         One pair for each row of the split: its image and its captions.
 
     Raises:
-        ValueError: If a row can't be used; the message names the row.
+        ValueError: If a row can't be used, because skipping it would change the results. The message names the row.
     """
     choose = partial(_get_nonempty_captions, caption_column)
     table = load_or_build_pair_table(split, [caption_column], choose, {"whole": caption_column})
@@ -412,14 +399,11 @@ def _bad_row_error(split: Split, row: int, reason: str, detail: str) -> ValueErr
 
 
 def read_cached_step_image_embeds(training: list[PairDataset], plan: StepPlan) -> Tensor:
-    """Read the image embeddings that one training step needs.
-
-    They were computed before training, because the image encoder is frozen.
+    """Read the image embeddings of one training step, which were computed before training.
 
     Args:
         training: Training datasets, whose tables have the embeddings in the column `vectors`.
-        plan: Plan of the step, which says for each pair its dataset, its row and the view (augmented copy) of its
-            image.
+        plan: Plan of the step, which says for each pair its dataset, its row and the view (version) of its image.
 
     Returns:
         Embeddings in the order of the plan, (pairs, width), float32.
@@ -456,13 +440,13 @@ def prefetch_pixels(
 
     Args:
         training: Training datasets.
-        items: Batches of images. A batch is a list of tuples: (dataset index, number of the pair, number of the image's
-            augmented version).
+        items: Batches of images, as lists of tuples (dataset index, number of the pair, number of the image's augmented
+            version).
         workers: Number of worker processes. With 0, this process loads each batch when it is needed.
 
     Returns:
-        An iterator over the batches. A batch is a list that has for each image the pixels, (3, height, width), or a
-        `BadImage` if the image can't be used.
+        An iterator over the batches. For each image, a batch has the pixels, (3, height, width), or a `BadImage` if it
+        can't be used.
     """
     # Workers are started with "spawn". A forked process would inherit the locks of torch's threads and could wait for
     # them forever.
@@ -486,7 +470,7 @@ def embed_pixels(
         pixels: Preprocessed images, (images, 3, height, width).
         accelerator: Device and precision of the run.
         chunk_images: Number of images per forward pass on a CPU.
-        use_autocast: True: use the precision of the run (autocast). False: use float32.
+        use_autocast: False: use float32 instead of the precision of the run.
 
     Returns:
         Embeddings of unit length, (images, width), float32, on the device of the run.
@@ -523,18 +507,17 @@ def open_image_embedding_store(
 ) -> EmbeddingStore:
     """Open the folder on disk that caches the image embeddings of a dataset.
 
-    Each model, precision and kind of augmentation has its own store, so that embeddings are never mixed up.
+    Each model, precision and kind of augmentation has its own folder, so that embeddings are never mixed up.
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
         pairs: Dataset whose images are embedded.
-        args: Arguments of the run. `image_embedding_cache` selects the folder of the cache.
-        precision: Mixed precision, as named by Accelerate ("no", "bf16" or "fp16"), or "auto". The store "auto" has no
-            embeddings; it records which precision was chosen.
+        args: Arguments of the run. `image_embedding_cache` selects the parent folder.
+        precision: Mixed precision, as named by Accelerate ("no", "bf16" or "fp16"). "auto": no embeddings, only a
+            record of the chosen precision.
 
     Returns:
-        The store, an interface to the folder. The name of the folder depends on everything that affects the embeddings,
-        except the images. Inside the folder, embeddings are found by the digests of the images.
+        An interface to the folder. It finds embeddings by the digests of the images.
     """
     settings = {
         "pixels_version": PIXELS_VERSION,
@@ -560,9 +543,8 @@ def _choose_embedding_precision(
         accelerator: Device, precision and processes of the run.
 
     Returns:
-        Accelerate's name of the precision, normally the precision of the run. If `--mixed_precision auto` chose "bf16"
-        and there are at least `LONG_PASS_IMAGES` images to embed, `choose_fastest_precision` decides between bf16 and
-        "no" (float32). Its choice is recorded in the cache folder.
+        Accelerate's name of the precision, normally that of the run. With `--mixed_precision auto` and many images,
+        "bf16" changes to "no" (float32) if that is faster.
     """
     precision = accelerator.mixed_precision
     is_short = len(pairs) * pairs.augmented_views < LONG_PASS_IMAGES
@@ -580,8 +562,7 @@ def embed_images_into_column(
 ) -> PairDataset:
     """Add the image embeddings of a dataset to its table, as the column `vectors`.
 
-    The image encoder is frozen, so every image is embedded only once, before training. Embeddings are read from the
-    cache on disk. Embeddings that are missing in the cache are computed, and each process computes a share of them.
+    Embeddings are read from the cache on disk. Missing embeddings are computed; each process computes a share of them.
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
@@ -590,8 +571,7 @@ def embed_images_into_column(
         accelerator: Device, precision and processes of the run.
 
     Returns:
-        A copy of the dataset with the new column. Rows whose image can't be used now have a `reason` and a `detail`,
-        which mark them as unusable.
+        A copy of the dataset with the new column. Rows whose image can't be used get a `reason` and a `detail`.
     """
     precision = _choose_embedding_precision(model, pairs, args, accelerator)
     store, views = open_image_embedding_store(model, pairs, args, precision), pairs.augmented_views

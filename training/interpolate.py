@@ -2,11 +2,10 @@
 
     python -m training.interpolate models/base runs/pt --share 0.7 --output models/between
 
-Each parameter of the new model is the weighted mean of this parameter in both models. `--share` is the weight of the
-fine-tuned model in the mean; docs/explanation/recipe.md recommends 0.7. Fine-tuning on one language can make a model
-worse in other languages. In these languages, the new model keeps more of the base model's quality than the fine-tuned
-model does. Use `python -m eval.retrieval` to compare other values. Processor and configuration are copied from the
-fine-tuned model.
+Each parameter is the weighted mean of both models; `--share` is the weight of the fine-tuned model. A share of 0.7 is
+recommended (docs/explanation/recipe.md): fine-tuning on one language can make a model worse in other languages, and the
+mean keeps more of the base model's quality there. Compare shares with `python -m eval.retrieval`. Processor and
+configuration are copied from the fine-tuned model.
 """
 
 from dataclasses import dataclass
@@ -40,8 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Raises:
-        ValueError: If the models differ in the names or shapes of their tensors, or if the trained model was rotated
-            with `training.rotate` but the file rotation.safetensors is missing from its folder.
+        ValueError: If the models differ in the names or shapes of their tensors, or if the rotation.safetensors of a
+            rotated model is missing.
     """
     args = parse_arguments(InterpolateArguments, __doc__, argv)
     check_output_folder_and_clean_leftovers(args.output)

@@ -66,9 +66,9 @@ class TrainingLoop:
             The state of the run after the last step.
 
         Raises:
-            KeyboardInterrupt: After SIGTERM or Ctrl-C, when the current step is complete and saved. The arguments of
-                the exception are the number of the signal and a message.
-            FloatingPointError: If the loss, a gradient or an embedding is not finite. The message has the step number.
+            KeyboardInterrupt: After SIGTERM or Ctrl-C, when the current step is saved. Its arguments are the number of
+                the signal and a message.
+            FloatingPointError: If the loss, a gradient or an embedding is not finite.
             ValueError: If the checkpoint does not belong to this run, or too many images can't be used.
             OSError: If a checkpoint can't be written.
         """
@@ -218,9 +218,7 @@ class TrainingLoop:
     def _finish_step(self, point: dict) -> None:
         """Update the state of the run after a step, then evaluate and save a checkpoint if this is due.
 
-        The model is evaluated every `args.eval_steps` steps, and a checkpoint is saved every `args.save_steps` steps.
-        Both are also done after the last step. A new best validation recall saves a checkpoint, too. Runs of at most
-        `args.save_steps` steps write no checkpoints.
+        Both are due at regular intervals and after the last step. A new best validation recall saves a checkpoint, too.
 
         Args:
             point: Entry of the step for the training curve. The results of an evaluation are added as `validation`.
@@ -256,15 +254,13 @@ class TrainingLoop:
     def _load_image_embeds(self, plan: StepPlan, pixels: Iterator[list] | None) -> tuple[StepPlan, Tensor]:
         """Load the image embeddings of a step from the cache, or compute them with the frozen image tower.
 
-        If the embeddings are computed, pairs whose image can't be used are replaced until all images of the batch are
-        usable.
-
         Args:
             plan: Plan of the step.
             pixels: Iterator over preloaded images, see `_prefetch_steps`. None if image embeddings are cached.
 
         Returns:
-            The plan, in which unusable pairs have been replaced, and the embeddings, (pairs, width), on the device.
+            The plan, in which pairs with unusable images have been replaced, and the embeddings, (pairs, width), on the
+            device.
 
         Raises:
             ValueError: If more than `max_bad_share` of the images can't be used, or no replacement is left.

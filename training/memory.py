@@ -27,9 +27,9 @@ def measure_graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
     """Measure how many bytes autograd saves in a forward pass to compute the backward pass later.
 
     Args:
-        run: Function that runs a forward pass. It is called twice, and only the second call is measured. It must return
-            tensors that keep the autograd graph alive, such as the embeddings.
-        model: Model that `run` uses. Parameters, buffers and their copies in autocast's precision are not counted.
+        run: Function that runs a forward pass. It is called twice. It must return tensors that keep the autograd graph
+            alive, such as the embeddings.
+        model: Model that `run` uses. Its parameters and buffers are not counted.
 
     Returns:
         Bytes of the saved tensors of one call.

@@ -2,12 +2,11 @@
 
     python -m training.rotate runs/pt --dataset DATA --dims 256 128 64 --output runs/pt-rotated
 
-The new axes of the embedding space are the principal axes of a dataset's image embeddings. The rotation is multiplied
-into the projections of both towers. Cosines of whole embeddings stay the same. The first dimensions contribute most to
-the cosines, so embeddings lose little if only the first dimensions are kept (docs/explanation/recipe.md).
+After the rotation, the first dimensions contribute most to the cosines, so embeddings lose little if only these are
+kept (docs/explanation/recipe.md). Cosines of whole embeddings stay the same.
 
-The rotation is saved next to the weights, as `rotation.safetensors`. Embeddings that were computed before the rotation
-must be rotated (`stored @ rotation.T`) or computed again, and search indexes must be built again.
+The rotation is saved as `rotation.safetensors`. Older embeddings must be rotated (`stored @ rotation.T`) or computed
+again, and search indexes must be built again.
 """
 
 from dataclasses import dataclass
@@ -38,7 +37,11 @@ MAX_ROTATION_IMAGES = 2**14
 
 @dataclass
 class RotateArguments:
-    """Command-line arguments of `training.rotate`, which prepares a model for truncated embeddings."""
+    """Command-line arguments of `training.rotate`, which prepares a model for truncated embeddings.
+
+    Text and image embeddings are multiplied by the same rotation matrix, so their cosines stay the same. Their first
+    dimensions then carry most of the information, and little is lost if only these are kept.
+    """
 
     model: str = flag(..., "Trained model: folder or Hub id.", positional=True)
     dataset: str = flag(..., "Dataset whose images determine the axes, in any format that training accepts.")
@@ -51,16 +54,14 @@ class RotateArguments:
 def main(argv: list[str] | None = None) -> None:
     """Run the command: rotate a model's embedding space, and write the rotated model to a new folder.
 
-    After the rotation, the first dimensions contribute most to the cosines, so truncated embeddings lose little. The
-    rotation is computed from at most `MAX_ROTATION_IMAGES` evenly spaced images of the dataset. Images that can't be
-    read are skipped.
+    The rotation is computed from at most `MAX_ROTATION_IMAGES` images of the dataset. Unreadable images are skipped.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Raises:
-        ValueError: If the model has been rotated before, if it has no projections, or if there are not more usable
-            images than embedding dimensions.
+        ValueError: If the model can't be rotated or has been rotated before, or if there are not more usable images
+            than embedding dimensions.
     """
     args = parse_arguments(RotateArguments, __doc__, argv)
     check_output_folder_and_clean_leftovers(args.output)
@@ -98,11 +99,7 @@ def compute_principal_rotation(image_embeds: Tensor) -> Tensor:
     """Compute the rotation that moves most of the length of image embeddings into their first dimensions.
 
     The method is uncentered PCA. The new axes are the eigenvectors of the matrix of second moments, sorted by
-    eigenvalue in descending order. For any k, the first k axes keep at least as much of the squared length of the
-    embeddings as any other k orthogonal axes (Eckart-Young theorem).
-
-    The mean is not subtracted, because cosines are measured from the origin. The sign of each axis is chosen so that
-    its coordinate with the largest absolute value is positive. The same images therefore always give the same matrix.
+    eigenvalue in descending order.
 
     Args:
         image_embeds: Unit-length embeddings, (images, width). There should be more images than dimensions.
@@ -118,7 +115,11 @@ def compute_principal_rotation(image_embeds: Tensor) -> Tensor:
             f"The rotation needs finite image embeddings, got {len(image_embeds)} of them. Check model and images."
         )
     embeds = image_embeds.cpu().double()
+    # The mean is not subtracted, because cosines are measured from the origin. For any k, the first k eigenvectors keep
+    # at least as much of the squared length as any other k orthogonal axes (Eckart-Young theorem).
     axes = torch.linalg.eigh(embeds.T @ embeds / len(embeds)).eigenvectors.flip(1).T
+    # The coordinate with the largest absolute value of each axis is made positive, so that the same images always give
+    # the same matrix.
     largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
     return (axes * largest.sign()).float().contiguous()
 
@@ -127,8 +128,7 @@ def compute_principal_rotation(image_embeds: Tensor) -> Tensor:
 def rotate_model_(model: PreTrainedModel, rotation: Tensor) -> None:
     """Rotate the embedding space of a model in place, so that it returns rotated text and image embeddings.
 
-    The rotation is multiplied into the weights of the text and visual projections. Cosines between embeddings do not
-    change.
+    Cosines between embeddings do not change.
 
     Args:
         model: Model with a text and a visual projection, without LoRA adapters.
@@ -143,6 +143,7 @@ def rotate_model_(model: PreTrainedModel, rotation: Tensor) -> None:
             f"The rotation must have the model's {width} dimensions, got {len(rotation)}. Use the file "
             "rotation.safetensors that was computed for this model."
         )
+    # The rotation is multiplied into the last layer of both projections.
     text = model.text_projection
     for layer in (model.visual_projection, text[-1] if isinstance(text, nn.Sequential) else text):
         layer.weight.copy_(rotation.to(layer.weight.device).double() @ layer.weight.double())
@@ -151,15 +152,12 @@ def rotate_model_(model: PreTrainedModel, rotation: Tensor) -> None:
 def save_model_folder(output: Path, model: PreTrainedModel, processor: ProcessorMixin, rotation: Tensor | None) -> None:
     """Write a model, its processor and its rotation matrix to a new folder. The write is atomic.
 
-    The matrix is stored in the file `rotation.safetensors`. With it, embeddings that were computed before the rotation
-    can be rotated, too.
-
     Args:
         output: Folder to write. It must be new or empty.
         model: The model.
         processor: The processor of the model.
-        rotation: Matrix by which the embedding space of the model has been rotated, (width, width). None: the model has
-            not been rotated, and no matrix is stored.
+        rotation: Matrix by which the embedding space of the model has been rotated, (width, width), to be stored in
+            `rotation.safetensors`. None: the model has not been rotated.
     """
     with atomic_folder(output) as folder:
         model.save_pretrained(folder)

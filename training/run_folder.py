@@ -32,8 +32,8 @@ def check_matches_finished_run(folder: Path, config: dict[str, Any], data: dict[
     Args:
         folder: Folder of the finished run.
         config: Settings of the current run, as `RunArguments.to_dict()` returns them.
-        data: Digests of the current run's data, `{name of a dataset split or model: digest}`. With an empty dict, only
-            the settings are compared.
+        data: `{name of a dataset split or model: digest}` of the current run. With an empty dict, only the settings are
+            compared.
 
     Raises:
         ValueError: If a digest differs, or if a setting that affects the weights differs.
@@ -47,22 +47,16 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
     """Choose and check the output folder of a run, without creating it. All processes get the same folder.
 
     Args:
-        args: Arguments of the run. If `output_dir` is None, the next free folder such as `runs/NAME-001` is chosen. If
-            there are unfinished runs and `resume` is "auto", the folder of the latest unfinished run is chosen instead.
+        args: Arguments of the run. If `output_dir` is None, the folder is the next free one, such as `runs/NAME-001`.
+            If `resume` is "auto", the latest unfinished run is preferred.
         state: Accelerate's state, which connects the processes of the run.
 
     Returns:
         Folder in which the finished run will be.
 
     Raises:
-        ValueError: In one of these cases:
-
-            - The folder is not empty, and `args.overwrite_output_dir` is not set. A complete run is accepted if
-              `args.resume` is "auto".
-            - The folder is a file or a mount point, or it can't be written to.
-            - `args.overwrite_output_dir` is set, but the folder has files that the run reads.
-            - There is an unfinished run, and neither `args.resume` nor `args.overwrite_output_dir` is set.
-            - `args.resume` is set, but the folder has finished runs of several seeds.
+        ValueError: If the folder can't be written to, holds other files, an unfinished run or inputs of this run.
+            Whether files and unfinished runs are accepted depends on `args.overwrite_output_dir` and `args.resume`.
     """
     if args.output_dir is None:
         name = f"{Path(args.dataset[0]).parent.name or 'capivara'}-{args.language}"
@@ -109,12 +103,11 @@ def find_free_numbered_folder(parent: Path, name: str) -> Path:
 def is_run_complete(args: RunArguments, output_dir: Path) -> bool:
     """Return whether a run that should be resumed is already complete, so that there is nothing left to train.
 
-    Args:
-        args: Arguments of the run. The result is False unless `args.resume` is "auto".
-        output_dir: Folder of the run.
+    The result is False unless `args.resume` is "auto".
 
-    Returns:
-        True if the folder holds a complete run, and there is no unfinished run that will replace it.
+    Args:
+        args: Arguments of the run.
+        output_dir: Folder of the run.
     """
     partial = get_partial_folder_path(output_dir)
     return args.resume == "auto" and (output_dir / "run.json").is_file() and not partial.exists()
@@ -149,23 +142,21 @@ def handle_signals_temporarily(handler: Callable[[int, Any], None], *numbers: in
 def lock_run_folder_and_exit_on_interrupt(
     output_dir: Path, args: RunArguments, accelerator: Accelerator
 ) -> Iterator[Path]:
-    """Create and lock the folder that a run works in, and end the program with a message if the run is interrupted.
+    """Create and lock the working folder of a run, and end the program with a message if the run is interrupted.
 
-    The lock keeps other processes from training in the same folder. At the end of the `with` block, the folder is
-    unlocked. It is also deleted if it has neither a checkpoint nor a trained model to resume from.
+    The `with` block unlocks the folder at its end, and deletes it if it has nothing to resume from.
 
     Args:
-        output_dir: Folder of the finished run. The run works in the folder `output_dir.partial`.
-        args: Arguments of the run. If `resume` is None, files of an earlier unfinished run are deleted from the folder.
+        output_dir: Folder of the finished run. The working folder is `output_dir.partial`.
+        args: Arguments of the run. If `resume` is None, files of an earlier unfinished run are deleted.
         accelerator: Processes of the run; the main process holds the lock.
 
     Yields:
-        The folder that the run works in.
+        The working folder.
 
     Raises:
-        ValueError: If another process works in the folder, or it holds files that do not belong to a run.
-        SystemExit: If the run was interrupted, a loss or gradient was not finite, or a weights file was damaged. The
-            user sees a message.
+        ValueError: If another process works in the folder, or it holds other files.
+        SystemExit: If the run was interrupted, a loss or gradient was not finite, or a weights file was damaged.
     """
     folder, lock = get_partial_folder_path(output_dir), None
     try:

@@ -28,11 +28,10 @@ _PEFT_INFIX_RE = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.
 
 
 def freeze_parameters_and_add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
-    """Decide what is trained: freeze the image encoder and selected parameters, and add LoRA adapters if requested.
+    """Freeze the image encoder and selected parameters, and add LoRA adapters if `args.lora_rank` is above 0.
 
-    `args.frozen_parameters` has regular expressions for the names of parameters to freeze. Adapters are added if
-    `args.lora_rank` is above 0. With a sigmoid loss (SigLIP), the logit scale and the logit bias are frozen, too,
-    unless `args.frozen_parameters` contains "none".
+    `args.frozen_parameters` has regular expressions for parameter names. With a sigmoid loss (SigLIP), logit scale and
+    logit bias are frozen, too, unless "none" is in the list.
 
     Args:
         model: Model with a text encoder and an image encoder. It is changed in place.
@@ -69,24 +68,23 @@ def freeze_parameters_and_add_adapters(model: PreTrainedModel, args: RunArgument
 def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
     """Return the hyperparameters that are constants in the code. The file run.json stores them under the key `fixed`.
 
-    Together with the flags, which run.json stores too, they describe a training run completely.
-
     Args:
         model: The model that is trained.
 
     Returns:
-        A dict with the keys "adam_beta1", "adam_beta2" and "lora_modules_to_save". The last is PEFT's setting
-        `modules_to_save`: the names of the modules that are trained in full while other layers have LoRA adapters.
+        A dict with "adam_beta1", "adam_beta2" and "lora_modules_to_save", the names of the modules that are trained in
+        full while other layers have LoRA adapters.
     """
+    # Together with the flags, which run.json stores too, these settings describe a run completely.
     beta1, beta2 = ADAM_BETAS
     return {"adam_beta1": beta1, "adam_beta2": beta2, "lora_modules_to_save": _find_fully_trained_modules(model)}
 
 
 @torch.no_grad()
 def interpolate_weights(model: PreTrainedModel, base: dict[str, Tensor], share: float) -> None:
-    """Set the weights of a trained model to the weighted mean of trained and base weights (WiSE-FT).
+    """Set the weights of a trained model to the weighted mean of trained and base weights.
 
-    Source: Wortsman et al., Robust fine-tuning of zero-shot models (arXiv 2109.01903), section 3.
+    The method is WiSE-FT (arXiv 2109.01903, section 3).
 
     Args:
         model: Trained model. It is changed in place.

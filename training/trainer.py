@@ -24,14 +24,11 @@ REQUIRED_INPUTS = ("input_ids", "attention_mask", "pixel_values")
 class ExactBatchTrainer(Trainer):
     """`transformers.Trainer` for `CapivaraModel` with one contrastive loss per optimizer step, on a single device.
 
-    `Trainer` computes a separate loss for every micro-batch, so a text is only compared with the few images of its
-    micro-batch. This class compares each text with all images of the optimizer step.
+    A text is compared with all images of the step, not only with those of its micro-batch.
 
-    It takes the same arguments as `Trainer`. The batch of a step has `per_device_train_batch_size` times
-    `gradient_accumulation_steps` pairs. A micro-batch of `per_device_train_batch_size` pairs goes through the model
-    together. The logged loss is the loss of the whole batch. The data collator must return what `CapivaraProcessor`
-    returns for texts and images; each micro-batch may be padded to another length. If there is an evaluation, the
-    collator must also return `return_loss=True`.
+    It takes the same arguments as `Trainer`. A step has `per_device_train_batch_size` times
+    `gradient_accumulation_steps` pairs. The data collator must return what `CapivaraProcessor` returns for texts and
+    images, and for evaluation also `return_loss=True`. Micro-batches may be padded to different lengths.
 
     Raises:
         ValueError: If there are several processes or GPUs. Use `train_accelerate.py` there.
@@ -63,17 +60,17 @@ class ExactBatchTrainer(Trainer):
 
         Args:
             model: The model.
-            inputs: A micro-batch. It is not used, because `get_batch_samples` has stored all micro-batches of the step.
-            num_items_in_batch: Not used; `Trainer` passes it.
+            inputs: Not used, because `get_batch_samples` has stored all micro-batches of the step.
+            num_items_in_batch: Not used.
 
         Returns:
-            For the last micro-batch, the loss of the whole batch. For all other micro-batches, zero, because `Trainer`
-            sums the losses of all micro-batches.
+            For the last micro-batch, the loss of the whole batch. For all others, zero.
 
         Raises:
             ValueError: If a micro-batch lacks one of `REQUIRED_INPUTS`.
         """
         self._micro_step += 1
+        # `Trainer` logs the sum of the losses of all micro-batches, so only the last one returns a loss.
         if self._micro_step < len(self._step_batches):
             return torch.zeros((), device=self.args.device)
         model.train()

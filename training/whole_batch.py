@@ -4,11 +4,8 @@
     report = step(0, batches, pairs=2816, image_embeds=embeds)  # step 0: adds the gradients to the parameters' `grad`
 
 The method is gradient caching (GradCache, arXiv 2101.06983): embed every micro-batch, compute the loss of all
-embeddings together, and run one backward pass per micro-batch, starting from the gradients of its embeddings. GradCache
-always embeds each micro-batch twice. Here, autograd graphs are kept as long as they fit into memory, and only the other
-micro-batches are embedded again (by `torch.utils.checkpoint`). Dropout is the same both times, so the gradients do not
-depend on how many graphs were kept, down to the last bit. With several processes, the loss covers the pairs of all
-processes.
+embeddings together, and run one backward pass per micro-batch, starting from the gradients of its embeddings. With
+several processes, the loss covers the pairs of all processes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +30,7 @@ from training.memory import available_memory, keep_freed_memory, measure_graph_b
 MAX_TILE_LOGITS = 2**24
 # Share of the memory that the autograd graphs of micro-batches may fill. The memory is measured after gradients and
 # optimizer state were allocated. Graphs that do not fit are computed again in the backward pass, which needs the
-# remaining 40 %.
+# remaining 40 %. GradCache itself computes all graphs again.
 GRAPH_MEMORY_SHARE = 0.6
 # Function that returns this process's share of the loss as a scalar. Arguments: text embeddings and image embeddings of
 # the whole batch, logit scale, and the indices of the pairs whose loss this process computes.
@@ -52,12 +49,9 @@ class StepReport:
 class WholeBatch:
     """Callable that computes the gradients of one optimizer step for all trained parameters of a model.
 
-    The gradients are those of one contrastive loss over the batch of all processes, although only a micro-batch at a
-    time goes through the model (gradient caching, arXiv 2101.06983).
-
-    Do not wrap the model in `DistributedDataParallel`. The wrapper would average gradients at every micro-batch, and
-    wait forever if one process has fewer micro-batches than another. `WholeBatch` sums the gradients of all processes
-    once, at the end of the step.
+    The gradients are those of one contrastive loss over the batch of all processes. Only a micro-batch at a time goes
+    through the model (gradient caching, arXiv 2101.06983). Do not wrap the model in `DistributedDataParallel`, because
+    `WholeBatch` itself sums the gradients of all processes.
 
     Example:
         >>> import torch
@@ -100,19 +94,17 @@ class WholeBatch:
 
         Args:
             step: Optimizer step, counted from 0. It is part of the seed of dropout.
-            batches: Micro-batches of this process. The number of micro-batches can differ between processes, and can be
-                zero.
+            batches: Micro-batches of this process. Their number can differ between processes, and can be zero.
             pairs: Number of pairs in the whole batch, over all processes.
-            image_embeds: Unit-length embeddings of all images of the batch, (pairs, width), in the order of the
-                micro-batches. None: the images are embedded here, with gradients for the image encoder; the
-                micro-batches must then hold pixels.
+            image_embeds: Unit-length embeddings of all images, (pairs, width), in the order of the whole batch. None:
+                embed the pixels of the micro-batches, with gradients for the image encoder.
 
         Returns:
             The loss of the whole batch, and the number of micro-batches whose autograd graph was kept in memory.
 
         Raises:
             ValueError: If `pairs` is below 2.
-            FloatingPointError: If the loss is not finite. The error is raised before any gradient is computed.
+            FloatingPointError: If the loss is not finite. No gradients are then computed.
         """
         if pairs < 2:
             raise ValueError(f"The loss needs at least 2 pairs, got {pairs}.")
@@ -156,16 +148,14 @@ class WholeBatch:
     def _embed_batches(self, step: int, batches: Sequence[MicroBatch]) -> tuple[list[list[Tensor]], int]:
         """Embed all micro-batches, and keep the autograd graphs of as many micro-batches as fit into memory.
 
-        The micro-batches are embedded in descending order of text length. If the graph of a micro-batch is not kept, it
-        is computed again in the backward pass.
+        Other graphs are computed again in the backward pass.
 
         Args:
             step: Optimizer step, counted from 0.
             batches: Micro-batches of this process, sorted by text length.
 
         Returns:
-            The result of `_embed` for each micro-batch, in the order of `batches`, and the number of micro-batches
-            whose autograd graph was kept.
+            The result of `_embed` for each micro-batch, in the order of `batches`, and the number of kept graphs.
         """
         parts, graphs_kept, bytes_used = [], 0, 0.0
         if self.budget is None and batches:
@@ -200,7 +190,7 @@ class WholeBatch:
             embeddings, (texts, width).
         """
         # The seed makes dropout the same when a micro-batch is embedded again in the backward pass, and for any number
-        # of processes.
+        # of processes. The gradients therefore do not depend on how many graphs are kept, down to the last bit.
         torch.manual_seed(derive_seed(self.seed, step, batch.index))
         inputs = batch.model_inputs(self.accelerator.device)
         pixels = inputs.pop("pixel_values", None)
@@ -234,6 +224,8 @@ class WholeBatch:
 
         If a process has no gradient for a parameter, it contributes zeros.
         """
+        # `DistributedDataParallel` would average gradients at every micro-batch, and wait forever if one process has
+        # fewer micro-batches than another.
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 if parameter.grad is None:
@@ -255,10 +247,9 @@ def select_loss(model: nn.Module) -> LossFunction:
 def compute_contrastive_loss_share(
     text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, local_rows: Tensor
 ) -> Tensor:
-    """Compute the share of CLIP's contrastive loss that one process of a distributed run contributes.
+    """Compute this process's share of CLIP's contrastive loss (arXiv 2103.00020, section 2.3, figure 3).
 
     The sum of the shares of all processes is the loss of the whole batch, as `modeling_capivara.clip_loss` computes it.
-    Source: CLIP (arXiv 2103.00020), section 2.3, figure 3.
 
     Args:
         text_embeds: Text embeddings of the whole batch, (pairs, width), unit length.
@@ -267,7 +258,7 @@ def compute_contrastive_loss_share(
         local_rows: Indices of the pairs whose cross-entropies this process computes, (rows,).
 
     Returns:
-        A scalar in nats. Its dtype is float32, or float64 if the inputs are float64.
+        A scalar in nats, float32, or float64 for float64 inputs.
     """
     texts, images, scale = _to_common_device_and_precision(text_embeds, image_embeds, logit_scale)
     with torch.autocast(texts.device.type, enabled=False):
@@ -279,11 +270,9 @@ def compute_contrastive_loss_share(
 def compute_sigmoid_loss_share(
     text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, local_rows: Tensor, logit_bias: Tensor
 ) -> Tensor:
-    """Compute the share of SigLIP's sigmoid loss that one process of a distributed run contributes.
+    """Compute this process's share of SigLIP's sigmoid loss (arXiv 2303.15343, section 3.1, algorithm 1).
 
-    The sum of the shares of all processes is the loss of the whole batch. It equals the loss that
-    `transformers.SiglipModel` computes with `return_loss=True`.
-    Source: SigLIP (arXiv 2303.15343), section 3.1, algorithm 1.
+    The sum of the shares of all processes is the loss of the whole batch, as `transformers.SiglipModel` computes it.
 
     Args:
         text_embeds: Text embeddings of the whole batch, (pairs, width), unit length.
@@ -293,7 +282,7 @@ def compute_sigmoid_loss_share(
         logit_bias: Scalar that is added to every scaled cosine.
 
     Returns:
-        A scalar in nats. Its dtype is float32, or float64 if the inputs are float64.
+        A scalar in nats, float32, or float64 for float64 inputs.
     """
     texts, images, scale, bias = _to_common_device_and_precision(text_embeds, image_embeds, logit_scale, logit_bias)
 
@@ -353,9 +342,8 @@ def _sum_loss_in_tiles(loss: Callable[..., Tensor], queries: Tensor, items: Tens
 def look_up_token_embeddings_once(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterator[None]:
     """Look up the token embeddings of a training step only once, so that their gradient needs little memory.
 
-    All lookups inside of the `with` block use the result of this one lookup, so the embedding table gets one sparse
-    gradient per step. Without this function, every micro-batch would compute a dense gradient, which takes 768 MB for
-    the 250,002 tokens of XLM-RoBERTa. The backward passes must also run inside of the block.
+    Inside of the `with` block, all lookups use the result of this one lookup. The backward passes must run in the
+    block, too.
 
     Args:
         table: Embedding layer of the text encoder, with one row per token of the vocabulary.
@@ -367,7 +355,7 @@ def look_up_token_embeddings_once(table: nn.Embedding, input_ids: Sequence[Tenso
     ids = torch.cat([torch.empty(0, dtype=torch.long, device=table.weight.device), *map(torch.flatten, input_ids)])
     ids = ids.unique()
     # With `sparse`, the gradient has only the rows that were looked up. A dense gradient would be as large as the
-    # table.
+    # table, 768 MB for the 250,002 tokens of XLM-RoBERTa.
     was_sparse, table.sparse = table.sparse, True
     # The table is called instead of indexing its weight, because some tables scale their rows, and because the row of
     # the padding token must get no gradient.

@@ -4,9 +4,8 @@ Example:
     answers = PageAnswers(index, is_local=True)
     hits = answers.search(Question.parse({"text": "um gato", "k": 12}), None)["hits"]
 
-A question is a POST request of the page, such as a search. `server.py` receives the request, and `guard.py` checks its
-origin and limits its size and time. If a request is refused, RequestRefusedError is raised. The JSON files in
-`page/words` have a text for each code of this error.
+A question is a POST request of the page, such as a search. If it is refused, RequestRefusedError is raised. The JSON
+files in `page/words` have a text for each code of this error.
 """
 
 import contextlib
@@ -38,22 +37,20 @@ YEAR_LIMIT = 9999  # dates must be before this year, because Python has no date 
 
 @dataclass(frozen=True)
 class Question:
-    """The checked values of a request that the search page sends to its server.
-
-    Each type of request uses only some of the fields.
+    """The checked values of a request of the search page. Each type of request uses some of the fields.
 
     Attributes:
         text: Text of the query.
-        like: Path of a picture of the index. In a search, it is the query picture. In a request for near-duplicates, it
-            is the picture whose near-duplicates are returned.
+        like: Path of a picture of the index: the query picture of a search, or the picture whose near-duplicates are
+            wanted.
         k: Maximum number of pictures in the response.
-        folder: Return only pictures in this folder and its subfolders; "" for all folders.
-        since: Return only pictures from this day on; None for no limit.
-        until: Return only pictures up to and including this day; None for no limit.
+        folder: Only pictures in this folder and its subfolders are returned; "" for all folders.
+        since: First day of the pictures; None for no limit.
+        until: Last day of the pictures, included; None for no limit.
         labels: Labels for classification.
         template: Sentence for classification, with {} in place of the label.
-        more: Paths of pictures of the index that the search is moved towards.
-        less: Paths of pictures of the index that the search is moved away from.
+        more: Paths of pictures of the index that the hits should resemble.
+        less: Paths of pictures of the index that the hits should not resemble.
         language: Language of the notice about the model, "pt" or "en".
     """
 
@@ -104,8 +101,8 @@ class Question:
         """Check the labels and the sentence template of a classification.
 
         Returns:
-            Tuple (labels, template). Labels that differ only in case are one label, in its first spelling. The template
-            is a sentence with the placeholder {} for the label; an empty template is replaced by "{}".
+            Tuple (labels, template). Of labels that differ only in case, the first is kept. An empty template becomes
+            "{}".
 
         Raises:
             RequestRefusedError: If there are fewer than `MIN_LABELS` or more than `MAX_LABELS` labels, or the template
@@ -170,10 +167,10 @@ def _is_encodable(text: str) -> bool:
 
 
 class PageAnswers:
-    """Computes the responses to the requests of the search page by searching an index.
+    """Computes the responses to the requests of the search page, with one public method per type of request.
 
-    Each public method answers one type of request. The methods may be called from any thread, but only one at a time.
-    The server ensures this with `guard.QuestionQueue`.
+    The methods may be called from any thread, but only one at a time. The server ensures this with
+    `guard.QuestionQueue`.
 
     Args:
         index: Index that is searched.
@@ -190,20 +187,19 @@ class PageAnswers:
         """Find the pictures that are most similar to the query, or the newest pictures if the query is empty.
 
         Args:
-            question: The query. `text` is a sentence. `like` is a picture of the index to find similar pictures for.
-                The hits should resemble the pictures in `more`, and should not resemble the pictures in `less`.
-                `folder`, `since` and `until` are filters. `k` is the maximum number of hits.
-            image: Picture that the user has uploaded as a part of the query, or None.
+            question: `text`, `like`, `more` and `less` are the query. `folder`, `since` and `until` are filters. `k` is
+                the maximum number of hits.
+            image: Uploaded picture as a part of the query, or None.
 
         Returns:
             Dictionary with these keys:
 
-            - "hits": list of pictures, best first. Each picture is a dictionary with the fields of `Hit`, the file name
-              without extension ("name") and the modification time in seconds since 1970 ("v"). The scores are None if
-              the query does not say what to find: it is empty, or has only `less`.
+            - "hits": list of pictures, best first, each with the fields of `Hit`, the file name without extension
+              ("name") and the modification time in seconds since 1970 ("v"). The scores are None if there is no query,
+              or only `less`.
             - "version": version of the index, a number that grows with each change.
             - "count": number of pictures in the index.
-            - "cut": whether the text is too long for the model, so that its end is ignored.
+            - "cut": whether the model ignores the end of the text because it is too long.
 
         Raises:
             RequestRefusedError: If a picture of the query is not in the index or was not embedded by the model yet.
@@ -230,9 +226,9 @@ class PageAnswers:
             image: Not used.
 
         Returns:
-            Dictionary `{"hits": list of near-duplicates}`. Each hit is a dictionary with the fields of `Hit`, the file
-            name without extension ("name") and the modification time in seconds since 1970 ("v"). The scores are None.
-            The list has at most `MAX_ANSWER_PICTURES` entries.
+            Dictionary with the list "hits" of at most `MAX_ANSWER_PICTURES` pictures. Each has the fields of `Hit` (the
+            score is None), the file name without extension ("name") and the modification time in seconds since 1970
+            ("v").
 
         Raises:
             RequestRefusedError: If the picture is not in the index or was not embedded by the model yet.
@@ -257,14 +253,14 @@ class PageAnswers:
         """Find the label that describes an uploaded picture best.
 
         Args:
-            question: `labels` are the labels to choose from. `template` is a sentence with the placeholder {} for the
-                label.
+            question: `labels` to choose from, and `template`, a sentence with the placeholder {} for the label.
             image: Uploaded picture.
 
         Returns:
-            Dictionary `{"label": best label or None, "shares": list of pairs [label, probability]}`. "label" is None if
-            a neutral sentence such as "uma imagem", which describes no particular picture, fits the picture better than
-            every label. The probabilities are from 0 to 1, sorted from the largest to the smallest.
+            Dictionary with these keys:
+
+            - "label": the best label. None if a neutral sentence such as "uma imagem" fits the picture better.
+            - "shares": list of pairs [label, probability from 0 to 1], most probable first.
 
         Raises:
             RequestRefusedError: If the labels or the template are not allowed, or `image` is None.
@@ -288,9 +284,9 @@ class PageAnswers:
             image: Not used.
 
         Returns:
-            Dictionary `{"version": version of the index, "count": number of pictures, "model": name of the model,
-            "note": notice about the model or None, "videos": number of ignored video files in the indexed folders,
-            "progress": result of PictureIndex.progress, "local": whether only this machine can reach the page}`.
+            Dictionary with the keys "version" and "count" (number of pictures) of the index, "model" (its name), "note"
+            (notice about the model or None), "videos" (number of ignored video files), "progress" (result of
+            `PictureIndex.progress`) and "local" (whether only this machine can reach the page).
         """
         # This import is not at the top of the file, because it imports pyarrow, too. The decoder process imports this
         # file but does not need pyarrow, which would delay its start.
@@ -363,11 +359,11 @@ def _hit_to_dict(hit: Hit, with_score: bool) -> dict[str, Any]:
         with_score: Whether the score is returned. If False, the score is None.
 
     Returns:
-        Dictionary with the fields of `Hit` and two more keys: "name" is the file name without the extension, and "v" is
-        the modification time of the file in seconds since 1970, or 0 if it is not known. The page adds "v" to the URL
-        of the picture, so that browsers do not show an outdated picture from their cache. Times are texts in ISO 8601.
+        Dictionary with the fields of `Hit` and two more keys. "name" is the file name without the extension. "v" is the
+        modification time of the file in seconds since 1970, or 0 if it is not known. Times are texts in ISO 8601.
     """
     times = {key: value.isoformat() for key, value in vars(hit).items() if isinstance(value, datetime)}
+    # The page adds this time to the URL of the picture, so that browsers show no outdated picture from their cache.
     modified_s = int(hit.modified.timestamp()) if hit.modified else 0
     score = float(hit.score) if with_score else None
     return asdict(hit) | times | {"name": Path(hit.path).stem, "v": modified_s, "score": score}

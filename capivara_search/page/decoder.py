@@ -4,8 +4,7 @@ Example:
     decoder = DecoderProcess()
     image = decoder.decode(data, "praia.cr2")
 
-A separate process is needed because a thread can't be ended from outside. Decoding a malicious JPEG file of 400 kB can
-take minutes, and decoding a JPEG 2000 file of 2 kB can stop all threads of the process for ten seconds.
+A malicious picture can take minutes to decode, and a thread can't be ended from outside.
 """
 
 import faulthandler
@@ -26,7 +25,9 @@ from capivara_search.picture_reading import MAX_PICTURE_PIXELS, decode_picture, 
 
 # Code that the child process runs with `python -c`. Its argument is the time limit for each picture, in seconds.
 DECODER_PROGRAM = "import sys; from capivara_search.page.decoder import main; main(float(sys.argv[1]))"
-DECODE_TIMEOUT_S = 10  # seconds per picture; a photograph of 50 million pixels takes under 2 s
+# Seconds per picture. A photograph of 50 million pixels takes under 2 s. A malicious JPEG file of 400 kB can take
+# minutes, and a JPEG 2000 file of 2 kB can stop all threads of the process for ten seconds.
+DECODE_TIMEOUT_S = 10
 LENGTH_BYTES = 8  # number of bytes in which the length of a message is sent
 MAX_VIEW_SIDE = 1600  # longest side of a decoded image, in pixels; the model uses only a few hundred pixels
 
@@ -46,8 +47,8 @@ class DecoderProcess:
 
         Args:
             data: Content of the file.
-            name: File name of a picture of the index. Its extension decides whether the file is decoded as a RAW photo.
-                "" for an uploaded picture, for which the maximum number of pixels is lower.
+            name: File name, whose extension tells whether the file is a RAW photo. "" for an uploaded picture, for
+                which the maximum number of pixels is lower.
 
         Returns:
             The image, reduced so that its longer side has at most `MAX_VIEW_SIDE` pixels.

@@ -1,12 +1,12 @@
 """Protect the server of the search page: check the Host headers of requests, and limit requests and connections.
 
-In this package, a question is a POST request of the page, such as a search. The body of the request is a line of JSON,
-optionally followed by the bytes of an uploaded picture.
-
 Example:
     app = RequestGuard(app, list_allowed_hosts("127.0.0.1"), behind_proxy=False)  # refuses requests to other hosts
     uvicorn.Config(app, http=LimitedHttpProtocol, backlog=BACKLOG)  # limits connections
     answer = await QuestionQueue().ask(lambda: index.search("um gato"))  # answers one question at a time
+
+A question is a POST request of the page, such as a search. Its body is a line of JSON, optionally followed by the bytes
+of an uploaded picture.
 """
 
 import asyncio
@@ -91,20 +91,17 @@ class RequestRefusedError(ValueError):
 class RequestGuard:
     """ASGI middleware that validates the Host and Origin headers and adds security headers to every response.
 
-    A request with an unknown Host header is refused to prevent DNS rebinding. Without this check, another website could
-    let its own name resolve to this machine and then read the pictures. The header `X-Forwarded-Host` is trusted only
-    if `behind_proxy` is True and the value of the header is in `hosts`.
+    A request with an unknown Host header is refused, which prevents DNS rebinding.
 
     Args:
         app: ASGI application that answers the valid requests.
         hosts: Allowed host names and addresses. "*" allows all of them.
-        behind_proxy: Whether a proxy may forward the requests, as on a Hugging Face Space. True: a host in
-            `X-Forwarded-Host` that is in `hosts` is accepted as the origin of a request, and the website
-            huggingface.co may show the page in a frame. False: `X-Forwarded-Host` is ignored, and no website may show
-            the page in a frame. The server passes True if other machines can reach the page.
+        behind_proxy: Whether a proxy may forward the requests, as on a Hugging Face Space. If so, an `X-Forwarded-Host`
+            that is in `hosts` counts as a valid origin, and huggingface.co may show the page in a frame.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], behind_proxy: bool):
+        # The server passes `behind_proxy=True` if other machines can reach the page.
         self.app, self.hosts, self.behind_proxy = app, hosts, behind_proxy
         frame_ancestors = "'self' https://huggingface.co" if behind_proxy else "'none'"
         self._content_security_policy = CONTENT_SECURITY_POLICY + frame_ancestors
@@ -159,6 +156,7 @@ class RequestGuard:
             RequestRefusedError: If the host is neither in `hosts` nor the address of this machine to which the client
                 is connected.
         """
+        # Without this check, another website could let its own name resolve to this machine and then read the pictures.
         host = Headers(scope=scope).get("host", "")
         address = (scope.get("server") or ("",))[0]  # the address of this machine to which the client has connected
         if not self._is_allowed_host(host) and (not host or _parse_host_name(host) != address):
@@ -214,8 +212,7 @@ async def _acquire_slot(slots: asyncio.Semaphore, seconds: float) -> AsyncIterat
 async def receive_request_body_within_limits(request: Request, slots: asyncio.Semaphore) -> AsyncIterator[bytearray]:
     """Receive the body of a POST request within limits of size and time, as an async context manager.
 
-    To limit the memory, a body above `MAX_QUESTION_BYTES` waits for a slot of `slots`, and occupies it until the `async
-    with` block ends.
+    A body above `MAX_QUESTION_BYTES` waits for a slot of `slots`, and occupies it until the block ends.
 
     Args:
         request: The request.
@@ -225,8 +222,8 @@ async def receive_request_body_within_limits(request: Request, slots: asyncio.Se
         The body.
 
     Raises:
-        RequestRefusedError: If the request does not state the length of the body. If the body is too large or is
-            received too slowly. If no slot becomes free in time.
+        RequestRefusedError: If the request does not state its length, or the body is too large, too slow, or gets no
+            slot in time.
     """
     # Number of bytes in the body. uvicorn does not read more bytes than this, even if the client sends more.
     length = request.headers.get("content-length", "")
@@ -261,8 +258,7 @@ class LimitedHttpProtocol(H11Protocol):
     """HTTP protocol of uvicorn with a connection limit, and with deadlines for clients that do not send or read data.
 
     At the limit, the server closes the connection that has waited longest for its client, either to send the headers of
-    a request or to read a response. If the server refused new connections instead, a single client could open all
-    connections and lock out all other clients. Without a limit, the process would run out of file descriptors.
+    a request or to read a response.
     """
 
     _deadline: asyncio.TimerHandle | None = None
@@ -276,6 +272,8 @@ class LimitedHttpProtocol(H11Protocol):
         super().connection_made(transport)
         self._restart_deadline()
         if len(self.connections) > compute_connection_limit():
+            # If new connections were refused instead, a single client could open all connections and lock out all other
+            # clients. Without a limit, the process would run out of file descriptors.
             waiting = (connection for connection in self.connections if connection.is_waiting())
             longest = min(waiting, key=lambda connection: connection._waiting_since)
             self.connections.discard(longest)
@@ -325,10 +323,10 @@ class LimitedHttpProtocol(H11Protocol):
 def compute_connection_limit() -> int:
     """Return the maximum number of connections that the server keeps open at once, from 1 to `MAX_CONNECTIONS`.
 
-    The number depends on how many files the process is allowed to open. A connection that downloads a picture needs two
-    file descriptors, and `RESERVED_DESCRIPTORS` file descriptors are needed for everything else. Windows allows
-    thousands of open files, so there the number is always `MAX_CONNECTIONS`.
+    The number depends on how many files the process is allowed to open. On Windows, it is always `MAX_CONNECTIONS`.
     """
+    # Windows has no module `resource`, and allows thousands of open files. A connection that downloads a picture needs
+    # two file descriptors.
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else None
     if descriptors is None or descriptors == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
@@ -340,10 +338,10 @@ def list_allowed_hosts(host: str, extra_hosts: Sequence[str] = ()) -> list[str]:
 
     Args:
         host: Address that the server listens on. For 0.0.0.0 and ::, the name of this machine is allowed, too.
-        extra_hosts: Further names of this machine, or names of a proxy in front of it. "*" allows all names.
+        extra_hosts: Further names of this machine or of a proxy in front of it. "*" allows all names.
 
     Returns:
-        Distinct lowercase names and addresses. The first three are localhost, 127.0.0.1 and ::1.
+        Distinct lowercase names and addresses, beginning with localhost, 127.0.0.1 and ::1.
 
     Raises:
         ValueError: If a value of `extra_hosts` is neither a name nor an address.
@@ -381,19 +379,15 @@ def _parse_host_name(host: str) -> str:
 
 
 class QuestionQueue:
-    """Queue that answers questions (POST requests of the page) one at a time.
+    """Queue that answers questions (POST requests of the page) one at a time, each in a new thread.
 
-    Questions are answered one at a time, because two threads should not use a tokenizer at once. Each question is
-    answered in a new thread.
-
-    If an answer takes too long, its request is refused ("too_slow"), and the next question begins. The thread of the
-    refused question is abandoned: it continues to run, because a thread can't be ended from outside, but its result is
-    ignored. Only abandoned threads can run at the same time as the current question. If `MAX_ABANDONED_THREADS`
-    abandoned threads are running, new questions are refused ("busy").
+    If an answer takes too long, its request is refused, and the next question begins. The thread of the refused request
+    continues to run, but its result is ignored. If `MAX_ABANDONED_THREADS` such threads are running, new questions are
+    refused.
     """
 
     def __init__(self) -> None:
-        self._turn = asyncio.Semaphore(1)
+        self._turn = asyncio.Semaphore(1)  # one question at a time, because two threads should not share a tokenizer
         self._queued_count = self._abandoned_count = 0
 
     async def ask(self, question: Callable[[], Any], seconds: float | None = None) -> Any:
@@ -407,10 +401,9 @@ class QuestionQueue:
             The return value of `question`.
 
         Raises:
-            RequestRefusedError: With the code "too_slow" if the answer takes longer than the time limit. With the code
-                "busy" in three cases: the queue is full (`MAX_QUEUED_QUESTIONS`), this question waits longer than
-                `QUEUE_TIMEOUT_S` seconds in the queue, or `MAX_ABANDONED_THREADS` threads still work on earlier
-                questions that exceeded their time limit.
+            RequestRefusedError: With the code "too_slow" if the answer exceeds the time limit. With the code "busy" if
+                the queue is full, the wait exceeds `QUEUE_TIMEOUT_S` seconds, or too many earlier questions that
+                exceeded their limit are still running.
         """
         if self._abandoned_count >= MAX_ABANDONED_THREADS or self._queued_count >= MAX_QUEUED_QUESTIONS:
             raise RequestRefusedError("busy", 503)

@@ -93,26 +93,22 @@ def serve_index(
     on_open: Callable[[str], None] | None = None,
     allow_hosts: Sequence[str] = (),
 ) -> None:
-    """Serve the search page of an index until Ctrl-C.
-
-    Other processes may add pictures to the index while the page is served. The page then shows the new pictures, too.
+    """Serve the search page of an index until Ctrl-C. Pictures that are added to the index meanwhile appear, too.
 
     Args:
         index: Index that the page searches.
-        host: Address that the server listens on. With any address other than a loopback address, everybody on the
-            network can open the page, without a password.
-        port: Port that the server listens on. If it is the default port and another program uses it, a free port is
-            used.
-        open_browser: Whether the page is opened in the browser of this machine.
-        language: Default language of the page, "pt" or "en". The URL parameter `lang` overrides it.
-        credit: Source and license of the pictures, which are shown on the page; None to show no credit.
+        host: Address that the server listens on. If it is not a loopback address, everybody on the network can open the
+            page, without a password.
+        port: Port of the page. If the default port is taken, a free port is used.
+        open_browser: Whether to open the page in a browser of this machine.
+        language: Default language of the page, "pt" or "en".
+        credit: Source and license of the pictures to show on the page.
         on_open: Function that is called with the URL of the page when the server has started.
-        allow_hosts: Host names that are accepted in requests, in addition to the default names of
-            `list_allowed_hosts`.
+        allow_hosts: Host names that are accepted in requests, in addition to those of `list_allowed_hosts`.
 
     Raises:
-        OSError: If the port is taken, `host` is not an address of this machine, or the server could not start.
-        ValueError: If the language or a name of `allow_hosts` is invalid, or the model does not match the index.
+        OSError: If the server could not start, for example because the port is taken.
+        ValueError: If the language or a host name is invalid, or the model does not match the index.
     """
     server, listening, url = create_page_server(index, host, port, language, credit, allow_hosts)
     # The server gets its own thread, because uvicorn starts an event loop. In a notebook, the current thread already
@@ -144,23 +140,20 @@ def create_page_server(
 ) -> tuple[uvicorn.Server, socket.socket, str]:
     """Create the server of the search page without running it.
 
-    `serve_index` runs the server in a thread of its own.
-
     Args:
         index: Index that the page searches.
         host: Address that the server listens on.
-        port: Port that the server listens on. If it is the default port and another program uses it, a free port is
-            used.
+        port: Port of the page. If the default port is taken, a free port is used.
         language: Default language of the page, "pt" or "en".
-        credit: Source and license of the pictures, which are shown on the page; None to show no credit.
-        allow_hosts: Host names that are accepted in requests, in addition to the default names of `list_allowed_hosts`.
+        credit: Source and license of the pictures to show on the page.
+        allow_hosts: Host names that are accepted in requests, in addition to those of `list_allowed_hosts`.
 
     Returns:
-        Tuple (server, socket, URL of the page). The socket is bound to the port and must be passed to `server.run`.
+        Tuple (server, socket, URL of the page). Pass the socket, which is bound to the port, to `server.run`.
 
     Raises:
         OSError: If the port is taken, or `host` is not an address of this machine.
-        ValueError: If the language or a name of `allow_hosts` is invalid, or the model does not match the index.
+        ValueError: If the language or a host name is invalid, or the model does not match the index.
     """
     if language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
@@ -333,11 +326,7 @@ class PageSite:
         raise guard.RequestRefusedError("gone", 404)
 
     def _open_original(self, path: str) -> tuple[BinaryIO, PIL.Image.Image]:
-        """Open and decode the file of a picture of the index.
-
-        The file must be in a folder that was passed to `PictureIndex.add` on this machine, because an index that comes
-        from other people may contain the path of any file. The open file is returned, so that the server sends the
-        checked file even if another file has replaced it at this path in the meantime.
+        """Open and decode the file of a picture of the index. It must be in a folder that was added on this machine.
 
         Args:
             path: Absolute path of the picture.
@@ -352,6 +341,9 @@ class PageSite:
             raise guard.RequestRefusedError("gone", 404)
         with contextlib.ExitStack() as stack, contextlib.suppress(BadImage, OSError, ValueError):
             if is_picture_name(path):
+                # An index that comes from other people may contain the path of any file. So only folders that were
+                # passed to `PictureIndex.add` on this machine are allowed. The open file is returned, because another
+                # file may replace it at this path before the server sends it.
                 folders = list(self.answers.index.requested_folders().values())
                 file = stack.enter_context(open_regular_file_safe_from_link_swaps(path, repr(path), folders))
                 image = self._decoder.decode(read_bounded(file), path)
@@ -441,14 +433,14 @@ def load_page_messages(language: str, is_static: bool = False) -> dict[str, Any]
 
     Args:
         language: "pt" or "en".
-        is_static: True: texts for the page that works without a server (`hub_upload.space`). Texts in the section
-            `static` of the JSON file then replace texts with the same keys. False: texts for the page with a server.
+        is_static: True: texts for the page that works without a server (`hub_upload.space`). False: texts for the page
+            with a server.
 
     Returns:
-        Dictionary `{key: text}`. Only the value of the key "errors" is a dictionary: `{error code: text}`.
+        Dictionary from key to text. Only the value of the key "errors" is a dictionary, from error code to text.
     """
     messages = json.loads((PAGE_FOLDER / "words" / f"{language}.json").read_text(encoding="utf-8"))
-    static_messages = messages.pop("static")
+    static_messages = messages.pop("static")  # these texts replace the texts with the same keys
     if not is_static:
         return messages
     return messages | static_messages | {"errors": messages["errors"] | static_messages["errors"]}
@@ -459,10 +451,13 @@ def render_page_template(messages: dict[str, Any], is_static: bool = False, **va
 
     Args:
         messages: Texts of the page (`load_page_messages`).
-        is_static: True: render the page that works without a server. False: render the page with a server.
-        **values: Further variables of the template `page.html`. `here` is the URL of the page in the language of
-            `messages`, and `there` its URL in the other language. `privacy` is a sentence about privacy. `credit` names
-            the source of the pictures (`Credit`), or is None. `model` is needed only for the page without a server.
+        is_static: Whether the page works without a server.
+        **values: Further variables of the template `page.html`:
+
+            - `here` and `there`: URL of the page in the language of `messages`, and in the other language.
+            - `privacy`: sentence about privacy.
+            - `credit`: source of the pictures (`Credit`), or None.
+            - `model`: only for the page without a server.
 
     Returns:
         HTML of the whole page.

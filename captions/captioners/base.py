@@ -9,14 +9,13 @@ from captions.stages import Backend, Row
 class Captioner(Backend):
     """Interface of the backends of `captions.generate`, which generate captions of images.
 
-    Each backend is a subclass in its own module. The methods are called in this order: `check_flags`, `check` and
-    `load`, then for each part (one parquet file of the output) `start_part` and `caption_rows`. A subclass must
-    implement `columns` and `caption_rows`. All other methods have a default implementation.
+    The methods are called in this order: `check_flags`, `check`, `load`, then for each output file `start_part` and
+    `caption_rows`. A subclass must implement `columns` and `caption_rows`.
 
     Attributes:
         has_report: True if the backend implements the method `report`, which counts the problems of its captions.
-        settings: Everything that affects a caption, except the image, as a dict of JSON values. The command records
-            this dict in the file `stage.json` of the output folder.
+        settings: Everything that affects a caption, except the image, as a dict of JSON values. It is recorded with the
+            output.
     """
 
     has_report: ClassVar[bool] = False
@@ -43,12 +42,10 @@ class Captioner(Backend):
         """
 
     def start_part(self, part: range) -> None:
-        """Prepare for the rows of the next part, that is, the next parquet file of the output.
-
-        All earlier parts of this task have been written when this method is called.
+        """Prepare for the rows of the next output file. The previous file, if any, is complete now.
 
         Args:
-            part: Range of the row indices in the part, counted from 0 over the whole split.
+            part: Range of the row indices in the file, counted from 0 over the whole split.
         """
 
     def caption_rows(self, rows: list[Row]) -> list[Row | BadRow]:
@@ -58,6 +55,6 @@ class Captioner(Backend):
             rows: Rows with a decoded image under the key `captions.stages.DECODED_KEY`.
 
         Returns:
-            One element per row: a dict `{"column name": value}` with the new columns. If the row must be skipped, the
-            element is instead a `BadRow`, an exception object that holds the reason. It is returned, not raised.
+            For each row, a dict `{"column name": value}` with the new columns. If the row must be skipped, a `BadRow`
+            that holds the reason; it is returned, not raised.
         """

@@ -1,8 +1,7 @@
 """Generate captions of images with BLIP-2 (`--captioner blip2`): for each image, one caption per prefix.
 
-A prefix is the beginning of a caption, for example "a photo of". The model continues it by greedy decoding, and the
-caption is the prefix followed by the continuation. The file captions/prefixes.json has the ten prefixes of the CAPIVARA
-authors; `--prefixes` selects another file of the same format.
+A prefix is the beginning of a caption, for example "a photo of". The model continues it by greedy decoding. The file
+captions/prefixes.json has the ten prefixes of the CAPIVARA authors; `--prefixes` selects another file.
 """
 
 import copy
@@ -64,10 +63,8 @@ class Blip2Flags:
 class PrefixCaptioner:
     """A BLIP-2 model that completes several prefixes, such as "a photo of", to captions of the same image.
 
-    Each image is encoded only once, which saves time. The vision encoder and the Q-Former compute the query tokens of
-    the image. The language model reads these tokens, and their keys and values are cached. Because the language model
-    is causal, the keys and values do not depend on the prefix that follows. All prefixes can therefore share the cache.
-    The generated tokens are the same as with a separate call of `generate` for each prefix.
+    Each image is encoded only once for all prefixes. The generated tokens are the same as with a separate call of
+    `generate` for each prefix.
 
     Attributes:
         model: BLIP-2 with a decoder-only language model, in evaluation mode.
@@ -103,8 +100,8 @@ class PrefixCaptioner:
             prefixes: Beginnings of the captions, for example "a photo of".
 
         Returns:
-            One element per image: a list with one caption per prefix. If a score of the language model was NaN, the
-            element is instead a `BadRow`, which says why the image must be skipped.
+            For each image, a list with one caption per prefix. If a score of the language model was NaN, a `BadRow`
+            that holds the reason instead.
         """
         tokens = self.generate_tokens(self.preprocess_images(images), prefixes)
         return [self._decode_texts(image_tokens, prefixes) for image_tokens in tokens]
@@ -127,9 +124,8 @@ class PrefixCaptioner:
             prefixes: Beginnings of the captions.
 
         Returns:
-            One list per image, with one element per prefix: the token ids of the continuation, a tensor of shape
-            (tokens,) that may end with an end token and padding. The element is None if a score of the language model
-            was NaN.
+            For each image, a list with one element per prefix: the token ids of the continuation (tokens,), which may
+            end with an end token and padding. None if a score of the language model was NaN.
         """
         encoded, prompts = self.encode_images(pixel_values), self.tokenizer(list(prefixes))["input_ids"]
         continuations: list[Tensor | None] = []
@@ -162,7 +158,8 @@ class PrefixCaptioner:
             A key-value cache of the language model, with one batch entry per image. It covers the query tokens, that
             is, the outputs of the Q-Former for the image.
         """
-        # Query tokens: the form in which the language model reads an image. Shape: (images, queries, model width).
+        # Query tokens: the form in which the language model reads an image. Shape: (images, queries, model width). The
+        # language model is causal, so their keys and values do not depend on the prefix, and all prefixes share them.
         blocks = self.model.get_image_features(pixel_values=pixel_values).pooler_output
         cache = DynamicCache(config=self.language_model.config)
         self.language_model.base_model(inputs_embeds=blocks, use_cache=True, **{self._cache_name: cache})
@@ -175,7 +172,7 @@ class PrefixCaptioner:
             cache: Keys and values of all images, from `encode_images`. The cache does not change.
             images: For each prompt, the index of its image in `cache` (prompts,).
             prompts: Token ids of each prompt.
-            **options: Keyword arguments of the method `generate` of transformers.
+            **options: Arguments of transformers' method `generate`.
 
         Returns:
             Token ids of the continuations (prompts, new tokens), without the prompts.
@@ -317,8 +314,8 @@ class Blip2Captioner(Captioner):
             rows: Rows with a decoded image under the key `captions.stages.DECODED_KEY`.
 
         Returns:
-            One element per row: a dict `{"generated-captions-en": captions}`. If the scores of the model were NaN, the
-            element is instead a `BadRow`, and the row is skipped.
+            For each row, a dict `{"generated-captions-en": captions}`. If the scores of the model were NaN, a `BadRow`,
+            so that the row is skipped.
 
         Raises:
             ValueError: If the memory of the GPU or CPU is insufficient.

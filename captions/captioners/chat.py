@@ -1,11 +1,8 @@
 """Generate captions with a vision-language model on a server that speaks OpenAI's protocol (`--captioner chat`).
 
-Each request contains a prompt and an image, scaled down to at most `--image_side` pixels. The model writes captions in
-the language `--caption_language`, to the column `generated-captions-<language>`. Unusable captions are listed in the
-column `generated-quality-<language>` instead.
-
-Each answer is stored at once in a journal, a temporary file next to the parquet file that will hold the caption. If a
-run is killed, it therefore loses only the requests that are not answered yet.
+Each request contains a prompt and an image. The captions are written to the column `generated-captions-<language>`.
+Unusable captions are listed in the column `generated-quality-<language>` instead. If a run is killed, only the requests
+that are not answered yet are lost.
 """
 
 import base64
@@ -39,6 +36,8 @@ PROBE_SIDE = 32  # side in pixels of the gray test image that is sent to a serve
 # caption, and letters of a prompt per token.
 PIXELS_PER_TOKEN, TOKENS_PER_CAPTION, LETTERS_PER_TOKEN = 28 * 28, 40, 4
 MAX_LISTED_CHARACTERS = 200  # longer answers are shortened in the list of unusable answers
+# A journal is a temporary file next to an output file. Each answer is stored in it at once, so that a killed run loses
+# only the requests that are not answered yet.
 JOURNAL_SUFFIX = ".answers.jsonl"
 SCHEMA_KEY = "caption"  # key of the text in the JSON answers that the flag `response_schema` requests
 # Type of the dataset column `generated-quality-<language>`. `captions` is the number of answers for an image. `flagged`
@@ -64,8 +63,8 @@ class ChatCaptioner(ChatBackend, Captioner):
 
     Args:
         args: Flags of `captions.generate`.
-        stage: Access to the rows to caption. None: only test the server before the work begins. In a test, a failed
-            request is sent again only once, and a warning is logged if the server does not list the model.
+        stage: Access to the rows to caption. None: only check whether the servers can be used, with fewer attempts per
+            request.
 
     Raises:
         ValueError: If a flag or the file of prompts is invalid, the server refuses the request, or the model does not
@@ -125,7 +124,7 @@ class ChatCaptioner(ChatBackend, Captioner):
             stage: Access to the rows to caption. Rows that are captioned already are not counted.
 
         Returns:
-            A list with one line of text: the numbers of images and requests, and the estimated number of tokens.
+            A list with one line: the numbers of images and requests, and the estimated number of tokens.
         """
         prompts = CaptionPrompts(args.prompts, args.caption_language)
         images = sum(map(len, stage.missing_parts()))
@@ -147,14 +146,13 @@ class ChatCaptioner(ChatBackend, Captioner):
     def start_part(self, part: range) -> None:
         """Prepare for the rows of the next output file: load the answers that an interrupted run has already received.
 
-        The answers are read from the journal, a temporary file next to the output file, and are not requested again.
-        The journal of the previous output file is deleted, because that output file is complete.
+        These answers are not requested again.
 
         Args:
             part: Range of the row indices in the output file, counted from 0 over the whole split.
         """
         if self._journal is not None:
-            self._journal.unlink(missing_ok=True)
+            self._journal.unlink(missing_ok=True)  # the previous output file is complete
         self._journal = self._stage.path(part).with_suffix(JOURNAL_SUFFIX)
         records = read_journal(self._journal)
         self._stored = {record["request"]: [Answer(**answer) for answer in record["answers"]] for record in records}
@@ -166,8 +164,8 @@ class ChatCaptioner(ChatBackend, Captioner):
             rows: Rows with a decoded image under the key `captions.stages.DECODED_KEY`.
 
         Returns:
-            One element per row: a dict `{"column name": value}` with the new columns. If all generated captions are
-            unusable and the row has no other captions, the element is instead a `BadRow`, and the row is skipped.
+            For each row, a dict `{"column name": value}` with the new columns. If no generated caption is usable and
+            the row has no other caption, a `BadRow`, so that the row is skipped.
         """
         urls = [convert_image_to_jpeg_data_url(row[DECODED_KEY], self._args.image_side) for row in rows]
         count = len(self._prompts.prompts)
@@ -228,23 +226,23 @@ class ChatCaptioner(ChatBackend, Captioner):
 
     @classmethod
     def report(cls, args: Any) -> None:
-        """Write the file `quality.json`, which counts the unusable answers and the tokens, and delete the journals.
+        """Write the file `quality.json`, which counts the unusable answers and the tokens, and delete temporary files.
 
-        A journal is a temporary file with the answers for one output file. It is not needed after all output files have
-        been written. Skipped rows are not in the output, so their answers are not counted. These rows are listed in
-        the *.skipped.jsonl files.
+        Skipped rows are not counted.
 
         Args:
             args: Flags of `captions.generate`.
         """
         (_, column), counts, usage = cls.columns(args), Counter(), Counter(dict.fromkeys(USAGE_FIELDS, 0))
         report = {"language": args.caption_language, "rows": 0, "captions": 0, "flagged": 0}
+        # Skipped rows are not in the output, so their answers are not counted. *.skipped.jsonl files list these rows.
         for quality in count_and_iter_row_qualities(report, args.output, column):
             counts.update(name for answer in quality["flagged"] for name in answer["flags"])
             usage.update({name: quality[name] for name in USAGE_FIELDS})
         flags = {name: {"captions": count} for name, count in counts.most_common()}
         report |= {"flags": flags, "captioner": read_stage_record(args.output)["settings"], "usage": dict(usage)}
         write_json(args.output / QUALITY_FILE, report)
+        # All output files have been written, so the journals are not needed any more.
         for path in args.output.glob(f"*{JOURNAL_SUFFIX}"):
             path.unlink(missing_ok=True)
 

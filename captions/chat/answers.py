@@ -1,18 +1,8 @@
 """Clean the answers of language models, and find answers that can't be used.
 
-A model that is asked for a caption or a translation often adds other text. `clean_answer` removes, in this order:
-
-1. reasoning, such as `<think>…</think>`, even if the opening or the closing tag is missing, and special tokens such as
-   `<|im_end|>`;
-2. code fences: if the answer has a code fence (three backticks), only the text inside the first one is kept;
-3. introductions that end with a colon, such as "Sure! Here is the translation:", "Tradução:" or "Legenda:", unless the
-   sentence to translate has an introduction, too;
-4. notes after the answer: paragraphs that begin with "Note:", "(Note", "Nota:", "Explanation:" and the like;
-5. bold marks and quotes around the whole text; quotes are kept if the sentence to translate begins with a quote, too;
-6. line breaks, which become blanks.
-
-Then `detect_refusal_or_truncation` finds answers that the model refused or did not finish. `captions.quality` finds
-other problems, such as a text in the wrong script.
+A model that is asked for a caption or a translation often adds other text. `clean_answer` removes it, and
+`detect_refusal_or_truncation` finds answers that the model refused or did not finish. `captions.quality` finds other
+problems, such as a text in the wrong script.
 """
 
 import json
@@ -94,9 +84,7 @@ class Answer:
     def with_cost_of(self, other: "Answer") -> "Answer":
         """Return a copy of this answer that also counts the tokens of another answer, such as a discarded one.
 
-        For example, if the first answer to a request is unusable, a second answer is requested. Only one of them is
-        kept, but the model has read and written tokens for both. In the copy, `retried` is True if it is True in either
-        answer.
+        In the copy, `retried` is True if it is True in either answer.
 
         Args:
             other: The answer that is not kept.
@@ -106,10 +94,9 @@ class Answer:
 
 
 def clean_answer(text: str, source: str = "") -> str:
-    """Return only the caption or translation from an answer of a language model.
+    """Return only the caption or translation from an answer of a language model, as one line.
 
-    Everything else is removed: reasoning, introductions such as "Here is the translation:", notes, and quotes around
-    the text.
+    Reasoning, introductions such as "Here is the translation:", notes and surrounding quotes are removed.
 
     Args:
         text: Content of the answer.
@@ -117,7 +104,7 @@ def clean_answer(text: str, source: str = "") -> str:
     """
     text = _remove_reasoning_and_special_tokens(text)
     if fence := FENCE_RE.search(text):
-        text = fence[1]
+        text = fence[1]  # keep only the text inside the first code fence
     text = text.strip()
     if not INTRODUCTION_RE.match(source):
         text = INTRODUCTION_RE.sub("", text, count=1)
@@ -135,6 +122,7 @@ def clean_answer(text: str, source: str = "") -> str:
 def _remove_reasoning_and_special_tokens(text: str) -> str:
     """Remove reasoning and special tokens from an answer."""
     text = REASONING_RE.sub("", text)
+    # The opening or the closing tag may be missing.
     text = REASONING_START_RE.sub("", REASONING_END_RE.sub("", text))
     return SPECIAL_TOKEN_RE.sub("", text)
 
@@ -149,17 +137,16 @@ def _remove_surrounding_quotes(text: str) -> str:
 
 
 def detect_refusal_or_truncation(text: str, choice: Choice, source: str = "") -> str | None:
-    """Detect whether an answer of a language model is a refusal or unfinished, instead of a caption or translation.
+    """Detect whether an answer of a language model is a refusal or unfinished.
 
     Args:
         text: The answer after cleaning.
         choice: The complete answer, as the server has sent it.
-        source: Sentence that was translated. If it looks like a refusal itself ("I can't …"), a translation that looks
-            like a refusal is accepted.
+        source: Sentence that was translated. If it looks like a refusal itself ("I can't …"), its translation may, too.
 
     Returns:
-        "refused" if the model or a content filter refused the request. "truncated" if the answer ended at the token
-        limit. Otherwise None.
+        "refused" if the model or a content filter refused the request, "truncated" if the answer ended at the token
+        limit, otherwise None.
     """
     if choice.refusal or choice.finish_reason == "content_filter":
         return REFUSED
@@ -172,12 +159,11 @@ def extract_numbered_lines(text: str, count: int) -> list[str] | None:
     """Read the texts from an answer that consists of numbered lines, such as "1. um gato".
 
     Args:
-        text: Content of the answer.
+        text: Content of the answer. Lines without a number are ignored.
         count: Number of lines that were requested.
 
     Returns:
-        The texts without their numbers, in the order of the numbers. None if the numbers are not exactly 1 to `count`,
-        each once. Lines without a number are ignored.
+        The texts without their numbers, in the order of the numbers. None if the numbers are not exactly 1 to `count`.
     """
     answer_lines = _remove_reasoning_and_special_tokens(text).splitlines()
     matches = list(filter(None, map(LINE_RE.match, answer_lines)))
@@ -194,14 +180,13 @@ def extract_value_from_json_answer(text: str, name: str) -> object:
         name: Key of the value.
 
     Returns:
-        The value. None if the answer is not a JSON object with this key. This can happen, because some servers ignore
-        the requested JSON schema.
+        The value. None if the answer is not a JSON object with this key.
     """
     text = _remove_reasoning_and_special_tokens(text).strip()
     fence = FENCE_RE.search(text)
     try:
         content = json.loads(fence[1] if fence else text)
-    except ValueError:
+    except ValueError:  # some servers ignore the requested JSON schema
         return None
     return content.get(name) if isinstance(content, dict) else None
 
@@ -211,10 +196,10 @@ def build_json_response_format(name: str, count: int | None = None) -> dict[str,
 
     Args:
         name: The key, for example "translation".
-        count: None: the value of the key is a single text. A number: the value is a list of this many texts.
+        count: None: the value of the key is a text. A number: the value is a list of this many texts.
 
     Returns:
-        The value of the parameter `response_format`: a dict with a JSON schema.
+        A dict with a JSON schema.
     """
     value: dict[str, object] = {"type": "string"}
     if count is not None:

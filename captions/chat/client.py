@@ -1,9 +1,7 @@
 """Send requests to servers that speak OpenAI's protocol, many at the same time, and read the answers.
 
-The official client of OpenAI sends the requests. Its own retries are off, because `captions.http_service.Retries`
-decides about retries for all services. The API key comes only from the environment variable OPENAI_API_KEY. It is sent
-only to the addresses of the flag `base_url`: redirects are not followed, and unencrypted requests (http) do not use the
-proxies that are set in environment variables.
+The API key comes only from the environment variable OPENAI_API_KEY. It is sent only to the addresses of the flag
+`base_url`.
 """
 
 import asyncio
@@ -26,7 +24,9 @@ NO_KEY = "no-key"
 # After a bad answer, the request is sent again with at least this sampling temperature. With a temperature of 0, the
 # model would give the same answer again.
 RETRY_TEMPERATURE = 0.7
-PROBE_TRIES = 2  # largest number of attempts for the request that tests a server before the work begins
+# Largest number of attempts for the request that tests a server before the work begins. It is low, so that a wrong
+# address is reported soon.
+PROBE_TRIES = 2
 # ITEM_STATUS_CODES: HTTP status codes with which a server refuses the content of a single request, for example a text
 # that is too long. After such a refusal, the run continues without this caption. After MAX_REFUSED_IN_A_ROW refusals in
 # a row, the run stops, because the cause is then probably a general one, such as a wrong flag.
@@ -79,8 +79,7 @@ class ChatClient:
 
     Args:
         args: Command-line arguments, with the flags of `ChatFlags` and the flag `model`.
-        rank: Index of the task, counted from 0. A task is a process that works on a share of the rows. The index
-            selects the server for the first request, so that the tasks do not all begin with the same server.
+        rank: Index of this process, counted from 0, if several processes share the rows. It selects the first server.
 
     Attributes:
         model: Name of the model as the servers report it. Before `connect` is called, it is the flag `model`.
@@ -100,6 +99,8 @@ class ChatClient:
             logging.getLogger(name).setLevel(logging.WARNING)
         self._args, self.model, self._runner = args, args.model, asyncio.Runner()
         self._clients = []
+        # Without redirects, and without the proxies of environment variables for unencrypted requests, the key reaches
+        # only the servers. The client's own retries are off, because `Retries` decides about them for all services.
         for url in args.base_url:
             http_client = openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=url.startswith("https://"))
             options = {"api_key": self._key or NO_KEY, "timeout": args.timeout, "max_retries": 0}
@@ -117,12 +118,11 @@ class ChatClient:
 
         Args:
             messages: Conversation to send.
-            is_check: False: connect before sending other requests, with up to `captions.http_service.MAX_TRIES`
-                attempts per server. True: only test the servers in advance. There are at most `PROBE_TRIES` attempts,
-                so that a wrong address is reported soon, and a warning is logged if a server does not list the model.
+            is_check: True: only check the servers in advance, with fewer attempts, and warn if a server does not list
+                the model. False: connect before sending other requests.
 
         Returns:
-            Number of tokens that the model read, as the last server reports it; 0 if the server does not report it.
+            Number of tokens that the model read; 0 if the server does not report it.
 
         Raises:
             ValueError: If a server refuses the request, or the servers report different models.
@@ -152,16 +152,13 @@ class ChatClient:
             logger.warning(f"WARNING: {client.base_url} does not list the model {self._args.model}. It lists: {listed}")
 
     def map(self, function: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list[R]:
-        """Call an asynchronous function with each item, several calls at the same time, and return the results.
+        """Call an asynchronous function with each item, and return the results in the order of the items.
 
         The flag `concurrency` is the largest number of simultaneous calls.
 
         Args:
             function: Function that sends requests with this client.
             items: Arguments of the calls.
-
-        Returns:
-            The results, in the order of the items.
 
         Raises:
             ValueError, OSError: The first error of a call. The other calls are canceled.
@@ -191,21 +188,15 @@ class ChatClient:
     ) -> list[Answer]:
         """Send a conversation to a server, and return `n` answers of the model. A bad answer is requested once more.
 
-        The second request for a bad answer uses a higher sampling temperature, so that the answer can differ. Some
-        servers ignore `n` and return a single answer. Requests are therefore sent until there are `n` answers.
-
         Args:
             messages: The conversation.
             judge: Function that checks an answer and returns a tuple (cleaned text, fault or None).
-            json_key: Key of the only value in a JSON answer. It has an effect only with the flag `response_schema`,
-                which requests JSON answers.
+            json_key: Key of the text in a JSON answer. It has an effect only with the flag `response_schema`.
             n: Number of answers.
-            text_count: None: the value in a JSON answer is a single text. A number: the value is a list of this many
-                texts.
+            text_count: If given, a JSON answer has a list of this many texts instead of a single text.
 
         Returns:
-            `n` answers. If the second answer is bad as well, the first one is returned with its fault. If one request
-            gives several answers, its token counts are stored in the first of them, and the others have zero tokens.
+            `n` answers. If an answer was bad twice, its fault is set.
 
         Raises:
             ValueError: If the server refuses the request.
@@ -217,13 +208,14 @@ class ChatClient:
         def check(choice: Choice) -> tuple[str, str | None]:
             return judge(choice, extract_value_from_json_answer(choice.text, json_key) if is_json else None)
 
+        # Some servers ignore `n` and return a single answer, so requests are sent until there are `n` answers.
         while len(answers) < n:
             missing = n - len(answers)
             reply = await self._send(messages, **options, **({"n": missing} if missing > 1 else {}))
             tokens = reply.prompt_tokens, reply.completion_tokens
             for choice in reply.choices[:missing]:
                 answers.append(Answer(*check(choice), *tokens))
-                tokens = 0, 0
+                tokens = 0, 0  # the token counts of a request are stored only in its first answer
         for place, first in enumerate(answers):
             if first.fault is not None:
                 temperature = max(self._args.temperature, RETRY_TEMPERATURE)
@@ -338,13 +330,13 @@ class ChatClient:
 def convert_completion_to_reply(completion: Any) -> Reply:
     """Convert a response of the `openai` client to a `Reply`, and check that it is a chat completion.
 
-    The client itself does not check responses. If a server sends HTML, for example, the client returns a str. Raises
-    TypeError or AttributeError if the response is not a chat completion with at least one answer.
+    Raises TypeError or AttributeError if the response is not a chat completion with at least one answer.
 
     Args:
         completion: Return value of the client's method `chat.completions.create`.
     """
     choices = []
+    # The client does not check responses. If a server sends HTML, for example, `completion` is a str.
     for choice in completion.choices:
         refusal = _storable_text(getattr(choice.message, "refusal", None) or "") or None
         choices.append(Choice(_storable_text(choice.message.content or ""), choice.finish_reason, refusal))

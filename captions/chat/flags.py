@@ -78,11 +78,11 @@ def check_chat_flags(args: Any, purpose: str) -> None:
 
     Args:
         args: Command-line arguments, with the flags of `ChatFlags`.
-        purpose: The flag that selects the backend, for example "--backend chat". Error messages name it.
+        purpose: The flag that selects the backend, for example "--backend chat", for error messages.
 
     Raises:
         ValueError: If a flag is missing or invalid.
-        ImportError: If the packages of the extra `chat` are not installed.
+        ImportError: If a package of the extra `chat` is missing.
     """
     require_packages(purpose, "chat", "openai", "language_data")
     if not args.base_url:
@@ -108,10 +108,10 @@ def parse_extra_body(text: str | None) -> dict[str, Any]:
         The parameters as a dict `{"parameter": value}`. The dict is empty if `text` is None.
 
     Raises:
-        ValueError: If the text is not a JSON object or contains one of `RESERVED_KEYS`. If it seems to contain an API
-            key: the flag is stored with the output, but a key must stay secret.
+        ValueError: If the text is not a JSON object, contains one of `RESERVED_KEYS`, or seems to contain an API key.
     """
-    # Do not quote the text in this error message, because logs must not contain secrets.
+    # The flag is stored with the output, so it must not contain a secret. Logs must not contain it either, so the error
+    # message does not quote the text.
     if SECRET_RE.search(text or ""):
         raise ValueError(
             "extra_body must not contain an API key or password. Set the environment variable OPENAI_API_KEY instead."
@@ -130,11 +130,9 @@ class ChatBackend(Backend):
     """Base class of the backends that use a language model on a server, to generate or to translate captions.
 
     Args:
-        args: Flags of the stage.
-        stage: Access to the rows of this task. The index of the task (`stage.rank`) selects the server for the first
-            request, so that the tasks do not all begin with the same server. None: only test the server before the work
-            begins. In a test, a failed request is sent again only once, and a warning is logged if the server does not
-            list the model.
+        args: Flags of the stage (step of the caption pipeline), such as `captions.translate`.
+        stage: Access to the rows that will be processed. None: only check whether the servers can be used, with fewer
+            attempts per request.
 
     Raises:
         ValueError: If a flag or the file of prompts is invalid, or the server refuses requests.
@@ -145,8 +143,7 @@ class ChatBackend(Backend):
     def check(cls, args: Any) -> None:
         """Check that the servers can be used, by requesting an answer of a single token from each.
 
-        The check is skipped if each cluster node runs its own server, which this machine can't reach. This is assumed
-        if the tasks run on a cluster and all addresses in `base_url` are loopback addresses, such as localhost.
+        The check is skipped on a cluster if all addresses are those of the local machine, such as localhost.
 
         Args:
             args: Flags of the stage.

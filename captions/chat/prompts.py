@@ -31,10 +31,9 @@ class Prompts:
 
     Args:
         path: YAML file of prompts.
-        keys: Keys that the file may have at the top level. Any other key is an error.
+        keys: Keys that the file may have at the top level.
         languages: Languages that the templates can name, as a dict `{template variable: language code}`. For example,
-            `{"language": "pt"}` defines two variables: `language` is the English name ("Portuguese"), and
-            `language_code` is the code ("pt").
+            `{"language": "pt"}` defines the variables `language` ("Portuguese") and `language_code` ("pt").
 
     Attributes:
         content: Content of the file, as a dict. It is recorded with the settings of the output.
@@ -57,16 +56,15 @@ class Prompts:
         """Render a template of the file: replace its variables by their values.
 
         Args:
-            key: Key of the template in the file. Error messages contain it.
-            template: Text of the template. Default: the value of `key` in the file. If this value is a list of
-                templates, pass one of them.
+            key: Key of the template in the file.
+            template: Text of the template. Default: the value of `key` in the file. Pass it if that value is a list.
             **variables: Values of template variables, for example `text`. The names of the languages are added to them.
 
         Returns:
             The text of the prompt.
 
         Raises:
-            ValueError: If the template is missing, has a mistake, uses an unknown variable, or gives a blank text.
+            ValueError: If the template is missing or invalid, uses an unknown variable, or gives a blank text.
         """
         template = self.content.get(key) if template is None else template
         values = self._variables | variables
@@ -93,8 +91,8 @@ class TranslationPrompts(Prompts):
         path: YAML file of prompts. None selects the file captions/chat/translate.yaml.
         language: Code of the target language.
         source_language: Code of the source language.
-        needs_lines: True: one request will contain several captions, as numbered lines. The template `lines` for such
-            requests is then checked, too. False: each request will contain one caption.
+        needs_lines: True if one request will contain several captions, as numbered lines. The template `lines` is then
+            checked, too.
 
     Raises:
         ValueError: If the file is not valid; for example, if the template `user` does not contain `{{ text }}`.
@@ -167,7 +165,7 @@ class CaptionPrompts(Prompts):
     """Prompts that ask a vision-language model for captions of an image.
 
     Args:
-        path: YAML file of prompts. None selects the file captions/chat/captions_<language>.yaml if it exists, otherwise
+        path: YAML file of prompts. Default: captions/chat/captions_<language>.yaml if it exists, otherwise
             captions_en.yaml.
         language: Code of the language of the captions.
 
@@ -194,8 +192,7 @@ class CaptionPrompts(Prompts):
 
         Args:
             number: Index of the prompt in `prompts`.
-            image_url: The image as a data URL. None: build the same conversation without an image, for example to test
-                whether the model sees images.
+            image_url: The image as a data URL. None: build the same conversation without an image.
 
         Returns:
             Messages of OpenAI's protocol, as dicts with the keys "role" and "content".

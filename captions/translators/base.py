@@ -20,15 +20,12 @@ SENTENCES_PER_ROW = 8
 class Translator(Backend):
     """Interface of the backends of `captions.translate`, which translate captions.
 
-    Each backend is a subclass in its own module. The methods are called in this order: `check_flags`, `check`, `load`,
-    and then `translate` any number of times. A subclass must implement `translate`. All other methods have a default
-    implementation.
+    The methods are called in this order: `check_flags`, `check`, `load`, and then `translate` any number of times. A
+    subclass must implement `translate`.
 
     Attributes:
-        needs_table: True: translations come from a table that people fill (`--import`). False: the backend makes them,
-            and they are stored in the translation memory, a folder of finished translations.
-        counts_tokens: True if the backend counts the tokens of its requests. The file `quality.json` then contains the
-            sums.
+        needs_table: True if translations come from a table that people fill (`--import`).
+        counts_tokens: True if the backend counts the tokens of its requests.
         name: Name of the translator for messages.
         fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
             Translators with equal fingerprints share their stored translations.
@@ -54,11 +51,10 @@ class Translator(Backend):
         return ""
 
     def on_answer(self, sentence: str, answer: Answer) -> None:
-        """Handle an answer as soon as it arrives: store it, and update the progress bar.
+        """Handle an answer as soon as it arrives. The default implementation does nothing.
 
-        A backend whose answers arrive one by one should call this method for each answer, so that a killed run loses
-        only unanswered requests. The default implementation does nothing. `captions.translate` replaces it by a
-        function that stores the answer and updates the bar.
+        A backend whose answers arrive one by one calls this method for each answer. `captions.translate` replaces it by
+        a function that stores the answer and updates the progress bar.
 
         Args:
             sentence: Sentence that was translated.
@@ -80,8 +76,8 @@ class Translator(Backend):
 def split_text(text: str, fits: Callable[[str], bool]) -> list[str]:
     """Split a long text into pieces that are short enough for a translator. Each piece is as long as possible.
 
-    The text is split between sentences if possible, otherwise between clauses, otherwise between words. A word that is
-    too long is split in the middle. A single character is never split, even if it is too long.
+    The text is split between sentences if possible, otherwise between clauses or words, and in a word only if
+    necessary.
 
     Args:
         text: The text.
@@ -90,13 +86,13 @@ def split_text(text: str, fits: Callable[[str], bool]) -> list[str]:
     Returns:
         The pieces in order. If the text is short enough, the list contains only the text.
     """
-    if len(text) < 2 or fits(text):
+    if len(text) < 2 or fits(text):  # a single character can't be split, even if it is too long
         return [text]
     for boundary in BOUNDARIES:
         units = [unit for unit in re.split(boundary, text) if unit.strip()]
         if len(units) > 1:
             break
-    else:
+    else:  # a single word: split it in the middle
         return split_text(text[: len(text) // 2], fits) + split_text(text[len(text) // 2 :], fits)
     pieces: list[str] = []
     for unit in units:
@@ -117,8 +113,6 @@ def translate_in_pieces(
 ) -> list[str]:
     """Translate sentences in batches, and split sentences that are too long for the translator.
 
-    The pieces of a long sentence are translated separately.
-
     Args:
         sentences: Sentences to translate.
         fits: Function that returns True if a text is short enough for the translator.
@@ -127,7 +121,7 @@ def translate_in_pieces(
         max_characters: Largest number of characters in a batch.
 
     Returns:
-        One translation per sentence. The translations of the pieces of a sentence are joined with blanks.
+        One translation per sentence. The translations of its pieces are joined with blanks.
     """
     pieces = [split_text(sentence, fits) for sentence in sentences]
     batches = iter_length_limited_batches(itertools.chain.from_iterable(pieces), max_characters, max_texts)

@@ -1,8 +1,7 @@
 """Translate sentences with a language model on a server that speaks OpenAI's protocol (`--backend chat`).
 
 By default, each request contains one sentence. With `--captions_per_request`, a request contains several sentences as
-numbered lines. If the answer has a different number of lines, these sentences are translated one by one. A bad answer
-is requested once more (see `captions.chat.client`).
+numbered lines. If the answer has a different number of lines, these sentences are translated one by one.
 """
 
 from collections.abc import Sequence
@@ -40,10 +39,8 @@ class ChatTranslator(ChatBackend, Translator):
 
     Args:
         args: Flags of `captions.translate`.
-        stage: Access to the rows of this task. The index of the task (`stage.rank`) selects the server for the first
-            request, so that the tasks do not all begin with the same server. None: only test the server before the work
-            begins. In a test, a failed request is sent again only once, and a warning is logged if the server does not
-            list the model.
+        stage: Access to the rows whose captions are translated. None: only check whether the servers can be used, with
+            fewer attempts per request.
 
     Raises:
         ValueError: If a flag or the file of prompts is invalid, or the server refuses requests.
@@ -109,8 +106,8 @@ class ChatTranslator(ChatBackend, Translator):
     def translate(self, sentences: list[str]) -> list[str]:
         """Translate sentences with the model on the server, and return one translation per sentence, in order.
 
-        If the model gives no usable answer for a sentence, its translation is "". The method `on_answer` gets an answer
-        for each sentence. If this answer is not usable, its attribute `fault` says what was wrong.
+        If the model gives no usable answer for a sentence, its translation is "". Each answer is also passed to
+        `on_answer`, with the problem in its attribute `fault`.
 
         Args:
             sentences: Sentences to translate.

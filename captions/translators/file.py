@@ -27,9 +27,8 @@ logger = logging.getLogger("capivara")
 class FileFlags:
     """Flags of `captions.translate` for translations from a table that people fill (`--backend file`).
 
-    A translation table is a TSV file with a column of sentences and a column in which people write the translations.
-    The methods of this class write, check and read the table. With another backend, `import_file` is None, and there is
-    no table.
+    A translation table is a TSV file with a column of sentences and a column for their translations. The methods of
+    this class write, check and read the table. If `import_file` is None, there is no table.
     """
 
     import_file: Path | None = flag(
@@ -43,14 +42,12 @@ class FileFlags:
     )
 
     def known_settings(self) -> dict[str, Any]:
-        """Return the part of the stage's settings that identifies the translation table, without loading a translator.
-
-        The settings are recorded in the file `stage.json`. Comparing them shows whether the table was changed.
+        """Return the settings that identify the content of the translation table, to detect changes of the table.
 
         Returns:
-            A dict `{"translator": identity}`; empty if there is no translation table. The identity is a dict with the
-            keys "backend" (always "file"), "target" (code of the target language) and "sha256" (SHA-256 hex digest of
-            the table).
+            A dict `{"translator": identity}`; empty if there is no table. The identity is a dict with the keys
+            "backend" (always "file"), "target" (code of the target language) and "sha256" (SHA-256 hex digest of the
+            table).
         """
         if self.import_file is None:
             return {}
@@ -72,9 +69,9 @@ class FileFlags:
     def read_table(self) -> TranslationTable:
         """Read the translation table, and check that it is for the source and target languages of the flags.
 
-        The first line of the table states its languages. Earlier versions of this program wrote tables without
-        languages. Such an old table is accepted if a folder next to the output folder, for example the translations of
-        another split, was made from a table for the same target language.
+        The first line of the table states its languages. Tables without languages, from earlier versions of this
+        program, are accepted only if another output in the same folder was made from a table for the same target
+        language.
 
         Raises:
             ValueError: If the table states other languages, or does not state the language of the translations.
@@ -159,8 +156,8 @@ class FileFlags:
         """Find the output rows that must be written again because a person corrected the translation table.
 
         Returns:
-            The changed rows and the files that hold them. None if the table has not changed. Also None if other
-            settings have changed as well: the output folder then belongs to other settings, and can't be corrected.
+            The changed rows and the files that hold them. None if the table has not changed, or if a flag or the
+            dataset has changed as well.
 
         Raises:
             ValueError: If the table does not have the sentences of the dataset, or a sentence has no translation.
@@ -172,8 +169,8 @@ class FileFlags:
         current = {"settings": settings, "columns": recorded["columns"]}
         record = recorded | {"settings": recorded["settings"] | table}
         if describe_record_differences(record, stage.record | current):
-            # Other settings have changed, too. When the stage runs, `write_or_check_stage_record` raises an error that
-            # lists the differences.
+            # Besides the table, a flag or the dataset has changed, so the output can't be corrected. When the stage
+            # runs, `write_or_check_stage_record` raises an error that lists the changes.
             return None
         # `check_source_rows` also reads the whole table, and frees its memory when it returns. The table is therefore
         # never in memory twice, although the line after it reads the table again.

@@ -42,7 +42,6 @@ class GoogleTranslator(Translator):
     Attributes:
         code: Code of the target language in Google's spelling, for example "zh-TW".
         fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
-            Translators with equal fingerprints can share their translations.
 
     Raises:
         ValueError: If the key is missing or refused, or the service does not know a language.
@@ -86,8 +85,7 @@ class GoogleTranslator(Translator):
     def batch_limits(self, args: Any) -> tuple[int, int]:
         """Return the size limits of a batch, the group of sentences that are translated before results are saved.
 
-        By default, a batch is at most as large as one request to the service. Each paid translation is then saved
-        before the next request is sent.
+        By default, a batch is at most as large as one request to the service.
 
         Args:
             args: Flags of `captions.translate`.
@@ -95,6 +93,7 @@ class GoogleTranslator(Translator):
         Returns:
             The tuple (largest number of sentences, largest number of characters).
         """
+        # Each paid translation is saved before the next request is sent.
         return args.batch_size or GOOGLE_MAX_SENTENCES, GOOGLE_MAX_CHARACTERS
 
     def _request_translations(self, texts: list[str]) -> list[str]:

@@ -2,12 +2,8 @@
 
     python -m captions.translate --dataset data/generated --output data/hi --language hi --model facebook/m2m100_418M
 
-A multilingual model needs a language token, that is, a special token that names the target language:
-
-- Marian models read it before the source sentence, for example `>>por<<`.
-- NLLB, M2M100 and mBART write it at the start of the translation, for example `por_Latn`.
-
-The method `decode` of the tokenizers does not skip language tokens, so this module removes them from translations.
+Marian, NLLB, M2M100 and mBART models are supported. A multilingual model gets the target language as a language token,
+such as `>>por<<` or `por_Latn`.
 """
 
 import hashlib
@@ -58,18 +54,15 @@ class Seq2SeqTranslator(Translator):
     """Translator that runs a sequence-to-sequence model of transformers on this machine.
 
     Args:
-        args: Flags of `captions.translate`. All options of `generate` for which there is no flag come from the model's
-            generation_config.
+        args: Flags of `captions.translate`. All other options of `generate` come from the model's generation_config.
 
     Attributes:
         name: Type and name of the model, for messages.
         code: Code of the target language in the spelling of the model, for example "por_Latn".
         fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
-            Translators with equal fingerprints can share their translations.
 
     Raises:
-        ValueError: If the model is not a translation model, or does not know a language. For an unknown language, the
-            message lists similar codes.
+        ValueError: If the model is not a translation model, or does not know a language.
         ImportError: If the tokenizer needs a package that is not installed.
     """
 
@@ -156,9 +149,8 @@ class Seq2SeqTranslator(Translator):
     def token_ids(self, text: str) -> list[int]:
         """Tokenize a text for the encoder of the model, and return the token ids.
 
-        For a multilingual Marian model, the first id is the token of the target language. Language tokens such as
-        `>>por<<` inside the text are removed, because they could change the target language. Any other special token in
-        the text, such as `</s>`, is treated as plain text.
+        For a multilingual Marian model, the first id is the token of the target language. Language tokens inside the
+        text, such as `>>por<<`, are removed. Other special tokens, such as `</s>`, are treated as plain text.
         """
         ids = self.tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
         return self._prefix_ids + [token for token in ids if token not in self._forbidden_ids]
@@ -180,6 +172,7 @@ class Seq2SeqTranslator(Translator):
             raise ValueError(
                 f"Out of memory with {len(texts)} sentences at the same time. Lower --batch_size. ({error})"
             ) from error
+        # The tokenizers do not skip language tokens when they decode, so remove them here.
         text_ids = [[token for token in row if token not in self._language_ids] for row in ids.tolist()]
         return [text.strip() for text in self.tokenizer.batch_decode(text_ids, skip_special_tokens=True)]
 

@@ -5,9 +5,8 @@ Each file says where the dataset comes from, how it is measured, and which resul
     flickr = load_benchmarks()["flickr30k-pt"]
     flickr.get_published_figure("baseline", "text_to_image")  # {"mean": 76.23}: mean of recall@1, 5 and 10 in percent
 
-Published results ("figures") are in percent. They come from CAPIVARA's model card and paper, unless `protocol_note`
-names another source. A file has no entry for a result that was not published. A dataset whose `hub_id` is null is only
-read from a local folder.
+Published results ("figures") are in percent, from CAPIVARA's model card and paper unless `protocol_note` names another
+source. A dataset whose `hub_id` is null is only read from a local folder.
 """
 
 from dataclasses import dataclass, field
@@ -66,7 +65,8 @@ class Benchmark:
     caption_positions: str = "all"
     prompts: str | None = None  # only for classification: name of the prompt file in `eval/prompts/pt`
     other_languages: tuple[str, ...] = ()  # languages that are measured by default, in addition to `language`
-    known_languages: tuple[str, ...] = ()  # languages that --languages accepts; if empty, those of `languages`
+    # Languages that --languages of `eval.suite` accepts. Empty: only the languages that are measured by default.
+    known_languages: tuple[str, ...] = ()
     # Key of another benchmark with the same images. Its local folder is used if this benchmark has none.
     data_of: str | None = None
     like_for_like: bool = True  # whether the published results were measured on the same texts and images
@@ -100,8 +100,8 @@ class Benchmark:
             direction: "text_to_image" or "image_to_text" for retrieval; ignored for classification.
 
         Returns:
-            A dict `{"mean": mean, "std": standard deviation}`, both in percent. The key "std" is missing if it was not
-            published. None if no result was published.
+            A dict with "mean" and, if it was published, "std" (standard deviation), both in percent. None if no result
+            was published.
         """
         figure = (self.published | self.bases).get(model)
         return figure.get(direction) if figure and self.task == "retrieval" else figure
@@ -115,9 +115,9 @@ class Benchmark:
         Returns:
             A dict with three keys:
 
-            - "data": the path or Hub id; "" if there is neither.
+            - "data": path or Hub id, or "".
             - "local": True if "data" is a path.
-            - "reason": why no data were found; "" if data were found.
+            - "reason": why no data were found, or "".
         """
         for key in filter(None, (self.key, self.data_of)):
             if folder and (folder / key).exists():
@@ -158,12 +158,8 @@ def find_published_name(name: str, role: str, model_class: str, loss: str) -> st
         loss: "contrastive" or "sigmoid".
 
     Returns:
-        A name for `Benchmark.get_published_figure`. The first rule that applies decides:
-
-        1. A benchmark has published results of this base model (`Benchmark.bases`): the last part of `name`, in
-           lowercase, such as "siglip2-base" for "google/SigLIP2-base".
-        2. The model has CAPIVARA's architecture and a contrastive loss: `role`.
-        3. Otherwise: None.
+        A name for `Benchmark.get_published_figure`, or None. For a base model in `Benchmark.bases`, it is the end of
+        `name` in lowercase, such as "siglip2-base". For a model with CAPIVARA's architecture and loss, it is `role`.
     """
     base = Path(name).name.casefold()
     if any(base in benchmark.bases for benchmark in load_benchmarks().values()):
@@ -175,13 +171,12 @@ def get_published_baseline_result(pair: dict[str, Any]) -> tuple[float, str] | N
     """Return the result that was published for a baseline model, to show it next to the measured one.
 
     Args:
-        pair: The measured results of a baseline and of the model that is compared with it: a dict from
+        pair: A measured baseline and the model that is compared with it, from
             `eval.records.tables.pair_with_baselines`.
 
     Returns:
-        A tuple (value, URL): the published value, from 0 to 1, and the URL of its source. None if no result was
-        published for the baseline, or if it was published for another language, metric, number of images or embedding
-        width.
+        A tuple (value, URL): the published value, from 0 to 1, and its source. None if no result was published for this
+        model in the same language, metric, number of images and embedding width.
     """
     value, benchmark = pair["baseline"], load_benchmarks().get(pair["dataset"])
     if not value or not benchmark or pair["dim"]:

@@ -4,8 +4,8 @@ The second argument of `evaluate.load` selects the metric, a key of `METRIC_DEFI
 
     evaluate.load("/path/to/eval/capivara_metrics", "recall_at_k").compute(predictions=..., references=..., k=5)
 
-The folder `capivara_metrics` needs no other file of the project. It can be copied anywhere, or uploaded to a Space on
-the Hub. It must keep its name, because `evaluate` looks for a Python file with the name of the folder.
+The folder `capivara_metrics` needs no other file of the project, so it can be copied, or uploaded to a Space on the
+Hub. It must keep its name, because `evaluate` looks for a Python file with the name of the folder.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """Metrics of cross-modal retrieval and of classification, as pure functions of embeddings, scores and ranks.
 
-A query is an embedding that is compared with all items: a text with all images, or an image with all texts. Ranks count
-from 0: rank 0 means that a relevant item has the highest score. A tie always counts against the query, so that a model
-that gives every item the same score does not look perfect.
+A query is compared with all items: a text with all images, or an image with all texts. Ranks count from 0: rank 0 means
+that a relevant item has the highest score. A tie counts against the query, so that a model that gives every item the
+same score does not look perfect.
 
 Example:
     >>> import torch
@@ -60,14 +60,12 @@ def compute_ranks_from_embeddings(
 ) -> Tensor:
     """Return the rank of each query's best relevant item, computed from the embeddings of queries and items.
 
-    The score of an item is the dot product of its embedding with the query's. The rank is the number of wrong items
-    that score at least as high as the best relevant item, so 0 is the best rank. Scores are computed in blocks of
-    queries, so that the whole score matrix is never in memory.
+    The rank is the number of wrong items that score at least as high. A score is the dot product of two embeddings.
 
     Args:
         query_embeds: Unit-length embeddings (queries, width).
         item_embeds: Unit-length embeddings (items, width).
-        query_groups: Group of each query (queries,). An image and its captions form a group.
+        query_groups: Group of each query (queries,).
         item_groups: Group of each item (items,). An item is relevant to the queries of its group.
 
     Returns:
@@ -89,23 +87,19 @@ def cross_modal_ranks(
 ) -> tuple[Tensor, Tensor]:
     """Return the retrieval ranks in both directions: each query searches all items, and each item searches all queries.
 
-    A rank is the number of wrong results that score at least as high as the best relevant result, so 0 is the best
-    rank. The result equals two calls of `compute_ranks_from_embeddings`. The score matrix is computed only once if it
-    fits into memory.
+    The result equals two calls of `compute_ranks_from_embeddings`.
 
     Args:
         query_embeds: Unit-length embeddings (queries, width), for example of texts.
         item_embeds: Unit-length embeddings (items, width), for example of images.
         query_groups: Group of each query (queries,). An image and its captions form a group.
-        item_groups: Group of each item (items,). An item is relevant to the queries of its group.
+        item_groups: Group of each item (items,).
 
     Returns:
-        A tuple (query ranks, item ranks), both int64, from 0. The query ranks have for each query the rank of its best
-        relevant item (queries,). The item ranks have for each item the rank of its best relevant query (items,).
+        A tuple (query ranks, item ranks) with the shapes (queries,) and (items,), both int64, from 0.
 
     Raises:
-        ValueError: If a query has no item of its group, an item has no query of its group, or an embedding is not
-            finite.
+        ValueError: If a query or item has no partner in its group, or if an embedding is not finite.
     """
     forward = query_embeds, item_embeds, query_groups, item_groups
     backward = item_embeds, query_embeds, item_groups, query_groups
@@ -155,8 +149,8 @@ def recall_at_k(ranks: Tensor, k: int) -> float:
     """Return the share of queries with a relevant item among their k highest-scored items.
 
     Args:
-        ranks: Rank of each query's best relevant item (queries,), from 0, as `ranks_from_scores` returns it.
-        k: Number of highest-scored items in which a relevant item counts as a hit.
+        ranks: Rank of each query's best relevant item (queries,), from 0.
+        k: Number of highest-scored items, at least 1.
 
     Returns:
         Recall@k, from 0 to 1.
@@ -209,9 +203,8 @@ def _compute_hits_per_query(ranks: Tensor, k: int) -> Tensor:
 def mean_hits(ranks: Tensor) -> Tensor:
     """Return the mean recall of every single query, for example to compute a confidence interval.
 
-    A query gets 1 for k = 1 if a relevant item has the highest score, otherwise 0. For k = 5 and k = 10, it gets 1 if a
-    relevant item is among the 5 or 10 highest-scored items. Its mean recall is the mean of these three numbers. The
-    mean over all queries is `mean_recall`.
+    A query gets 1 if a relevant item is among its k highest-scored items, otherwise 0. Its mean recall is the mean over
+    k = 1, 5 and 10.
 
     Args:
         ranks: Rank of each query's best relevant item (queries,), from 0.
@@ -225,9 +218,6 @@ def mean_hits(ranks: Tensor) -> Tensor:
 def chance_recall(query_groups: Tensor, item_groups: Tensor, k: int) -> float:
     """Return the recall@k that random scores are expected to reach.
 
-    For one query, it is the probability that k items drawn at random include a relevant item: 1 - C(wrong, k) /
-    C(items, k). C is the binomial coefficient, and `wrong` is the number of items that are not relevant.
-
     Args:
         query_groups: Group of each query (queries,).
         item_groups: Group of each item (items,). An item is relevant to the queries of its group.
@@ -238,6 +228,7 @@ def chance_recall(query_groups: Tensor, item_groups: Tensor, k: int) -> float:
     """
     items, relevant_counts = len(item_groups), Counter(item_groups.tolist())
     k = min(k, items)
+    # k items drawn at random miss all relevant items with the probability C(wrong, k) / C(items, k).
     misses = [math.comb(items - relevant_counts[group], k) / math.comb(items, k) for group in query_groups.tolist()]
     return 1 - sum(misses) / len(misses)
 
@@ -247,9 +238,8 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """Compute how much better a model is than a baseline on the same queries, with a 95 % confidence interval.
 
-    The interval is a percentile bootstrap interval of the differences between model and baseline (Efron and Tibshirani,
-    An Introduction to the Bootstrap, 1993, chapter 13). Whole groups are drawn with replacement, because the captions
-    of one image are not independent.
+    It is a percentile bootstrap interval (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+    It resamples whole groups.
 
     Args:
         baseline: The baseline's value of the metric for each query (queries,).
@@ -259,8 +249,7 @@ def paired_bootstrap(
         seed: Seed of the random draws.
 
     Returns:
-        A tuple (gain, low, high). The gain is the mean of model minus baseline. `low` and `high` are the ends of its
-        95 % interval, the 2.5th and 97.5th percentile.
+        A tuple (gain, low, high): the mean of model minus baseline, and the ends of its interval.
 
     Raises:
         ValueError: If the three tensors differ in length.
@@ -273,6 +262,7 @@ def paired_bootstrap(
     sums, counts = torch.bincount(index, weights=difference), torch.bincount(index)
     generator = torch.Generator().manual_seed(seed)
     means = torch.empty(resamples, dtype=torch.double)
+    # Whole groups are drawn with replacement, because the captions of one image are not independent.
     for i in range(resamples):
         drawn = torch.randint(len(counts), counts.shape, generator=generator)
         means[i] = sums[drawn].sum() / counts[drawn].sum()
@@ -283,7 +273,7 @@ def paired_bootstrap(
 def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -> Tensor:
     """Return the rank of each query's best relevant item, computed from a matrix of scores.
 
-    The rank is the number of wrong items that score at least as high as the best relevant item, so 0 is the best rank.
+    The rank is the number of wrong items that score at least as high as the best relevant item.
 
     Args:
         scores: Similarities (queries, items), finite.
@@ -293,8 +283,7 @@ def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -
         Ranks (queries,), int64, from 0.
 
     Raises:
-        ValueError: If a score is not finite, `scores` and `relevant_items` differ in length, a query has no relevant
-            item, or an index is out of range.
+        ValueError: If a score is not finite, or if `relevant_items` does not fit the scores.
     """
     _check_finite(scores)
     if len(scores) != len(relevant_items):
@@ -327,13 +316,13 @@ def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
     Args:
         scores: Finite scores (images, classes).
         labels: Index of the right class of each image (images,).
-        k: Number of highest-scored classes in which the right class counts as a hit.
+        k: Number of highest-scored classes, from 1 to the number of classes.
 
     Returns:
         Accuracy, from 0 to 1.
 
     Raises:
-        ValueError: If a score is not finite, a label is out of range, or k is not from 1 to the number of classes.
+        ValueError: If a score is not finite, or if a label or k is out of range.
     """
     ranks = _compute_true_class_ranks(scores, labels)
     if k > scores.shape[1]:
@@ -375,8 +364,7 @@ def per_class_accuracy(scores: Tensor, labels: Tensor) -> Tensor:
 def confusion_matrix(scores: Tensor, labels: Tensor) -> Tensor:
     """Count for each pair of classes how many images of the first class are classified as the second.
 
-    A tie between the right class and a wrong class counts as the wrong class. The sum of the diagonal is therefore the
-    number of images that `top_k_accuracy` with k = 1 counts as right.
+    A tie between the right class and a wrong class counts as the wrong class.
 
     Args:
         scores: Finite scores (images, classes).
@@ -389,6 +377,7 @@ def confusion_matrix(scores: Tensor, labels: Tensor) -> Tensor:
     # Scores are converted to floating-point numbers, because integers can't represent the -inf in the next line.
     floating = scores.to(torch.promote_types(scores.dtype, torch.float))
     best_wrong = floating.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
+    # As in `top_k_accuracy`, a tie counts against the image.
     predicted = torch.where(ranks == 0, labels, best_wrong)
     return torch.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
@@ -397,8 +386,7 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
     """Return the 11-point interpolated mean average precision (mAP) for images with several classes.
 
     The average precision of a class is the mean of the interpolated precision at the recalls 0, 0.1, …, 1 (Everingham
-    et al., The PASCAL Visual Object Classes Challenge, 2010, section 4.2). Images with equal scores share one point of
-    the precision-recall curve. Classes without images do not count in the mean.
+    et al., The PASCAL Visual Object Classes Challenge, 2010, section 4.2). Classes without images do not count.
 
     Args:
         scores: Finite scores (images, classes).
@@ -422,6 +410,7 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
     # slightly smaller than the level that it equals exactly.
     points, means = np.linspace(0, 1, 11) - 1e-12, []
     for column in present:
+        # Images with equal scores share one point of the precision-recall curve.
         precision, recall, _ = precision_recall_curve(targets[:, column].numpy(), scores[:, column].numpy())
         # scikit-learn appends a point with precision 1 and recall 0, which was not measured. It is removed, because the
         # best precision at recall 0 would otherwise always be 1.

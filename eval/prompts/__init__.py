@@ -1,13 +1,11 @@
 """Load class names and prompt templates for zero-shot classification, from four sources.
 
-A protocol is the name of a source:
+A source is called a protocol. Results of different protocols are not comparable.
 
 - `ours`: this project's Portuguese names and templates, in `pt/`.
-- `authors`: the names and templates of CAPIVARA's authors, read from their `portuguese_prompts.py`.
+- `authors`: those of CAPIVARA's authors, in their `portuguese_prompts.py`.
 - `babel`: the translated ImageNet class names of Babel-ImageNet, from the package `clip-benchmark`.
 - `own`: a user's JSON file, in any language.
-
-Results that were measured with different protocols are not comparable.
 """
 
 import ast
@@ -74,16 +72,14 @@ def load_prompts(
     """Load the class names and prompts that a zero-shot classifier needs for a benchmark.
 
     Args:
-        benchmark: A key of `list_benchmarks()`, or the path of a JSON file with your own classes
-            (`CLASSES_FILE_EXAMPLE`).
+        benchmark: A key of `list_benchmarks()`, or the path of a JSON file with your own classes, such as
+            `CLASSES_FILE_EXAMPLE`.
         protocol: Source of names and templates: "ours", "authors" or "babel". It must be "ours" for a JSON file.
-        language: Language code for protocol "babel", by default "pt". For other protocols it must be None or the
-            language of the prompts.
+        language: Language code for protocol "babel", by default "pt". Not needed for other protocols.
         authors_file: Path of the authors' `portuguese_prompts.py`. The file is parsed, never executed.
 
     Raises:
-        ValueError: If the benchmark, protocol or language is unknown, or a file has an invalid format. For an unknown
-            benchmark, the message suggests similar names.
+        ValueError: If the benchmark, protocol or language is unknown, or a file is invalid.
         ImportError: If the protocol is "babel" and the package clip-benchmark is not installed.
     """
     if protocol not in ("ours", "authors", "babel"):
@@ -108,24 +104,19 @@ def load_prompts(
 
 
 def fill_template(template: str, class_entry: dict, language: str = "pt") -> str:
-    """Turn a template and a class name into a prompt, such as "uma foto de um gato", by filling the placeholders.
+    """Fill the placeholders of a template with a class name, to get a prompt such as "uma foto de um gato".
 
-    The placeholder {} becomes the name of the class, in all languages. Portuguese templates have more placeholders, in
-    which articles agree with the name in gender and number:
+    The placeholder {} becomes the name. Portuguese templates have more placeholders:
 
     - {nome}: the name, as in "gato".
-    - {um} and {o}: the name with its indefinite or definite article, as in "um gato" and "o gato".
-    - {do} and {no}: the name with the preposition "de" or "em" and the definite article, as in "do gato" and "no gato".
+    - {um} and {o}: with an article, as in "um gato" and "o gato".
+    - {do} and {no}: with preposition and article, as in "do gato" and "no gato".
 
     Args:
         template: The template.
-        class_entry: The name of a class, as a dict `{language code: name}`. A Portuguese entry can also have the keys
-            "gender" ("m" or "f"), "number" ("s" for singular or "p" for plural), and "article" (False for a name that
-            is used without an article).
+        class_entry: The class as `{language code: name}`. For Portuguese also "gender" ("m" or "f"), "number" ("s" or
+            "p") and "article" (False for a name without article).
         language: Language code of the template.
-
-    Returns:
-        The prompt.
 
     Raises:
         ValueError: If the template has no placeholder, or an unknown placeholder.
@@ -248,17 +239,18 @@ def _load_authors_prompts(our_prompts: Prompts, authors_file: str | None) -> Pro
 def parse_python_assignments(text: str) -> dict:
     """Read the values that a Python file assigns to its variables, without executing the file.
 
-    An assigned value may be a text, a number, a list, a tuple, a dict, the name of an earlier variable, or a template,
-    which is a lambda that returns an f-string.
+    A value may be a literal (text, number, list, tuple or dict), the name of an earlier variable, or a template: a
+    lambda that returns an f-string.
 
     Args:
         text: Source code of the file.
 
     Returns:
-        A dict `{variable name: value}`. A template becomes a text in which {} stands for the argument of the lambda.
+        A dict from variable names to values. A template becomes a text in which {} stands for the argument of the
+        lambda.
 
     Raises:
-        ValueError: If an assigned value is anything else, such as a call, or if the text is not valid Python.
+        ValueError: If a value is anything else, such as a call, or if the text is not valid Python.
     """
     values: dict = {}
 

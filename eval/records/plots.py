@@ -78,9 +78,8 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, label_lan
     """Plot the curves of a training run: loss and learning rate on the left, validation recall on the right.
 
     Args:
-        curve: The list `curve` of a run.json file, with one dict per step. Training steps have the keys `step`, `loss`
-            and `learning_rate`. Steps with an evaluation have `validation`, a dict with the mean recall in each search
-            direction, from 0 to 1.
+        curve: The list `curve` of a run.json file, with one dict per step. Training steps have `step`, `loss` and
+            `learning_rate`. Evaluations have `validation`, a dict `{search direction: mean recall}`, from 0 to 1.
         language: Language code of the validation captions.
         path: PNG file to write.
         label_language: Language of the labels, "pt" or "en"; any other is treated as "en".
@@ -107,11 +106,11 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, label_lan
 def plot_baseline_and_model_bars(pairs: list[dict[str, Any]], path: Path) -> None:
     """Plot the results of baseline and trained model as horizontal bars next to each other, in percent.
 
-    A dark mark on a pair of bars shows its chance level, the result that random scores would reach, if it is known.
+    A dark mark shows the chance level, the result that random scores would reach.
 
     Args:
-        pairs: One dict for each comparison of baseline and model, from `pair_with_baselines`. Each dict must also have
-            the key "short": the label of its two bars.
+        pairs: Comparisons of baseline and model, from `pair_with_baselines`. Each also needs the key "short", the label
+            of its two bars.
         path: PNG file to write.
     """
     figure, axis = plt.subplots(figsize=(BARS_WIDTH_INCHES, 1.2 + 0.46 * len(pairs)), layout="constrained")
@@ -153,12 +152,11 @@ def plot_ranked_image_grid(
 ) -> None:
     """Draw the images that one or several models rank first for each query, as a grid with a row per query.
 
-    The images of each model are next to each other in the row. The image that the query describes has a thick green
-    frame.
+    The image that the query describes has a thick green frame.
 
     Args:
         rows: For each query, a list with one tuple (title, images) per model. `images` is a list of tuples (image,
-            whether the query describes the image), best image first. A text in place of an image is drawn as text.
+            whether the query describes it), best image first. A text in place of an image is drawn as text.
         path: PNG file to write.
         headings: Heading above the images of each model. Empty: no headings.
         note: Text below the grid.
@@ -201,12 +199,12 @@ def plot_ranked_image_grid(
 def select_sheet_queries(before: "Tensor", after: "Tensor", seed: int) -> list[tuple[int, str]]:
     """Select example queries that show how a trained model differs from its baseline, without cherry-picking.
 
-    The queries are put into random order. The function then takes the first three queries whose rank is better with the
-    trained model, the first query with an equal rank, and the first query with a worse rank.
+    From all queries in random order, the function takes the first three whose rank got better, the first with an equal
+    rank and the first with a worse rank.
 
     Args:
         before: For each query, the rank of its right image with the baseline, (queries,).
-        after: For each query, the rank of its right image with the trained model, (queries,).
+        after: The same with the trained model, (queries,).
         seed: Seed of the random order.
 
     Returns:
@@ -229,20 +227,16 @@ def plot_retrieval_sheet(
 ) -> None:
     """Draw a sheet of example queries for text-to-image retrieval, each with the five images that a model ranks first.
 
-    The rank of a query is the position of its right image in the results. With two models, the sheet shows random
-    queries whose rank became better, stayed equal or became worse through training. With one model, it shows the four
-    queries with the best ranks and the four with the worst ranks. It adds the right image of a query if it is not among
-    the first five. Queries with equal ranks are in random order.
+    With two models, it shows random queries whose right image is now ranked higher, equally or lower than before
+    training. With one model, it shows the four best and the four worst queries.
 
     Args:
         path: PNG file to write.
-        open_image: Function that opens an image by its index. If it raises BadImage, the first caption of the image is
-            drawn instead, and a note says why.
+        open_image: Function that opens an image by its index. If it raises BadImage, a caption is drawn instead.
         queries: Texts of all queries.
-        embeddings: A dict `{role: embeddings of the split}` with `eval.retrieval.RetrievalEmbeddings` as values. The
-            role is "baseline" or "capivara". With both, the sheet compares the two models.
-        seed: Seed of the random order.
-        language: Language of the labels, "pt" or "en"; any other is treated as "en".
+        embeddings: `{role: eval.retrieval.RetrievalEmbeddings}` with the role "baseline", "capivara" or both.
+        seed: Seed of the random choice.
+        language: Language of the labels: "pt", otherwise English.
     """
     labels, rows, note = PLOT_LABELS.get(language, PLOT_LABELS["en"])["sheet"], [], ""
     reason = ""  # why captions are shown instead of images; empty if all images can be shown
@@ -256,6 +250,7 @@ def plot_retrieval_sheet(
     else:
         (model_ranks,) = ranks.values()
         order = _random_order(len(model_ranks), seed)
+        # The sort is stable, so queries with equal ranks stay in random order.
         order = order[model_ranks[order].argsort(stable=True)].tolist()
         selected = [(query, "") for query in dict.fromkeys(order[:QUERIES_PER_END] + order[-QUERIES_PER_END:])]
     for query, kind in selected:
@@ -263,6 +258,7 @@ def plot_retrieval_sheet(
         for role, split in embeddings.items():
             scores, relevant = split.image_embeds @ split.text_embeds[query], int(split.image_of_text[query])
             best = scores.argsort(descending=True, stable=True)[:IMAGES_PER_QUERY].tolist()
+            # On the sheet of one model, the right image is added if it is not among the first five.
             if not is_comparison and relevant not in best:
                 best.append(relevant)
             rank_label = labels["rank"].format(rank=int(ranks[role][query]) + 1)

@@ -158,18 +158,17 @@ def write_records_to_result_file(
 ) -> None:  # fmt: skip
     """Write measured values to a result file, a JSON file that also says how they were measured.
 
-    The write is atomic. The command line, the package versions and the Hub revisions of model and dataset are added.
+    The write is atomic. Command line, package versions and Hub revisions are added.
 
     Args:
         path: JSON file to write.
         records: The measured values.
         dataset: Folder, file pattern or Hub id of the images.
-        fingerprint: Digest of the data that were measured; None if it was not computed.
+        fingerprint: Digest of the measured data, or None.
         model: Folder or Hub id of the model.
         name: Name of the dataset in the records, if it differs from `dataset`.
-        skipped: A dict `{row number: reason why the row was not measured}`, for example an unreadable image.
-        metadata: Further keys of the file, such as `device`, `precision` ("float32" or the autocast type) and `seconds`
-            (duration of the measurement).
+        skipped: `{row number: reason}` for rows that were not measured, for example unreadable images.
+        metadata: Further keys of the file, such as `device`, `precision` and `seconds`.
     """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     module, skipped = spec.name if spec else Path(sys.argv[0]).stem, skipped or {}
@@ -182,7 +181,7 @@ def write_records_to_result_file(
         "model": shorten_absolute_paths(model),
         "model_revision": _find_cached_hub_revision(model, "model"),
         "versions": package_versions(),
-        "seconds": None,
+        "seconds": None,  # duration of the measurement
         "skipped_rows": len(skipped),
         "command": " ".join(["python", "-m", module, *shorten_absolute_paths(sys.argv[1:])]),
         "records": listed,
@@ -213,7 +212,7 @@ def parse_result(content: dict[str, Any], name: str) -> ResultFile:
 
     Args:
         content: The JSON object.
-        name: Path of the file; in a report, relative to the folder of all results. It becomes `ResultFile.name`.
+        name: Path of the file. It becomes `ResultFile.name`.
 
     Raises:
         ValueError: If the object is invalid. The message starts with the JSON path of the wrong value, such as
@@ -241,16 +240,13 @@ def read_untrusted_json_object_and_bytes(path: Path) -> tuple[dict[str, Any], by
     """Read a JSON object from a file that another person may have written, and refuse unsafe or ambiguous content.
 
     Returns:
-        A tuple (object, bytes): the JSON object as a dict, and the content of the file. Callers use the bytes to
-        compute a digest or to search for a text.
+        A tuple (object, bytes): the JSON object as a dict, and the content of the file, for example to compute a
+        digest.
 
     Raises:
-        ValueError: In one of the following cases. The message starts with a verb, as in "is not valid JSON", so that
-            callers can put the name of the file before it.
-
-            - The file is not a regular file, or is larger than `MAX_JSON_BYTES`.
-            - The file holds no JSON object in UTF-8.
-            - A key occurs twice in an object, or a number is NaN or infinite.
+        ValueError: If the file is not a regular file or too large (`MAX_JSON_BYTES`), or holds no valid JSON object.
+            Duplicate keys, NaN and infinity are invalid. The message begins with a verb, as in "is not valid JSON", so
+            that a caller can put the file name before it.
     """
     # Only regular files are read, because reading a named pipe could wait forever for data.
     if not path.is_file():

@@ -1,7 +1,7 @@
 """Compute means over seeds and gains over a baseline, and show them as Markdown and HTML tables.
 
-The input consists of records. A `Record` is one measured value with the conditions of its measurement. The functions
-are used in this order, where `files` is a list of `ResultFile` objects:
+A `Record` is one measured value with the conditions of its measurement. Tables are made in three steps, where `files`
+is a list of `ResultFile` objects:
 
     frame = build_records_frame(files)  # one row per record
     values = average_over_seeds(frame, "folder")  # one mean per model and condition
@@ -35,18 +35,14 @@ def build_records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
 
     A record is one measured value with the conditions of its measurement.
 
-    Args:
-        files: Result files that have been read.
-
     Returns:
         A table with these columns:
 
-        - the fields of `Record`. `dim`, the width to which embeddings are truncated, is 0 instead of None if they are
-          not truncated;
-        - `folder` and `seed`: the folder that identifies the model, and the seed of its training run or None;
+        - the fields of `Record`; `dim` is 0 if embeddings are not truncated;
+        - `folder` and `seed`: model and training run, see `get_model_folder_and_seed`;
         - `name`, `precision`, `fingerprint` and `skipped_rows` of the result file;
-        - `source`, the file of the record and its position in it, such as "results/pt.json#/records/3";
-        - `record` and `file`, the `Record` and `ResultFile` objects.
+        - `source`: file and position of the record, such as "results/pt.json#/records/3";
+        - `record` and `file`: the `Record` and `ResultFile` objects.
     """
     rows = []
     for file in files:
@@ -83,28 +79,24 @@ def build_mean_recall_record(recalls: Sequence[Record]) -> Record:
 
 
 def get_model_folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
-    """Find out which model a record belongs to, and the seed of its training run, to average results over seeds.
+    """Find out which model a record belongs to, and the seed of its training run.
 
-    A model is identified by a folder:
-
-    - Normally, it is the folder of the model.
-    - Training runs in the subfolders `seed-0`, `seed-1` and so on of a common folder count as one model. The common
-      folder identifies this model.
-    - In the results that a training run writes about itself, the folder is "." or "seed-N". The folder of the result
-      file then identifies the model.
+    Training runs in the subfolders `seed-0`, `seed-1` and so on of a folder count as one model.
 
     Args:
         record: The record.
         file_name: Path of the record's result file, relative to the folder of all results.
 
     Returns:
-        A tuple (folder, seed). The folder identifies the model; it is "this run" if neither the record nor `file_name`
-        names a folder. The seed is None if it is unknown.
+        A tuple (folder, seed). The folder identifies the model: its own folder, or the parent of a folder `seed-N`. It
+        is "this run" if no folder is known. The seed is None if it is unknown.
     """
     folder, seed = PurePosixPath(record.model_folder), record.seed
     number = folder.name.removeprefix("seed-")
     if folder.name != number and number.isdecimal() and seed in (None, int(number)):
         folder, seed = folder.parent, int(number)
+    # The results that a training run writes about itself have the folder "." or "seed-N". The folder of the result file
+    # then identifies the model.
     if str(folder) == ".":
         folder = PurePosixPath(file_name).parent
         # A file in RUNS/seed-N/results belongs to the folder RUNS, which also has the runs with other seeds.
@@ -118,20 +110,17 @@ def find_conflicting_records(
 ) -> pandas.DataFrame:
     """Find records that contradict an earlier record: the same measurement, but another value.
 
-    Two records are of the same measurement if they have the same `Condition` (task, dataset, metric and so on), role
-    (baseline or trained model), seed and value in `group_column`.
+    Two measurements are the same if all fields of `Condition`, the role of the model, the seed and `group_column` are
+    equal.
 
     Args:
         frame: Table with one row per record, from `build_records_frame`.
-        group_column: One more column in which two records must agree to be the same measurement. Use "folder" if the
-            frame has several models, each in its own folder. Use "precision" if the frame has the results of one run:
-            values in different precisions may differ without being a conflict.
-        tolerance: Largest difference between two values that is no conflict: one number for all rows, or a Series with
-            one number per row.
+        group_column: "folder" if the frame has several models. "precision" for the results of a single run, whose
+            values may differ between precisions.
+        tolerance: Largest difference that is no conflict: one number, or a Series with one number per row.
 
     Returns:
-        The rows that contradict an earlier row. The additional column `first` has the value of the earlier record, and
-        `first_source` has its file name and JSON pointer.
+        The contradicting rows. The new columns `first` and `first_source` have value and source of the earlier record.
     """
     groups = frame.groupby([*Condition._fields, "model", group_column, "seed"], sort=False, dropna=False)
     frame = frame.assign(first=groups["value"].transform("first"), first_source=groups["source"].transform("first"))
@@ -141,11 +130,9 @@ def find_conflicting_records(
 def compute_means_and_deviations(frame: pandas.DataFrame, group_columns: list[str]) -> pandas.DataFrame:
     """Compute the mean and the standard deviation of the column `value`, for each group of rows.
 
-    Rows with equal values in `group_columns` form a group, for example the results of one model with several seeds.
-
     Args:
-        frame: Table with the columns `value` and `n` (number of queries or images of the measurement).
-        group_columns: Names of the columns that define the groups.
+        frame: Table with the columns `value` and `n` (number of queries or images).
+        group_columns: Columns that define the groups. Rows that are equal in all of them form a group.
 
     Returns:
         A table indexed by the group columns. Its columns are `mean`, `deviation` (sample standard deviation; NaN for a
@@ -160,18 +147,16 @@ def average_over_seeds(frame: pandas.DataFrame, group_column: str) -> list[Any]:
 
     Args:
         frame: Table with one row per record, from `build_records_frame`.
-        group_column: Column that tells models apart, normally "folder". For the results of a single run, use
-            "precision".
+        group_column: Column that tells models apart, normally "folder"; "precision" for the results of a single run.
 
     Returns:
-        One named tuple per model and `Condition` (task, dataset, metric and so on), in the order of files and records.
-        Its fields are:
+        One named tuple per model and `Condition` (task, dataset, metric and so on). Its fields are:
 
         - the fields of `Condition`, `model` (role: "baseline" or "capivara") and the group column;
-        - `mean`, `deviation` (sample standard deviation; None for a single seed) and `seeds` (number of seeds);
-        - `n` and `chance` of the first record; `chance` may be None;
-        - `data`, the set of all dataset fingerprints;
-        - `measured`, the rows of the frame, sorted by seed; a row without a seed comes first.
+        - `mean`, `deviation` (sample standard deviation; None for a single seed) and `seeds` (their number);
+        - `n` and `chance` (may be None) of the first record;
+        - `data`: the set of dataset fingerprints;
+        - `measured`: the averaged rows, sorted by seed.
     """
     keys = [*Condition._fields, "model", group_column]
     frame = frame.assign(row=pandas.Series([*frame.itertuples(index=False, name="Measured")], frame.index, object))
@@ -187,11 +172,10 @@ def average_over_seeds(frame: pandas.DataFrame, group_column: str) -> list[Any]:
 
 
 def pair_with_baselines(values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Pair each trained model with the baselines that it can be compared with, and compute its gain over each baseline.
+    """Pair each trained model with the baselines that it can be compared with, and compute its gains.
 
-    A model and a baseline can be compared if they have the same `Condition` (task, dataset, language, metric and so
-    on). If a model has several baselines, the baselines that were measured on the same data are preferred. A baseline
-    or a model without a partner is returned, too; its partner is None.
+    Models can be compared if they have the same `Condition` (task, dataset, language, metric and so on). Baselines that
+    were measured on the same data are preferred.
 
     Args:
         values: Mean results of models and baselines, from `average_over_seeds`.
@@ -200,14 +184,13 @@ def pair_with_baselines(values: Iterable[Any]) -> list[dict[str, Any]]:
         One dict per pair, with these keys:
 
         - the fields of `Condition`;
-        - `baseline` and `capivara`, the elements of `values` for the baseline and the trained model, or None;
-        - `gain`, the mean of the model minus the mean of the baseline: a difference of ranks for rank metrics,
-          otherwise of values from 0 to 1; None if model or baseline is missing;
-        - `chance`, the expected value for random scores, or None if it is unknown;
-        - `n`, the number of queries or images that the value averages over;
-        - `seeds`, the number of seeds of the model or of the baseline, whichever is larger;
-        - `is_rank`, whether the values are ranks;
-        - `doubts`, a list of reasons why baseline and model may not be comparable.
+        - `baseline` and `capivara`: the two elements of `values`; None for a missing partner;
+        - `gain`: mean of the model minus mean of the baseline, or None;
+        - `chance`: expected value for random scores, or None;
+        - `n`: number of queries or images;
+        - `seeds`: number of seeds, the larger of both;
+        - `is_rank`: True for ranks, False for values from 0 to 1;
+        - `doubts`: reasons why the two may not be comparable, as texts.
     """
     by_condition: dict[tuple, dict[str, list]] = {}
     for value in values:
@@ -284,8 +267,7 @@ def format_signed_difference(difference: float | None, is_rank: bool = False) ->
 
     Args:
         difference: Difference between two metric values from 0 to 1, or between two ranks.
-        is_rank: True: the difference is between ranks. False: it is between values from 0 to 1, and is shown in
-            percentage points.
+        is_rank: True: show a difference of ranks. False: show percentage points.
 
     Returns:
         The text. A dash for None and NaN.
@@ -344,13 +326,12 @@ def escape_markdown(text: str, limit: int = 300) -> str:
 def render_retrieval_table(records: Sequence[Record]) -> str:
     """Render recalls as a Markdown table like the one in CAPIVARA's paper, in percent.
 
-    The table has a row per language and model, and a row with the chance level. If there are several seeds, cells show
-    mean ± sample standard deviation. Results of truncated embeddings have separate rows. Below the table is a list of
-    the gains over the baseline, one for each language, direction and seed. A gain has a 95 % confidence interval from a
-    paired bootstrap over the images of the split.
+    The table has a row per language and model, and a row with the chance level. Cells show the mean, with several seeds
+    also ± the sample standard deviation. A list below the table has the gains over the baseline with their 95 %
+    confidence intervals.
 
     Args:
-        records: Retrieval records of baseline and trained model. Records with the metric "mean_recall_gain" go into the
+        records: Retrieval records of baseline and trained model. Those with the metric "mean_recall_gain" go into the
             list of gains.
 
     Returns:

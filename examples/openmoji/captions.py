@@ -3,9 +3,8 @@
     python -m examples.openmoji.captions
     accelerate launch train_accelerate.py --config configs/openmoji.yaml --dataset data/openmoji/captions/dataset
 
-The pipeline is the command `captions.build`. Usually it exports tables of English captions and stops. A person
-translates them, and a second run imports the translations. This example fills the tables with the Portuguese Unicode
-names of the same emoji instead. The second command above trains a model on the selected captions.
+Usually, the pipeline `captions.build` stops, so that a person translates tables of captions. This example fills in the
+Portuguese Unicode names of the emoji instead. The second command trains a model on the selected captions.
 """
 
 import logging
@@ -33,8 +32,7 @@ class OpenMojiCaptionsArguments:
 def build_openmoji_caption_dataset(args: OpenMojiCaptionsArguments) -> Path:
     """Build a Portuguese caption dataset from OpenMoji's English names, with the pipeline `captions.build`.
 
-    The pipeline stops once, so that a person can translate the exported tables of English names. This function fills
-    the tables with the Portuguese Unicode names of the emoji instead, and continues the pipeline.
+    The translations are the Portuguese Unicode names of the emoji.
 
     Args:
         args: Command-line arguments: the folder of the OpenMoji dataset and the config of the pipeline.
@@ -43,8 +41,8 @@ def build_openmoji_caption_dataset(args: OpenMojiCaptionsArguments) -> Path:
         Folder of the finished dataset.
 
     Raises:
-        ValueError: If the OpenMoji dataset or the base model is missing, or if the output folder of a pipeline stage
-            (such as the selection of captions) was built with other settings.
+        ValueError: If the OpenMoji dataset or the base model is missing, or if an output folder was built with other
+            settings.
     """
     if not (args.source / "dataset_dict.json").is_file():
         raise ValueError(f"{args.source} is not a dataset. Make it first: python -m examples.openmoji.prepare")
@@ -55,6 +53,7 @@ def build_openmoji_caption_dataset(args: OpenMojiCaptionsArguments) -> Path:
     try:
         return build_dataset(BuildArguments(args.config))
     except ManualStepRequired:
+        # The pipeline has exported tables for a person to translate.
         tables = [step.import_file for step in plan.all_steps() if getattr(step, "import_file", None)]
         _write_portuguese_names_into_table_files(tables, source)
     return build_dataset(BuildArguments(args.config))

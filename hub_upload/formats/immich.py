@@ -1,7 +1,6 @@
 """Export a model for the machine-learning service of the photo server Immich (tested with Immich 1.134 and 2.5).
 
-Immich loads only models from a fixed list of names, so the exported folder is stored under one of these names. These
-files are written:
+These files are written:
 
     config.json                                   embedding width, and maximum number of tokens in a text
     textual/model.onnx                            token ids (1, tokens), int32 -> embedding (1, width), unit length
@@ -9,10 +8,8 @@ files are written:
     visual/model.onnx                             image (1, 3, side, side), float32 -> embedding (1, width)
     visual/preprocess_cfg.json                    size, interpolation, mean, std, resize_mode
 
-Copy the folder to clip/NAME in Immich's model cache, where NAME is the name of a model in Immich's list. If a base
-model is given (`--base`), only the text encoder is exported: `visual/` is not written, and the other files replace the
-files of the base model in the cache. The outputs of all ONNX graphs are compared with the outputs of the model.
-docs/how-to/immich.md describes the steps.
+Copy the folder to clip/NAME in Immich's model cache, where NAME is a model in Immich's fixed list. With a base model
+(`--base`), only the text encoder is exported, without `visual/`. docs/how-to/immich.md describes the steps.
 """
 
 import json
@@ -64,7 +61,7 @@ class ImmichTower(nn.Module):
 
     Args:
         model: Model with both towers.
-        pad_id: Id of the padding token. The attention mask masks all tokens with this id. None: the model uses no mask.
+        pad_id: Id of the padding token, from which the attention mask is computed. None: the model uses no mask.
     """
 
     def __init__(self, model: PreTrainedModel, pad_id: int | None):
@@ -91,7 +88,7 @@ class ImmichTower(nn.Module):
 def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str | None = None) -> None:
     """Write a CAPIVARA or SigLIP model in the folder layout that the photo server Immich reads.
 
-    The docstring of this module lists the files. A log message names the folder of Immich to which to copy them.
+    The module docstring lists the files.
 
     Args:
         source: Folder of the model.
@@ -100,9 +97,8 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
         base: Folder or Hub id of the base model. If given, only the text encoder is written.
 
     Raises:
-        ValueError: If the model and the base model have different image encoders, the model is damaged, or Immich's
-            layout can't represent the model. Also if an encoder exceeds 2 GB, the limit of an ONNX file, or if an ONNX
-            graph gives other embeddings than the model.
+        ValueError: If the two models have different image encoders, the model is damaged, an encoder exceeds 2 GB, or
+            Immich can't represent the model.
     """
     if base is not None:
         resolve_compatible_base_folder(source, base)
@@ -133,11 +129,9 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
 def find_immich_name_by_architecture(config: PreTrainedConfig) -> str | None:
     """Find the model in Immich's list that has the same architecture, and return its name or None.
 
-    Immich loads only models of its list, so an exported model takes the name of one of them.
-
     Args:
         config: Configuration of a CAPIVARA or SigLIP model. If the vocabulary was trimmed (tokens of other languages
-            were removed), the size of the original vocabulary is compared.
+            were removed), the original size counts.
     """
     trimmed = getattr(config, "trimmed_vocabulary", None)
     tokens = trimmed["of"] if trimmed else config.text_config.vocab_size
@@ -199,7 +193,8 @@ def _write_and_check_graph(tower: ImmichTower, input_name: str, examples: list[n
     with torch.inference_mode():
         expected = np.concatenate([tower(**{input_name: torch.from_numpy(example)}).numpy() for example in examples])
     export_graph(tower, {input_name: torch.from_numpy(examples[0])}, [f"{input_name}_embeds"], path)
-    # Save the graph again with the weights inside the file, because Immich expects a single file.
+    # Save the graph again with the weights inside the file, because Immich expects a single file. A file of more than
+    # 2 GB, the limit of ONNX, causes a ValueError.
     onnx.save(onnx.load(path), path)
     weights_file(path).unlink()
     session = open_session(path)

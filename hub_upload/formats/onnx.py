@@ -5,8 +5,8 @@
                             SigLIP: only input_ids (texts, 64)
     onnx/model.onnx         all inputs -> logits_per_image (images, texts), logits_per_text, text_embeds, image_embeds
 
-Embeddings have unit length. The weights of a graph are in a separate file with the suffix `.onnx_data`. The names of
-int8 graphs end in `_quantized` and the names of float16 graphs in `_fp16`, as transformers.js expects.
+Embeddings have unit length. The file `<graph>.onnx_data` has the weights of a graph. The names of int8 graphs end in
+`_quantized` and the names of float16 graphs in `_fp16`.
 """
 
 import logging
@@ -37,15 +37,15 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # differ by 1e-7.
 SCORE_TOLERANCE = 1e-3
 QUANTIZATION_BLOCK_SIZE = 128  # number of consecutive int8 weights that share a scale and a zero point
-# Matrix products are quantized with onnxruntime's operator MatMulNBits. It is more accurate than the usual function
-# `quantize_dynamic` at the same size and speed, because `quantize_dynamic` uses a single scale for all activations of a
-# batch. For Portuguese captions and the text tower of the demo model, the mean cosine with the float32 embeddings is
-# 0.998 with MatMulNBits and 0.986 with `quantize_dynamic`.
+# At equal size and speed, MatMulNBits is more accurate than `quantize_dynamic`, which has a single scale for all
+# activations of a batch. For Portuguese captions and the text tower of the demo model, the mean cosine with the float32
+# embeddings is 0.998 with MatMulNBits and 0.986 with `quantize_dynamic`.
 QUANTIZATION_METHOD = (
     "by onnxruntime: weights of matrix products in 8 bits, with a scale and a zero point for "
     f"{QUANTIZATION_BLOCK_SIZE} numbers, their activations too (MatMulNBits, onnxruntime from 1.22); embeddings in 8 "
     "bits with a scale and a zero point a column"
 )
+# transformers.js expects these suffixes.
 PRECISION_SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # {precision: end of a graph's name}
 IMAGE_INPUTS, TEXT_INPUTS = ("pixel_values",), ("input_ids", "attention_mask")
 SCORE_OUTPUTS = ("logits_per_image", "logits_per_text")
@@ -60,14 +60,12 @@ TOWER_GRAPHS = ("vision_model", "text_model")
 class EmbeddingGraph(nn.Module):
     """Module to export to ONNX: a two-tower model that returns chosen outputs, such as embeddings or similarity scores.
 
-    Embeddings have unit length. Scores are the logits of the model: cosine similarities times the logit scale and, for
-    SigLIP, plus the logit bias. They need both images and texts. Pixels and outputs are float32, even if the model is
-    float16.
+    Embeddings have unit length. Scores are the logits of the model and need both images and texts. Pixels and outputs
+    are float32, even if the model is float16.
 
     Args:
         model: Model with both towers.
-        outputs: Names of the outputs to compute: "image_embeds", "text_embeds", "logits_per_image" or
-            "logits_per_text".
+        outputs: Names of the outputs: "image_embeds", "text_embeds", "logits_per_image" or "logits_per_text".
     """
 
     def __init__(self, model: PreTrainedModel, outputs: Sequence[str]):
@@ -106,18 +104,14 @@ def write_onnx(
     graphs: Sequence[str] = TOWER_GRAPHS,
     precisions: Sequence[str] = ("float32", "int8"),
 ) -> None:
-    """Write ONNX graphs of a model to the subfolder `onnx`, and measure the size and accuracy of each graph.
-
-    The measurements are written to `onnx/quantisation.json`.
+    """Write ONNX graphs of a model to the subfolder `onnx`, and their sizes and accuracy to `onnx/quantisation.json`.
 
     Args:
         folder: Folder in which the subfolder `onnx` is created.
         source: Folder of the model. None: the model is in `folder`.
-        graphs: Names of the graphs to write: "vision_model", "text_model" or "model" (both towers with similarity
-            scores).
-        precisions: Number formats in which each graph is written: "float32", "int8" and "float16". "float32" must come
-            before "int8", because the int8 graph is made from the float32 graph. "float16" must be last, because it
-            converts the model in memory to float16.
+        graphs: Graphs to write: "vision_model", "text_model" or "model" (both towers with similarity scores).
+        precisions: Number formats of each graph: "float32", "int8" and "float16". "int8" requires "float32" before it,
+            and "float16" must be last.
 
     Raises:
         ValueError: If a float32 graph differs from the model by more than `EMBEDDING_TOLERANCE` or `SCORE_TOLERANCE`.
@@ -141,8 +135,8 @@ def write_onnx(
     paths = []
     for precision in precisions:
         if precision == "float16":
-            # Only the child modules are converted to float16. The logit scale and the logit bias are parameters of the
-            # model and of no child module, so they stay float32. Rounding them would change all scores.
+            # float16 must be the last precision, because the model itself is converted. The logit scale and the logit
+            # bias belong to no child module, so they stay float32. Rounding them would change all scores.
             for module in model.children():
                 module.half()
         for name in graphs:
@@ -188,17 +182,14 @@ def weights_file(graph: Path) -> Path:
 def export_graph(
     module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str], path: Path, shapes: dict | None = None
 ) -> None:
-    """Export a PyTorch module as an ONNX graph, with the weights in a separate file next to the graph.
-
-    The function `weights_file` returns the path of the file with the weights.
+    """Export a PyTorch module as an ONNX graph, with the weights in a separate file (see `weights_file`).
 
     Args:
         module: Module to export.
-        inputs: Dict {input name: example input}, with which the exporter traces the module.
+        inputs: Dict {input name: example input}.
         outputs: Names of the outputs.
         path: File of the graph.
-        shapes: Dimensions whose size may vary, a dict {input name: {index of the dimension: `torch.export.Dim`}}
-            (`dynamic_shapes` of `torch.onnx.export`). All other dimensions keep the size of the example input. None: no
+        shapes: Dimensions whose size may vary, in the form of `dynamic_shapes` of `torch.onnx.export`. None: no
             dimension may vary.
     """
     with _silence_logs_and_warnings(), torch.no_grad():
@@ -246,10 +237,9 @@ def _quantize_weights(source: Path, target: Path) -> None:
         from onnxruntime.quantization import QuantType, quantize_dynamic
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-        # Only token embeddings ("Gather") and matrix products ("MatMul") are quantized, because they have most of the
-        # weights of a multilingual text tower. Convolutions stay float32. With int8 convolutions, embeddings of the
-        # image tower EfficientNet-Lite0 become unusable: their lowest cosine with the float32 embeddings is 0.56. int8
-        # convolutions would also save little memory, because this image tower has only 16 MB.
+        # Token embeddings ("Gather") and matrix products ("MatMul") have most weights. Convolutions stay float32.
+        # In int8, they make embeddings of the image tower EfficientNet-Lite0 (only 16 MB) unusable: the lowest cosine
+        # with the float32 embeddings is 0.56.
         unsigned = {"per_channel": True, "weight_type": QuantType.QUInt8}
         quantize_dynamic(source, target, op_types_to_quantize=["Gather"], **unsigned)
         # At accuracy level 4, onnxruntime quantizes not only the weights but also the activations, so that it can
@@ -306,7 +296,7 @@ def check_difference(graph: Path, difference: float, tolerance: float = EMBEDDIN
 
     Args:
         graph: File of the graph, for the error message.
-        difference: Largest absolute difference between an output of the graph and the same output of the model.
+        difference: Largest absolute difference between their outputs.
         tolerance: Largest allowed difference.
 
     Raises:

@@ -1,8 +1,7 @@
 """Export a CAPIVARA or SigLIP model in the format of open_clip.
 
-For a SigLIP model, this module writes the whole export, and checks that open_clip computes the same embeddings with it
-as the original model. For a CAPIVARA model, this module only builds the configuration, open_clip_config.json.
-`hub_upload/export.py` writes the weights, together with the weights for transformers.
+For a SigLIP model, this module writes and checks the whole export. For a CAPIVARA model, it only builds the
+configuration, and `hub_upload/export.py` writes the weights.
 """
 
 import logging
@@ -40,9 +39,6 @@ logger = logging.getLogger("capivara")
 def choose_and_check_text_config_id(config: CapivaraConfig, text_config: str | None) -> str | None:
     """Choose the Hub id from which open_clip loads the text tower's configuration, and check the configuration.
 
-    open_clip does not read this configuration from the exported folder, but from another repository on the Hub. If it
-    differed from the configuration of the model, open_clip would build a wrong text tower.
-
     Args:
         config: Configuration of the model.
         text_config: Hub id that the user chose with --text_config. None: XLM-RoBERTa base.
@@ -51,8 +47,8 @@ def choose_and_check_text_config_id(config: CapivaraConfig, text_config: str | N
         The Hub id. None if `text_config` is None and the text tower of the model is not XLM-RoBERTa base.
 
     Raises:
-        ValueError: If `text_config` is not a Hub id with a configuration, or this configuration differs from the
-            configuration of the model's text tower. The message names the fields that differ.
+        ValueError: If `text_config` has no configuration, or its configuration differs from the model's. The message
+            names the fields that differ.
     """
     # The default text tower of a `CapivaraConfig` is XLM-RoBERTa base, so its configuration need not be downloaded.
     base = CapivaraConfig().text_config
@@ -66,6 +62,8 @@ def choose_and_check_text_config_id(config: CapivaraConfig, text_config: str | N
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"text_config must be a Hub id with a configuration, got {text_config!r}: {reason}") from error
+    # open_clip loads this configuration from the Hub and not from the exported folder. With another configuration than
+    # the model's, it would build a wrong text tower.
     if differences := _describe_config_differences(config.text_config, hub_config):
         raise ValueError(f"text_config {text_config} differs from the model's text tower: {'; '.join(differences)}.")
     return text_config
@@ -76,24 +74,20 @@ def build_open_clip_config(
 ) -> dict[str, Any] | None:
     """Build the content of open_clip_config.json, from which open_clip builds a CAPIVARA model.
 
-    No weights are read. If open_clip is installed, this function also checks that open_clip can build the model, with
-    tensors of the right names and shapes. For this check, the open_clip model is built on PyTorch's meta device, which
-    needs no memory for weights.
+    If open_clip is installed, this function also checks that open_clip can build the model.
 
     Args:
         config: Configuration of the model.
-        image_processor: Image processor of the model.
-        text_config: Hub id from which open_clip loads the configuration of the text tower. None: XLM-RoBERTa base.
-        repo_id: Hub id under which the model will be published, from which open_clip loads the tokenizer. None:
-            open_clip loads the tokenizer from the same Hub id as the configuration of the text tower.
+        image_processor: Its image processor.
+        text_config: Hub id from which open_clip loads the text tower's configuration. None: XLM-RoBERTa base.
+        repo_id: Hub id from which open_clip loads the tokenizer. None: same as for the configuration.
 
     Returns:
-        Content of open_clip_config.json: `{"model_cfg": architecture, "preprocess_cfg": image preprocessing}`. None if
-        `text_config` is None and the text tower is not XLM-RoBERTa base. In this case, a message is logged.
+        A dict with the keys "model_cfg" and "preprocess_cfg". None if `text_config` is None, but the text tower is not
+        XLM-RoBERTa base.
 
     Raises:
-        ValueError: If open_clip can't represent the architecture or the preprocessing of the model, or if `text_config`
-            is invalid.
+        ValueError: If open_clip can't represent the model, or `text_config` is invalid.
     """
     source = choose_and_check_text_config_id(config, text_config)
     if source is None:
@@ -107,7 +101,7 @@ def build_open_clip_config(
     model_cfg = convert_open_clip.to_open_clip_model_cfg(config, source, dict(image_processor.size)["shortest_edge"])
     if find_spec("open_clip"):
         try:
-            with torch.device("meta"):
+            with torch.device("meta"):  # needs no memory for weights
                 theirs = convert_open_clip.new_open_clip_model(config)
                 tensors = convert_open_clip.to_capivara_state_dict(theirs.state_dict())
                 build_save_only_model_from_tensors(tensors, config, "Its tensors")
@@ -188,8 +182,7 @@ def write_open_clip_siglip(source: Path, folder: Path, repo_id: str | None = Non
     Args:
         source: Folder of the model.
         folder: Folder to write to.
-        repo_id: Hub id under which the model will be published. The configuration names it, and open_clip loads the
-            tokenizer from there. None: the configuration has the name of the model's folder instead.
+        repo_id: Hub id from which open_clip loads the tokenizer. None: the name of the model's folder.
 
     Returns:
         The written weights as a dict {tensor name in open_clip: tensor of the model}.

@@ -22,8 +22,8 @@ logger = logging.getLogger("capivara")
 def write_sentence_transformers_config(folder: Path, processor: ProcessorMixin) -> None:
     """Write the configuration files with which Sentence Transformers loads the exported model.
 
-    From these files, Sentence Transformers builds a pipeline of two modules. The first module is the whole model with
-    both towers, for texts and images. The second module scales the embeddings to unit length.
+    Its pipeline has two modules: the whole model, for texts and images, and a module that scales embeddings to unit
+    length.
 
     Args:
         folder: Folder of the export, which already has the files for transformers.

@@ -5,12 +5,7 @@
     tokenizer.json                        tokenizer with only those normalizer steps that transformers.js knows
     tokenizer_config.json                 maximum number of tokens in a text
 
-`hub_upload/formats/onnx.py` writes the ONNX graphs. For transformers.js, it writes two more kinds of graphs:
-
-    onnx/model.onnx                       graph with both towers, which returns similarity scores of images and texts
-    onnx/*_fp16.onnx                      every graph again, in float16
-
-The file names and settings follow `models/session.js` and `utils/model-loader.js` of transformers.js 4.3.
+`hub_upload/formats/onnx.py` writes the ONNX graphs.
 """
 
 from pathlib import Path
@@ -22,6 +17,7 @@ from hub_upload import formats
 from modeling_capivara.loading import load_processor
 from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 
+# File names and settings follow `models/session.js` and `utils/model-loader.js` of transformers.js 4.3.
 CONFIG_KEY = "transformers.js_config"  # key in config.json that transformers.js reads
 # Settings of image processors that transformers.js supports. All other settings are left out of
 # preprocessor_config.json.
@@ -41,10 +37,9 @@ NMT_STEPS = [
     formats.build_replace_step(r"[\u0001-\u0008\u000B\u000E-\u001F\u007F\u008F\u009F]", ""),
     formats.build_replace_step(r"[\u0009\u000A\u000C\u000D\u1680\u200B-\u200F\u2028\u2029\u2581\uFEFF\uFFFD]", " "),
 ]
-# PIL's number for the LANCZOS resize filter. The exported preprocessor_config.json names this filter instead of the
-# model's own (usually bicubic). The bicubic filter of transformers.js skips pixels when it makes images smaller. With
-# LANCZOS, the pixels are closest to those of the model's image processor in Python. In a browser, this setting has no
-# effect, because the canvas resizes images.
+# PIL's number for the LANCZOS resize filter, which replaces the model's own filter (usually bicubic). transformers.js's
+# bicubic filter skips pixels when it shrinks images; LANCZOS is closest to the image processor in Python. In a browser,
+# the setting has no effect, because the canvas resizes images.
 LANCZOS_RESAMPLE = 1
 
 
@@ -88,8 +83,8 @@ def read_and_convert_tokenizer(folder: Path) -> dict[str, Any]:
 def convert_tokenizer_files_in_place(folder: Path) -> None:
     """Rewrite the tokenizer files of an export, so that transformers.js splits texts into the same tokens.
 
-    For a CAPIVARA model, the token ids are the same if a text is already clean. Other texts may get other tokens,
-    because transformers.js does not run CAPIVARA's text cleaning code, which is written in Python.
+    For a CAPIVARA model, this is guaranteed only for clean texts, because transformers.js does not run its text
+    cleaning code.
 
     Args:
         folder: Folder of the export, with config.json and the tokenizer files.

@@ -4,14 +4,11 @@
     python -m hub_upload.space --model runs/mine --static page --library node_modules  # page without a server
     python -m hub_upload.push --model demo --repo_id org/demo --repo_type space --push     # uploads the folder
 
-With --space, users search your pictures. The folder contains a server program, the model and an index of the pictures.
-The Space shows thumbnails of the pictures. It contains neither the picture files, nor the full paths of their folders,
-nor the GPS coordinates at which pictures were taken.
+With --space, users search your pictures. The folder contains a server program, the model and an index of the pictures
+with thumbnails. It contains no picture files, no full paths of folders and no GPS coordinates.
 
 With --static, users search the pictures on their own device. The folder contains a page that runs the model in the
-browser.
-
-To search on this machine only, use `capivara app`.
+browser. To search on this machine only, use `capivara app`.
 """
 
 from dataclasses import dataclass

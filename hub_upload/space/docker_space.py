@@ -1,8 +1,6 @@
 """Write the search page as a Docker Space (web demo on the Hub): a folder with program, model and index of pictures.
 
-The index in this folder is a copy without private data. It has thumbnails of the pictures, but neither the paths of
-this machine's folders nor the GPS coordinates at which pictures were taken. Owner and license of the pictures are read
-from the README.md of the folder with the pictures. The Python requirements are pinned to the installed versions.
+The index is a copy without private data. Owner and license of the pictures are read from the README.md of their folder.
 """
 
 import json
@@ -47,8 +45,8 @@ def read_picture_credit_from_card(folder: Path) -> Credit:
         folder: Folder with the pictures.
 
     Returns:
-        Name, license and attribution of the pictures. If README.md states no name, the name of the folder is used. If
-        it states no license or attribution, the value is "".
+        Name, license and attribution of the pictures. Missing values are "", but a missing name becomes the folder's
+        name.
     """
     metadata = read_card_metadata(folder / "README.md")
     values = [metadata.get(key) for key in ("pretty_name", "license", "attribution")]
@@ -57,20 +55,19 @@ def read_picture_credit_from_card(folder: Path) -> Credit:
 
 
 def copy_index_for_publication(index: PictureIndex, output: Path, model: str, title: str) -> None:
-    """Copy an index of pictures without private data, so that the copy can be published.
+    """Copy an index of pictures for publication, without private data.
 
-    Only pictures that were embedded with the model of the index are copied. In the copy, the paths of this machine's
-    folders are replaced by public names. The GPS coordinates at which pictures were taken are removed.
+    In the copy, public names replace the paths of the indexed folders, and GPS coordinates are removed. Only pictures
+    that were embedded with the model of the index are copied.
 
     Args:
         index: Index to copy.
         output: Folder of the copy. It must not exist yet.
-        model: Place of the model, which the copy stores: a folder relative to the folder of the Space, or a Hub id.
-        title: Public name of the indexed folder. It is used only if the index has a single folder. If it is "", or the
-            index has several folders, the last part of each folder's path is its public name.
+        model: Folder of the model relative to the Space, or its Hub id. The copy stores it.
+        title: Public name of the indexed folder. With "" or several folders, the folders keep their own names.
 
     Raises:
-        ValueError: If the index has no pictures that were embedded with its model.
+        ValueError: If no picture was embedded with the model of the index.
     """
     # Maps each indexed folder to its public name. An indexed subfolder is listed before its parent folder, because
     # `_anonymize_path` uses the first folder that contains the picture.
@@ -124,18 +121,14 @@ def _anonymize_path(path: str, new_names: dict[str, str]) -> str:
 def write_space(pictures: str, model: str, folder: Path) -> None:
     """Write the folder of a Space (web demo on the Hub) that serves the picture search page.
 
-    The folder holds the program, a copy of the index, the Python requirements, a card and, if `model` is a folder, the
-    model.
-
     Args:
-        pictures: Path or URI of the index of pictures. The Space gets a copy of the index without private data.
-        model: Folder or Hub id of the model. A folder is copied to the Space. From a Hub id, the Space itself downloads
-            the model.
+        pictures: Path or URI of the index of pictures. The Space gets a copy without private data.
+        model: Folder or Hub id of the model. A folder is copied to the Space. From a Hub id, the Space downloads the
+            model.
         folder: Folder to write. It must be empty or not exist yet.
 
     Raises:
-        ValueError: If the index or the model does not exist. Also if `folder` is not empty, or a file to publish
-            contains an absolute path or an access token.
+        ValueError: If the index or the model does not exist, `folder` is not empty, or a file must not be published.
     """
     if not Path(pictures, "pictures.lance").is_dir() and not pictures.startswith(STORAGE_PREFIXES):
         raise ValueError(
@@ -182,8 +175,8 @@ def write_space_card(folder: Path, template: str, card_data: dict[str, Any], **v
     Args:
         folder: Folder of the Space.
         template: "space" for a Space with a server, "static" for a page without a server.
-        card_data: Settings of the Space, which become the front matter (YAML header) of the card.
-        values: Variables of the Jinja template of the card, such as the name of the model.
+        card_data: Settings of the Space, for the front matter (YAML header) of the card.
+        values: Variables of the card's Jinja template.
     """
     path = TEMPLATE_FOLDER / f"{template}.md.jinja"
     card = SpaceCard.from_template(SpaceCardData(**card_data, **SPACE_CARD_STYLE), template_path=str(path), **values)
@@ -194,10 +187,10 @@ def read_model_license(model: Path) -> str:
     """Read the license of a model from the card (README.md) in its folder.
 
     Args:
-        model: Folder of the model. For a Hub id, the result is always "", because cards on the Hub are not read.
+        model: Folder of the model.
 
     Returns:
-        Identifier of the license, such as "mit". "" if the card states no license or does not exist.
+        Identifier of the license, such as "mit". "" if there is no such folder or card, or the card states no license.
     """
     return str(read_card_metadata(model / "README.md").get("license") or "")
 

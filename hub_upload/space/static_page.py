@@ -5,13 +5,11 @@
     cd page && python -m http.server
 
     index.html, en.html    the page, in Portuguese and in English
-    static/                scripts and styles of capivara_search's page, with another source.js (see below)
+    static/                scripts and styles of capivara_search's page, with a source.js that runs the model
     library/               transformers.js and onnxruntime, from npm
     model/<digest>/        both towers in int8, tokenizer and settings, as `hub_upload.export` writes them
 
-There are two scripts with the name source.js. The source.js of capivara_search sends requests to a search server. It
-is replaced by the source.js of this package, which runs the model in the browser. The page's Content-Security-Policy
-forbids requests to other hosts, so the pictures stay on the user's device.
+The page's Content-Security-Policy forbids requests to other hosts, so the pictures stay on the user's device.
 """
 
 import hashlib
@@ -29,6 +27,7 @@ from hub_upload.formats import onnx, transformers_js
 from hub_upload.space.docker_space import CODE_ROOT, copy_file, read_model_license, write_space_card
 from hub_upload.upload_checks import check_file_for_secrets, check_model_files, check_paths
 
+# Runs the model in the browser. It replaces the script source.js of capivara_search, which calls a search server.
 SOURCE_SCRIPT = Path(__file__).parent / "static" / "source.js"
 # Maps a language to a tuple: file of the page, relative URL of the page, and URL of the page in the other language.
 PAGE_FILES = {"pt": ("index.html", "./", "en.html"), "en": ("en.html", "en.html", "./")}
@@ -56,15 +55,15 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
     """Write the picture search page as static files, which run the model in the browser of the user.
 
     Args:
-        model: Folder or Hub id of a CAPIVARA model. If it is an export for transformers.js, its ONNX graphs are copied.
-            Otherwise, the graphs are exported from the model, which takes minutes for a full-size model.
+        model: Folder or Hub id of a CAPIVARA model. An export for transformers.js is copied; another model is exported
+            first, which takes minutes at full size.
         folder: Folder to write. It must be empty or not exist yet.
-        library: Folder node_modules in which npm has installed `LIBRARY_PACKAGE` (transformers.js).
+        library: Folder node_modules in which npm has installed transformers.js.
 
     Raises:
-        ValueError: If transformers.js can't represent the model, or `library` does not contain the package. Also if a
-            file to publish contains an absolute path or an access token.
-        ImportError: If a package that the ONNX export needs is missing.
+        ValueError: If transformers.js can't represent the model, `library` lacks a file, or a file must not be
+            published.
+        ImportError: If a package for the ONNX export is missing.
     """
     require_packages("A page without a server", "onnx", *onnx.ONNX_PACKAGES)
     with atomic_folder(folder) as output, tempfile.TemporaryDirectory() as temporary:
@@ -109,12 +108,8 @@ def render_static_page(language: str, model: dict[str, str | int]) -> str:
 
     Args:
         language: Language of the page, "pt" or "en".
-        model: Properties of the model for the scripts of the page: `{"id": name of the model's subfolder in model/,
-            "name": name of the model, "megabytes": size of the download, "side": height and width of the model's images
-            in pixels}`.
-
-    Returns:
-        HTML of the page.
+        model: "id" (subfolder in model/), "name", "megabytes" (size of the download) and "side" (height and width of
+            its input images in pixels).
     """
     words = server.load_page_messages(language, is_static=True) | {"own_model": model}
     _, url, other_url = PAGE_FILES[language]
