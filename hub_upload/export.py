@@ -285,7 +285,7 @@ def _write_and_verify_model_weights(model: Path, folder: Path, config: PreTraine
     if with_open_clip:
         written = to_capivara_state_dict(loading.load_memory_mapped_tensors([open_clip_file]))
         shared_formats.check_tensors(open_clip_file, written, expected)
-        logger.info("transformers and open_clip: all %d written tensors equal the model's.", len(written))
+        logger.info("transformers and open_clip: %d tensors were written and equal the model's.", len(written))
 
 
 def _write_processor_with_code_if_needed(model: Path, folder: Path, processor: ProcessorMixin) -> None:

@@ -216,7 +216,7 @@ BAD_IMAGES = {
     "normalized": (torch.randn(3, 40, 40, generator=torch.Generator().manual_seed(0)), "`pixel_values`.* model"),
     "text": (np.array([["a"]]), "booleans, integers or floats"),
     "five channels": (np.zeros((9, 9, 5), np.uint8), r"1 to 4 channels.*\(9, 9, 5\)"),
-    "empty PIL": (Image.new("RGB", (0, 5)), "empty: 0 x 5"),
+    "empty PIL": (Image.new("RGB", (0, 5)), "0 x 5"),
     "empty list": ([], "no image"),
     "missing file": ("/nowhere/image.png", "/nowhere/image.png"),
 }

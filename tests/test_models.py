@@ -88,7 +88,7 @@ def test_a_folder_is_found_by_path_and_environment_variable(tiny_folder, tiny_mo
 
 def test_embeddings_match_those_of_the_model(tiny_folder, tiny_model, tiny_processor):
     model = resolve_search_model(str(tiny_folder), device="cpu")
-    for invalid, message in (([], "no text"), (["a", 3], "string.*int")):
+    for invalid, message in (([], "empty list"), (["a", 3], "string.*int")):
         with pytest.raises(ValueError, match=message):
             model.embed_texts(invalid)
     images = [Image.effect_mandelbrot((60 + 7 * n, 45), (-2, -1.5, 1, 1.5), 20 + n).convert("RGB") for n in range(5)]
