@@ -42,10 +42,9 @@ BACKGROUND_QUANTILE = 0.25
 
 
 def parse_weighted_feedback(text: str) -> tuple[float, str]:
-    """Split feedback in words such as "0.5:pessoas" into its weight 0.5 and its words "pessoas".
+    """Split feedback such as "0.5:pessoas" into its weight 0.5 and its words "pessoas".
 
-    Feedback is words or pictures that move the query of a search towards (`--more`) or away from (`--less`) what they
-    show.
+    The words move a search towards (`--more`) or away from (`--less`) what they describe.
 
     Args:
         text: Words, optionally preceded by a weight and a colon. The weight can have a decimal point or comma.
