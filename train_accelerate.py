@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> Path:
         The folder of the finished run.
 
     Raises:
-        ValueError, OSError, ImportError: If arguments, data, files or packages are invalid or missing.
+        ValueError: If an argument or the data are invalid.
+        OSError: If a file can't be read or written.
+        ImportError: If a required package is not installed.
         SystemExit: If the run was interrupted, or a loss or gradient was not finite.
     """
     args = parse_arguments(RunArguments, __doc__, argv, config=True)
@@ -162,7 +164,7 @@ def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, 
     Raises:
         KeyboardInterrupt: If the run was interrupted.
         FloatingPointError: If a loss, a gradient or an embedding is not finite.
-        ValueError: If the checkpoint does not fit, or too many images can't be used.
+        ValueError: If the checkpoint does not belong to this run, or too many images can't be used.
         OSError: If a file can't be written.
     """
     accelerator, folder = checkpoints.accelerator, checkpoints.folder.parent

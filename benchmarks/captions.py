@@ -82,7 +82,7 @@ def _measure_captioning_rates(args: CaptionsArguments) -> dict[str, Any]:
         A dict with the sizes of the measurement and these keys:
 
         - "rows_per_second": `{"plain": rates, "ours": rates}` as in `tools.summarize_rates`.
-        - "gain_ours": `{"measured": median of the seconds of "plain" divided by those of "ours"}`.
+        - "gain_ours": `{"measured": median over the runs of the seconds of "plain" divided by those of "ours"}`.
         - "same_tokens": whether both programs generate the same tokens.
     """
     transformers_logging.set_verbosity_error()

@@ -140,8 +140,8 @@ def _compare_encoders(encoders: dict[str, Callable], item_count: int, precision:
         A dict with these keys:
 
         - "ours" and "open_clip": median, slowest and fastest rate of the runs in items per second.
-        - "ratio": median of open_clip's seconds divided by our seconds; above 1 if ours is faster.
-        - "largest_difference": largest absolute difference between elements of the embeddings.
+        - "ratio": median over the runs of open_clip's seconds divided by our seconds; above 1 if ours is faster.
+        - "largest_difference": largest absolute difference between corresponding elements of the embeddings.
     """
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
     with torch.inference_mode(), autocast:
@@ -175,8 +175,8 @@ def _measure_embedding_many_images(args: EncodeArguments) -> dict[str, Any]:
         - "auto": the fastest precision on this CPU, "float32" or "bf16".
         - "float32" and, if "auto" is "bf16", "bf16": rates and ratio (see `_compare_encoders`), "first_seconds" (time
           of our first run), and "smallest_cosine" between our embedding and open_clip's embedding of an image.
-        - "choices": cache files with the chosen sizes and the seconds of each candidate.
-        - "ratio_of_auto": median of our seconds in float32 divided by our seconds in precision "auto".
+        - "choices": contents of the cache files with our choices and the seconds of each candidate.
+        - "ratio_of_auto": median over the runs of our seconds in float32 divided by our seconds in precision "auto".
     """
     ours, theirs, processor, preprocess = _build_models_and_preprocessors()
     # At most 64 different images are made and then repeated, because many different images would need much memory.

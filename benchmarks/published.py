@@ -156,7 +156,8 @@ def compare_converted_model_with_open_clip(source: str, folder: Path) -> dict[st
         A dict with these keys:
 
         - "equal_tokens" and "equal_pixels": whether token ids and preprocessed pixels equal those of open_clip.
-        - "text_embeds" and "image_embeds": largest absolute difference between elements of the embeddings.
+        - "text_embeds" and "image_embeds": largest absolute difference between corresponding elements of the
+          embeddings of both programs.
         - "passed": whether the inputs are equal and both differences are at most `MAX_EMBEDDING_DIFFERENCE`.
     """
     import open_clip

@@ -19,7 +19,8 @@ All models have random weights and a frozen image tower. Speed is measured in im
 - `cache`: our trainer with precomputed image embeddings.
 - `cache_recomputed`: the same as `cache`, but needs less memory: the backward pass recomputes all activations.
 
-The part `recipe` measures `cache_recomputed` with 2816 pairs per step, as in the CAPIVARA paper.
+The part `recipe` measures `cache_recomputed` with 2816 pairs per step, as in the CAPIVARA paper. It measures the first
+step. With `--pairs` and without the part `programs`, it measures the second step, which needs more memory.
 """
 
 import os
@@ -321,8 +322,8 @@ def _summarize_runs(runs: list[dict], peer: list[dict] | None, before: list[dict
 
         - "pairs_per_second": median, slowest and fastest rate of the runs.
         - "peak_memory_bytes": largest peak memory of a run.
-        - "ratio", with `peer`: median of the program's rate divided by open_clip's rate.
-        - "ratio_to_before", with `before`: median of the program's rate divided by its rate in the other checkout.
+        - "ratio", with `peer`: median over the runs of the program's rate divided by open_clip's rate.
+        - "ratio_to_before", with `before`: the same with the program's rate in the other checkout as the divisor.
     """
     rates = [run["pairs_per_second"] for run in runs]
     memory = max(run["peak_memory_bytes"] for run in runs)
@@ -397,7 +398,7 @@ class TrainingEngine:
         config: Config of the model.
         args: Command-line arguments of the benchmark.
         budget: Memory in bytes for autograd graphs of micro-batches. The backward pass recomputes graphs that do not
-            fit. None: most of the free memory.
+            fit. 0: all graphs are recomputed. None: most of the free memory.
     """
 
     def __init__(self, config: PreTrainedConfig, args: TrainStepArguments, budget: float | None = None) -> None:

@@ -11,8 +11,9 @@ from contextlib import suppress
 from itertools import count, islice
 
 # An AVIF file consists of nested boxes (ISO/IEC 14496-12 and 23008-12). The box `ispe` declares the size of the image,
-# but the decoder allocates memory for the frames. Their size is in the sequence headers of the AV1 streams (AV1
-# specification, section 5.5.1). A still image has one stream per tile, and further streams for transparency.
+# but the decoder allocates memory for the frames, which may be larger. Their size is in the sequence headers of the AV1
+# streams (AV1 specification, section 5.5.1). A still image has one stream per tile, and further streams for
+# transparency.
 
 # Limits on the work for one file, so that a malicious file can't keep the parser busy for long. Valid files stay below
 # them.

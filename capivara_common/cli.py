@@ -273,7 +273,8 @@ def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str)
         subject: Name of the file for error messages.
 
     Returns:
-        Words of a command line, such as `["--steps=100", "--seeds", "0", "1"]`. Keys without a value are skipped.
+        Words of a command line, such as `["--steps=100", "--seeds", "0", "1"]`. Keys without a value (empty, `~`,
+        `null` or an empty list) are skipped.
 
     Raises:
         ValueError: If a key is unknown, a value is a mapping, or a list contains a word that looks like a flag.

@@ -48,7 +48,7 @@ def with_tuned_chunk_size(
 
     Args:
         embed: Function that embeds a list of images. It has the keyword parameter `chunk_images`, the number to choose.
-        image_count: Number of images that all runs and processes embed in total.
+        image_count: Number of images to embed in total, also by earlier runs and parallel processes.
         device: Device of the model.
         encoder: Digest of the image encoder and the precision.
         record: Folder, such as the output folder, that stores the number for resumed runs. None: only the cache stores
@@ -77,8 +77,9 @@ def load_or_measure_fastest_setting(
 ) -> Any:
     """Return the value of a setting, such as the precision, with which images are embedded fastest on this CPU.
 
-    A stored value is used again. Otherwise each candidate is measured. The default is replaced only by a value that is
-    faster (`MIN_SPEEDUP`) and hardly changes the embeddings (`MIN_COSINES`).
+    A value that is stored in `record`, or in the cache for this CPU, encoder and versions of torch and transformers, is
+    used again. Otherwise each candidate is measured. The default is replaced only by a value that is faster
+    (`MIN_SPEEDUP`) and hardly changes the embeddings (`MIN_COSINES`).
 
     Args:
         setting: Name of the setting, a key of `MIN_COSINES`.

@@ -69,8 +69,8 @@ class EmbeddingStore:
 
     Args:
         root: Folder of all stores. Each store is a folder in it, named by a digest of its settings.
-        settings: Everything besides the images or texts that changes an embedding, such as the encoder, the precision
-            and the augmentation, as JSON values.
+        settings: Everything besides the images or texts that changes an embedding, as JSON values: the encoder with
+            its preprocessing, the precision, and any augmentation with its seed and library version.
         batch_size: Number of items that are embedded together. Each batch size has its own store, because it changes
             the last bits of embeddings.
         dtype: NumPy type of the stored numbers.
@@ -107,12 +107,12 @@ class EmbeddingStore:
             items: One text per row that identifies its content: the digest of the image, or the text to embed. "" marks
                 a bad row, which is not embedded.
             load: Function that gets an iterator over batches, that is, lists of tuples (row index, view index). It
-                returns an iterable over the loaded batches: one item or `BadImage` error per tuple.
+                returns an iterable over the loaded batches in the same order: one item or `BadImage` error per tuple.
             embed: Function that gets a list of loaded items, and returns one vector of shape (width,) per item.
             title: Label of the progress bar.
             kind: Noun for a row, such as "image", for the progress bar and file names.
             rows_per_shard: Number of rows per file.
-            views: Number of embeddings per row, one per augmented copy (view) of the image.
+            views: Number of embeddings per row; more than 1 for several augmented copies (views) of each image.
 
         Returns:
             A memory-mapped table with one row per item and these columns:

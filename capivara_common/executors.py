@@ -4,8 +4,9 @@ Example:
     run_phases(PhaseStep.from_phases(args, PHASES, "score"), args)
 
 A command consists of phases (`Phase` in `tasks.py`), which run one after another. For example, a command first scores
-rows and then merges the scores. The rows of a phase are split into tasks. If a task fails, the file `failures/RANK.txt`
-in the log folder of the phase says why.
+rows and then merges the scores. The rows of a phase are split into tasks. A task skips the rows that are already in the
+output, so an interrupted run can be resumed, even with another number of tasks. If a task fails, the file
+`failures/RANK.txt` in the log folder of the phase says why. RANK is the index of the task, from 00000.
 """
 
 import logging

@@ -519,11 +519,12 @@ class AllowedFolders:
 def find_windows_path_fault(path: str | Path, folders: Sequence[str | Path] | None = None) -> str | None:
     """Check whether an untrusted path can be opened safely on Windows, and return the reason if it can't.
 
-    Unsafe are devices such as NUL, names that Windows changes, and network shares other than those of `folders`.
+    Unsafe are reserved names such as NUL, names that Windows changes, and network shares or device paths other than
+    those of `folders`.
 
     Args:
         path: Path of the file. Only its text is checked.
-        folders: Folders that may be read. None: all drives, network shares and devices are accepted.
+        folders: Folders that may be read. None: all drives, network shares and device paths are accepted.
 
     Returns:
         The reason as the end of a sentence, such as "has the reserved name 'NUL'". None if the path is safe.

@@ -114,7 +114,7 @@ def check_hub_model_reachable(source: str | Path, *names: str, revision: str | N
 
     Args:
         source: Folder or Hub id of the model.
-        *names: Names of files of the model. Default: "config.json".
+        *names: Names of files of the model, of which the Hub is asked for the first. Default: "config.json".
         revision: Branch, tag or commit. Default: the main branch.
 
     Raises:

@@ -36,7 +36,7 @@ IMAGE_PROCESSOR_FIELDS = (
 def image_encoder_digest(folder: Path) -> str:
     """Return a digest that identifies a model's image encoder; models with equal digests embed images in the same way.
 
-    It covers the weights and settings of the image encoder, and the image preprocessing.
+    The digest covers the weights and settings of the image encoder, and the image preprocessing.
 
     Args:
         folder: Model folder in transformers' format.

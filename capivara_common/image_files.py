@@ -426,7 +426,7 @@ def open_regular_file_safe_from_link_swaps(
 ) -> BinaryIO:
     """Open a file for reading, but only if it lies in an allowed folder and is a regular file.
 
-    This also protects against an attacker who replaces a folder of the path by a link after the check.
+    The function also protects against an attacker who replaces a folder of the path by a link after the check.
 
     Args:
         path: The file.
@@ -437,7 +437,8 @@ def open_regular_file_safe_from_link_swaps(
         The file, opened in binary mode.
 
     Raises:
-        BadImage: If the path leads to no regular file, or out of `folders`.
+        BadImage: If the path leads to no regular file (reason "no regular file"), or out of `folders` (reason "link out
+            of the folder").
         OSError: If the file can't be opened, or a folder on its path was replaced by a link.
         ValueError: If the path contains a NUL character.
     """

@@ -45,7 +45,7 @@ def raise_on_interrupt() -> None:
 def exit_if_native_code_runs(code: int) -> None:
     """End the process at once if a thread still runs C++ code, for example to load a model. Otherwise do nothing.
 
-    At a normal exit, such a thread could abort the process with a C++ error message.
+    Such a thread has the name `NATIVE_THREAD_NAME`. At a normal exit, it could abort the process with a C++ error.
 
     Args:
         code: Exit code of the process, if it is ended.

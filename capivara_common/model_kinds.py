@@ -95,14 +95,15 @@ class ModelKind:
     vision_towers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     # For a kind with a single type of image tower: default values of the settings that change an image's embedding
     vision_defaults: Mapping[str, Any] = field(default_factory=lambda: CLIP_VISION_DEFAULTS)
-    # Class in `capivara_search/text_tower.py` that embeds texts with NumPy. None: texts are embedded with PyTorch.
+    # Name of the class in `capivara_search/text_tower.py` that embeds texts with NumPy. None: PyTorch embeds texts.
     numpy_text_tower: str | None = None
     # Layout of the weights in open_clip: "hf_text" for a text tower of transformers with a projection, "timm_siglip"
     # for SigLIP. None: an export has no files for open_clip.
     open_clip_layout: Literal["hf_text", "timm_siglip"] | None = None
-    # Model in Immich's list that has this architecture. None: there are no exports in the formats immich and drop_in.
+    # Name of a model in Immich's list that has this architecture. None: the export formats `immich` and `drop_in` are
+    # not available.
     immich_name: str | None = None
-    # Class of transformers.js that preprocesses images. None: it has the same name as in Python.
+    # Name of the class of transformers.js that preprocesses images. None: it has the same name as in Python.
     js_image_processor: str | None = None
 
     def check_config(self, config: Mapping[str, Any]) -> None:

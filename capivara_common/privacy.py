@@ -130,7 +130,8 @@ def find_secret(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
 
     Returns:
         None if there is no secret. Otherwise the tuple (kind of secret, position) of one secret, not necessarily the
-        first. The position is an offset in characters for a text, otherwise in bytes.
+        first. The kind is a text without the secret itself. The position is an offset in characters for a text,
+        otherwise in bytes.
     """
     encode = str if isinstance(content, str) else str.encode
     for token in read_hub_tokens():

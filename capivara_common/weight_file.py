@@ -41,7 +41,7 @@ class WeightFile:
 
     Attributes:
         path: Path of the file.
-        tensors: Type, shape and position of each tensor, by its name.
+        tensors: `{name of the tensor: TensorInfo}`, with the type, shape and position of each tensor.
 
     Raises:
         ValueError: If the file is missing, truncated or not a safetensors file.
@@ -160,7 +160,7 @@ def find_weight_files(folder: Path) -> list[Path]:
         Only model.safetensors if it exists; otherwise the files that model.safetensors.index.json lists.
 
     Raises:
-        ValueError: If the folder has neither file, or a listed file is missing or not allowed.
+        ValueError: If the folder has neither file, the index is invalid, or a listed file is missing.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():

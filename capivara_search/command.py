@@ -238,7 +238,8 @@ def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
     Args:
         messages: Texts to print, in the user's language.
         folders: Folders to watch. If it is empty, all folders that were added on this machine are watched.
-        poll: True: check all files every two seconds. False: check them only if a folder is on a network drive.
+        poll: True: check all files every two seconds. False: do this only if a folder is on a network drive; otherwise,
+            the operating system reports the changes.
     """
     pictures = _open_index() if folders else _open_filled_index(allow_indexing=True)
     _print_miniature_model_notice(pictures, messages, with_name=True)
@@ -282,7 +283,8 @@ def search(
         until: Return only pictures up to and including this day.
         more: Texts to move the query towards, each with an optional weight, such as "0.5:praia".
         less: Texts to move the query away from, each with an optional weight.
-        relevance_threshold: Whether hits are marked as relevant or not: a key of `RELEVANCE_THRESHOLD_VALUES`.
+        relevance_threshold: Whether hits are marked as relevant or not: "on" (or "sim"), "off" (or "não"), or "auto",
+            which marks them only if a measurement shows that the marks are reliable for the model.
         exact: True: compare the query with every picture. False: search a large index approximately.
         all: True: show near-duplicates as separate pictures. False: show one picture of each group.
         open: Also open the pictures of the result in the system's picture viewer.
@@ -383,7 +385,8 @@ def app(
         port: Port that the page listens on.
         host: Address that the page listens on.
         allow_host: Further host names that a request may have in its Host header. Other requests are refused.
-        relevance_threshold: Whether hits are marked as relevant or not: a key of `RELEVANCE_THRESHOLD_VALUES`.
+        relevance_threshold: Whether hits are marked as relevant or not: "on" (or "sim"), "off" (or "não"), or "auto",
+            which marks them only if a measurement shows that the marks are reliable for the model.
         no_open: Do not open the browser.
         watch: Also update the index when its folders change.
     """

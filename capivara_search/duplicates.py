@@ -60,8 +60,8 @@ def compute_color_signature(image: PIL.Image.Image) -> bytes:
 
     Returns:
         The RGB values (one byte each) of the picture at `SIGNATURE_SIDE` x `SIGNATURE_SIDE` pixels. For a flat picture
-        (many pixels have exactly the same color, as in icons), its details follow: the values of its Y, Cb and Cr
-        planes, resized to the sides in `DETAIL_SIDES`.
+        (nearly one color, or many pixels of exactly the same color, as in icons), its details follow: the values of its
+        Y, Cb and Cr planes, resized to the sides in `DETAIL_SIDES`.
     """
     image = image.convert("RGB")
     signature = image.resize((SIGNATURE_SIDE, SIGNATURE_SIDE), PIL.Image.Resampling.BOX).tobytes()
@@ -96,11 +96,12 @@ def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes |
     """Combine the model's vectors and the color signatures of pictures into vectors for near-duplicate detection.
 
     Compare the results with `compute_duplicate_similarity`: one third of the similarity comes from the model's vectors,
-    two thirds from the colors. Flat pictures, such as icons, are compared by their details in the last columns.
+    two thirds from the colors. Two flat pictures, such as icons, are compared by their details in the last columns.
 
     Args:
         vectors: The model's vector of each picture: array (rows, width), of unit length.
         signatures: The color signature of each picture (`compute_color_signature`), or None if it has no signature.
+            Without a signature, or with a uniform color, only the model's vector counts.
 
     Returns:
         Array (rows, width + `SIGNATURE_BYTES` + `DETAIL_BYTES`), float32. The last columns (`DETAIL_COLUMNS`) are
@@ -192,8 +193,8 @@ def assign_near_duplicate_leaders(vectors: np.ndarray, threshold: float, max_gro
     Args:
         vectors: Array (rows, columns), a result of `combine_vectors_and_colors`.
         threshold: Minimum similarity of a row to its leader (`compute_duplicate_similarity`).
-        max_groups: Stop early, after about this number of leaders. Later rows may then be returned as leaders without
-            comparison. None: process all rows.
+        max_groups: Stop early, when at least this number of leaders is found. Later rows may then be returned as
+            leaders, although they are near-duplicates of earlier rows. None: process all rows.
 
     Returns:
         Array (rows,) with the row index of each row's leader. A leader has its own row index.

@@ -103,24 +103,26 @@ def find_pictures_and_unreadable_files(
 ) -> tuple[list[FileState], list[SkippedFile]]:
     """Find the picture files in folders and their subfolders, and the files and folders that can't be read.
 
-    Symbolic links inside the folders are not followed.
+    Symbolic links are not followed, but an element of `folders` may itself be a link.
 
     Args:
         folders: Folders to scan: a list of paths, or a dictionary `{path: expected real path}`. In a real path,
             symbolic links are resolved.
-        rules: The user's rules for ignoring files. Hidden files and the names in `SYSTEM_NAMES` are always ignored.
-        ignored_counts: Dictionary that is filled with `{folder: {reason: number of ignored files and folders}}`. The
-            reasons are "forgotten" (removed from the index by the user), "excluded" (by a rule), "hidden", "system",
-            "link" and "video".
-        only_paths: Absolute paths inside `folders`. Only these are scanned, and they may contain no picture. None:
-            everything is scanned.
+        rules: The user's rules for ignoring files. None: no rules. Hidden files and the names in `SYSTEM_NAMES` are
+            always ignored.
+        ignored_counts: Dictionary that is filled with `{folder: {reason: number}}`. The reasons are "forgotten"
+            (removed from the index by the user) and "excluded" (by a rule), which count pictures; "hidden" and
+            "system", which count pictures and folders (without their content); "link" and "video".
+        only_paths: Absolute paths inside `folders`. Only these are scanned, and it is no error if they contain no
+            picture. None: everything is scanned.
 
     Returns:
         Tuple (states of the picture files, files and folders that could not be read). Both are lists sorted by path.
 
     Raises:
-        ValueError: If a folder can't be opened, was removed from the index by the user, has another real path than
-            expected, or contains no picture.
+        ValueError: If a folder does not exist, can't be opened, was removed from the index by the user, has another
+            real path than expected, or contains no picture. A folder without pictures is accepted if something in it
+            could not be read, or was ignored as a link or because of the user's rules.
     """
     roots, rules = [str(to_absolute_path(folder)) for folder in folders], rules or IgnoreRules()
     for root in roots:

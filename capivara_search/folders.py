@@ -126,17 +126,18 @@ def resolve_folders_to_scan(
     Args:
         table: LanceDB tables of the index.
         folders: Folders that the user has given: `{absolute path: real path}`. Empty: all available folders that were
-            added on this machine. A warning in the log lists the unavailable folders.
+            added on this machine. A warning in the log lists the other folders of the index.
         exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
         include: What to stop ignoring: patterns of an earlier `exclude`, and paths that the user has removed from the
-            index. Removed folders are scanned again.
+            index. A removed folder is scanned, too, unless a folder to scan or another indexed folder that was added on
+            this machine contains it.
 
     Returns:
         Dictionary from the absolute path of each folder to its real path, in which symbolic links are resolved.
 
     Raises:
-        ValueError: If there is no folder to scan, an entry of `exclude` is not a valid pattern, or an entry of
-            `include` is not ignored by the index.
+        ValueError: If there is no folder to scan, an entry of `exclude` is an invalid pattern or the path of a file or
+            folder, or an entry of `include` is not ignored by the index.
     """
     rules = load_ignore_rules(table)
     rules.updated(exclude, include)  # the result is not used; the call raises an error if an argument is invalid
@@ -147,7 +148,7 @@ def resolve_folders_to_scan(
         if unavailable := sorted(set(known) - set(map(str, paths))):
             log_message_from_code("folders_away", ", ".join(unavailable), level=logging.WARNING)
     for path in map(to_absolute_path, include):
-        # A forgotten folder is scanned as a folder of its own if no other folder on this machine contains it.
+        # A forgotten folder is scanned as a folder of its own, unless a folder in `paths` or `recorded` contains it.
         is_inside = any(map(path.is_relative_to, [*recorded, *paths]))
         if not is_inside and path.is_dir() and rules.find_forgotten_parent(str(path)):
             paths[path] = os.path.realpath(path)

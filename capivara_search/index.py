@@ -158,7 +158,8 @@ class PictureIndex:
 
         Args:
             where: Folder of the index, or an address on object storage such as `s3://bucket/fotos`. "auto": the value
-                of the environment variable `CAPIVARA_INDEX`, or a folder in the user's data directory.
+                of the environment variable `CAPIVARA_INDEX` if it is set, otherwise a folder in the user's data
+                directory.
             model: Folder or Hub id of a model, or a `SearchModel`. None: the model that the index was built with, or
                 the default model for a new index.
             device: Device of the model, for example "cuda:1". None: the GPU if there is one, otherwise the CPU.
@@ -232,7 +233,7 @@ class PictureIndex:
 
         Raises:
             ValueError: If a folder does not exist, was removed with `forget`, or contains no picture. If another
-                argument or the model is invalid. Nothing is removed from the index then.
+                argument or the model is invalid. In all these cases, nothing is removed from the index.
             OSError: If there is no disk space left, or no permission to write the index.
         """
         # More paths don't fit into one SQL condition, so everything is updated.
@@ -262,10 +263,11 @@ class PictureIndex:
 
         Args:
             folders: Folders of pictures. Empty: all available folders that were added on this machine before. A warning
-                in the log lists the unavailable folders.
+                in the log lists the other folders of the index.
             exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
             include: What to stop ignoring: patterns of an earlier `exclude`, and paths that were removed with `forget`.
-                Removed folders are scanned again.
+                A removed folder is scanned, too, unless one of these folders or another folder of the index that was
+                added on this machine contains it.
             real_paths: Real paths that were resolved before: `{absolute path: real path}`. Other real paths are
                 resolved now.
 
@@ -397,7 +399,8 @@ class PictureIndex:
                 faster.
             more: One or more texts to move the query towards (Rocchio relevance feedback). A text may begin with a
                 weight, as in "0.5:praia". The default weight is 1.
-            less: One or more texts to move the query away from, each with an optional weight.
+            less: One or more texts to move the query away from, each with an optional weight. Pictures that show what a
+                text says get a lower rank, but are not excluded.
             group_duplicates: Return only the best hit of each group of near-duplicates, and count the others in
                 `Hit.copies`.
 
@@ -405,8 +408,8 @@ class PictureIndex:
             Hits, best first.
 
         Raises:
-            ValueError: If there is nothing to search for, or an argument is out of range. If there is no index, or all
-                its pictures were embedded with another model.
+            ValueError: If there is nothing to search for, `like` can't be read, `k` or a weight is out of range, or
+                `since` is after `until`. If there is no index, or all its pictures were embedded with another model.
         """
         text = text.strip() if text else None
         more, less = ([argument] if isinstance(argument, str) else argument for argument in (more, less))
@@ -498,7 +501,7 @@ class PictureIndex:
                 faster.
             is_text_query: Whether the vector is the embedding of a sentence. If so, SigLIP models return probabilities
                 as scores, and hits may be marked as relevant or not (`relevance_threshold`). Otherwise, scores are
-                cosines.
+                cosines, and no hit is marked.
             group_duplicates: Return only the best hit of each group of near-duplicates, and count the others in
                 `Hit.copies`.
 
@@ -506,8 +509,8 @@ class PictureIndex:
             Hits, best first.
 
         Raises:
-            ValueError: If `vector` has the wrong shape, or `k` or a date is out of range. If there is no index, or all
-                its pictures were embedded with another model.
+            ValueError: If `vector` has the wrong shape, `k` is below 1, or `since` is after `until`. If there is no
+                index, or all its pictures were embedded with another model.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}.")
@@ -609,7 +612,8 @@ class PictureIndex:
             until: Return only pictures of this day or earlier.
 
         Returns:
-            Hits without the picture itself, most similar first. The score is the similarity to the picture, at most 1.
+            Hits without the picture itself, most similar first. The score is the similarity to the picture, at most 1,
+            as near-duplicate detection computes it (`duplicates.compute_duplicate_similarity`).
 
         Raises:
             KeyError: If the picture is not indexed, or was embedded with another model.
@@ -700,7 +704,8 @@ class PictureIndex:
         """Return all groups of near-duplicates in the index: copies that were resized, re-encoded or slightly edited.
 
         Args:
-            threshold: Minimum similarity of a picture to the first picture of its group, above 0 and at most 1.
+            threshold: Minimum similarity of a picture to the first picture of its group, above 0 and at most 1
+                (`duplicates.compute_duplicate_similarity`).
 
         Returns:
             Groups of at least two hits, the largest group first. The first hit of a group is its picture with the most
@@ -865,7 +870,8 @@ class PictureIndex:
             label. The best label is None if the sentence "uma imagem" fits the picture better than every label.
 
         Raises:
-            ValueError: If a label or the template is invalid. If the folder does not exist or contains no picture.
+            ValueError: If there is no label, a label is empty or occurs twice, or the template does not contain `{}`
+                exactly once. If the folder does not exist or contains no picture.
         """
         labels = query.clean_and_check_labels(labels, template)
         if not isinstance(source, str | Path):

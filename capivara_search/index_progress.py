@@ -103,7 +103,7 @@ def mirror_progress_to_file(where: str, progress: ProgressCallback | None) -> It
 def read_progress_of_running_update(where: str) -> dict[str, int | None] | None:
     """Return the progress of an index update that is running in any process.
 
-    If a killed process has left its progress file behind, the file is removed.
+    If a killed process has left its progress file behind, or the file system has no locks, the file is removed.
 
     Args:
         where: Folder or address of the index.
@@ -111,7 +111,7 @@ def read_progress_of_running_update(where: str) -> dict[str, int | None] | None:
     Returns:
         A dictionary with the keys "done" (number of processed pictures), "total" (number of pictures to process) and
         "left_s" (estimated seconds left, or None while there is no estimate). None instead of a dictionary if no update
-        is running.
+        is running, or the file system has no locks.
     """
     with suppress(OSError, ValueError):
         file = Path(where, PROGRESS_FILE)

@@ -131,8 +131,8 @@ def plan_index_update(
 ) -> IndexPlan:
     """Plan an index update by comparing the files in folders with the rows of the index.
 
-    A folder that can't be used, for example because its disk is not mounted, is left out with a warning if the index
-    lists all folders and there are others. Otherwise it raises an error.
+    A folder that can't be used, for example because its disk is not mounted, usually raises an error. But if there are
+    several folders, and the index lists all of them, the unusable folder is left out with a warning.
 
     Args:
         table: LanceDB tables of the index.
@@ -427,7 +427,8 @@ def prepare_index_update(
         include: What to stop ignoring: patterns of an earlier `exclude`, and paths that the user has removed from the
             index.
         only_paths: Absolute paths inside `folders`. Only these are updated. None: everything.
-        progress: Callback that takes the number of processed files and the total number. None: the model is not loaded.
+        progress: Callback that takes the number of processed files and the total number. If it is given, and files of a
+            new index or for another model must be embedded, the model is loaded now. None: the model is not loaded.
 
     Returns:
         The plan: the files to read and the rows to remove.

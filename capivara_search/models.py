@@ -235,7 +235,8 @@ class SearchModel:
         Its first call may measure this number. The result is cached.
 
         Args:
-            image_count: Number of images to embed in total. For few images, or on a GPU, nothing is measured.
+            image_count: Number of images to embed in total. For few images, or on a GPU, nothing is measured,
+                and the default number of images per forward pass is used.
             batch_size: Number of images that the image processor prepares at once.
 
         Returns:
@@ -297,7 +298,7 @@ def resolve_search_model(model: str | None = None, device: str | None = None) ->
     Args:
         model: Folder or Hub id of a model with an image encoder and a text encoder, or "miniature" for the small model
             that is built from PyPI packages. None: the environment variable `CAPIVARA_MODEL`, or else `DEFAULT_MODEL`,
-            or the miniature if `DEFAULT_MODEL` is not available.
+            or the miniature if `DEFAULT_MODEL` is not in the cache and the Hub can't be reached.
         device: Device that embeds pictures, such as "cuda"; None for the GPU if there is one, else the CPU.
 
     Returns:
@@ -317,8 +318,8 @@ def resolve_search_model(model: str | None = None, device: str | None = None) ->
         from capivara_search.miniature_model import get_or_build_miniature_folder
 
         return SearchModel(MINIATURE_NAME, MINIATURE_NAME, get_or_build_miniature_folder(), device)
-    # Supported are the types in `capivara_common.model_kinds.KINDS`, and open_clip models with an XLM-RoBERTa text
-    # encoder.
+    # The types in `capivara_common.model_kinds.KINDS`, and open_clip models with an XLM-RoBERTa text encoder, are
+    # supported.
     with _wrap_model_errors(model):
         folder = find_download_or_convert_model_folder(model, convert_open_clip_to_folder)
     if local_folder.exists():

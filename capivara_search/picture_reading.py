@@ -95,7 +95,7 @@ def read_picture_for_indexing(
         The decoded picture.
 
     Raises:
-        BadImage: If the file can't be read, is damaged or is too large.
+        BadImage: If the file can't be read, is damaged, is too large or no longer exists (reason "gone").
     """
     # `folders` keeps a symbolic link from leading to a file elsewhere.
     data = _read_picture_bytes(file.path, folders)

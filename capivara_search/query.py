@@ -78,7 +78,7 @@ def apply_feedback(
         feedback: Pairs of a weight and the vector (width,) of a sentence or picture. A positive weight moves the query
             towards the vector, a negative weight away from it.
         sample: Vectors (pictures, width) drawn from the index, of unit length. They are needed to scale the other
-            vectors.
+            vectors. If the sample is empty, nothing is scaled.
 
     Returns:
         The new query vector (width,), not normalized: the weighted sum of all scaled vectors.

@@ -92,8 +92,8 @@ def convert_lancedb_error(error: Exception, where: str, part: str = "") -> Excep
         part: Name of the table, such as "pictures", for the message. Empty: the message says "tables".
 
     Returns:
-        The new error, for the caller to raise. An unknown error is returned unchanged, or as an OSError without the
-        credentials in its text.
+        The new error, for the caller to raise. An unknown error is returned unchanged, unless its text contains
+        credentials. Then the new error is an OSError without the credentials.
     """
     if access_error := convert_storage_refusal_to_os_error_or_none(error, where):
         return access_error

@@ -517,8 +517,8 @@ class PictureTable:
             exact: True: compare every vector. False: use the approximate vector index if there is one.
 
         Returns:
-            Rows with the columns of `comparison_columns` and the column `score` (cosine with the query vector). Best
-            first, then by path.
+            Rows with the columns of `comparison_columns` and the column `score` (cosine with the query vector). Rows
+            are sorted by score, best first, then by path.
         """
         approximate = not exact and vector_column(len(vector)) in self.indices()
         rows = self.run_read(lambda table: _build_vector_query(table, vector, k, clause, approximate).to_arrow())

@@ -328,7 +328,7 @@ TEXT_TOWERS = {tower.__name__: tower for tower in (TextTower, ClipTextTower, Sig
 def load_numpy_text_tower_or_none(folder: str | Path) -> TextTower | None:
     """Load the text encoder of a model in NumPy, or return None if it is not implemented in NumPy.
 
-    Not implemented are adapters, other architectures and tokenizers, quantized weights, and weights in several files.
+    Adapters, other architectures and tokenizers, quantized weights, and weights in several files are not implemented.
 
     Args:
         folder: Folder of the model, with `config.json`, `model.safetensors` and the tokenizer files.

@@ -228,7 +228,8 @@ def is_network_folder(folder: Path) -> bool:
 def keep_watch_subprocess_running(*flags: str) -> Iterator[None]:
     """Update an index in the background: run `capivara watch` in a child process during the `with` block.
 
-    If the child process ends early, it is started again after `RESTART_DELAY_S` seconds.
+    If the child process ends early, it is started again after `RESTART_DELAY_S` seconds. If this process ends, the
+    child process ends, too.
 
     Args:
         *flags: Command-line flags of `capivara watch`.

@@ -5,7 +5,7 @@
 - `image_embeds`: float16 embedding of unit length and shape (width,). If the dataset has several augmented copies
   (views) of each image, the shape is (views, width).
 - `image_digest`: BLAKE2b-128 hex digest of the image file.
-- `image_encoder`: digest of the image encoder that computed the embedding.
+- `image_encoder`: digest of the image encoder that computed the embedding, the same in all rows.
 """
 
 from collections.abc import Iterable

@@ -61,7 +61,9 @@ def load_or_build_pair_table(
 ) -> Dataset:
     """Choose the captions of all rows of a split and check all images, or load the result from the cache.
 
-    The result, called the pair table, is built again if the rows, the image files or the arguments change.
+    The result, called the pair table, is built again if the rows, the image files, `split.image_access`,
+    `caption_columns` or `settings` change. In a distributed launch, one process per machine builds it, and the others
+    wait.
 
     Args:
         split: Dataset split with captions, and with images or embeddings of images.

@@ -25,8 +25,8 @@ from capivara_common.cli import check_at_least, check_between, flag
 from capivara_common.files import write_text
 from capivara_common.image_files import BadRow
 
-# The similarities in a row are computed with the base model, that is, the model before fine-tuning.
 CAPTIONS_FEATURE = List(Value("string"))
+# The similarities in a row are computed with the base model, that is, the model before fine-tuning.
 SIMILARITIES_FEATURE = List(Value("float32"))
 # Names of caption columns, such as "captions-pt" and "generated-captions-pt" in the datasets of the CAPIVARA authors.
 CAPTION_COLUMN_RE = re.compile(r"(generated-)?captions-[\w-]+")
@@ -122,8 +122,8 @@ class CaptionChoice:
     """Command-line arguments that choose captions of an image; shared by all commands that select captions.
 
     The help text of `caption_strategy` describes the strategies. `diverse` takes the captions of `threshold`, from the
-    most to the least similar to the image, and drops a caption that shares too many words with those taken before. At
-    least `min_kept` captions are kept.
+    most to the least similar to the image, and drops a caption that shares too many words with a caption kept before.
+    If fewer than `min_kept` captions are kept, the most similar dropped captions are added.
     """
 
     caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(
@@ -180,9 +180,10 @@ class CaptionChoice:
             language: Language code at the end of the column names.
 
         Returns:
-            The distinct captions. The strategies `rank`, `threshold` and `diverse` put the most similar caption first.
-            The others keep the order of the row, with generated captions last. Empty if no caption passes, or the row
-            is below `min_pair_similarity`.
+            The chosen captions without duplicates. The strategies `rank`, `threshold` and `diverse` put the most
+            similar caption first, and captions without a similarity (NaN or None) last. The others keep the order of
+            the row, with generated captions last. Empty if no caption passes, or if the similarity of the first
+            original caption is below `min_pair_similarity`.
 
         Raises:
             ValueError: If a column is missing, or the number of similarities differs from the number of captions.

@@ -311,7 +311,7 @@ def open_split(
     Args:
         dataset: Folder, file, glob pattern or Hub id.
         split: Name of the split.
-        image_column: Name of the image column. Tars and image folders have no such column, so it gets this name.
+        image_column: Name of the image column. For tars and image folders, the image column gets this name.
         image_roots: Folders outside of the dataset in which images may lie.
         max_pixels: Largest number of pixels (width x height). Larger images count as bad.
         parquet_type: Subclass of `Split` that reads parquet files in place, such as `ParquetSplit`. None: the library
@@ -408,8 +408,7 @@ def check_stage_is_finished(folder: Path) -> None:
     A folder without the file `stage.json` was not written by a stage, and is accepted.
 
     Raises:
-        ValueError: If rows are missing, or `stage.json` is damaged. The message contains the command that writes the
-            rows.
+        ValueError: If rows are missing (the message contains the command that writes them), or `stage.json` is damaged.
     """
     missing, command = count_missing_stage_rows_and_get_command(folder) if (folder / STAGE_FILE).is_file() else (0, "")
     if missing > 0:
@@ -766,8 +765,8 @@ def _group_by_split(root: Path, files: list[Path], split: str) -> dict[str, list
         stated = [folder for folder in reversed(folders) if folder in split_names] + name_starts
         other = folders[-1] if folders else re.split(r"[\W\d_]", name)[0]
         by_split.setdefault(stated[0] if stated else other, []).append(file)
-    # As on the Hub, such a dataset has no split "test", so that a model is never evaluated on its training data by
-    # mistake.
+    # If no name states a split, all files belong to "train", as on the Hub. The dataset then has no split "test", so
+    # that a model is never evaluated on its training data by mistake.
     if by_split.keys().isdisjoint(split_names):
         return {root.name if root.name in split_names else "train": files}
     return by_split

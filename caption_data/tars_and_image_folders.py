@@ -43,7 +43,7 @@ ARCHIVE_FIELDS = {"archive": Value("string"), "offset": Value("int64"), "size": 
 def load_rows_and_list_damaged_files(paths: list[Path], image_column: str) -> tuple[Dataset, list[tuple[int, str]]]:
     """Load the rows of tars or image folders into one table, and list the files that are damaged.
 
-    The first rows determine the column types. A value of another type becomes None.
+    The first `SCHEMA_SAMPLE_ROWS` rows determine the column types. A value of another type becomes None.
 
     Args:
         paths: Only uncompressed tars, only `metadata.jsonl` files or only `metadata.csv` files.

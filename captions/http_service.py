@@ -61,8 +61,8 @@ class Retries:
     def seconds_before_next(self, failure: Failure) -> float:
         """Count a failed attempt, and return how many seconds to wait before the next attempt.
 
-        The time doubles with each attempt, from `FIRST_WAIT_S` to `MAX_WAIT_S`, with a random factor from 0.5 to 1. It
-        is longer if the service asks for a longer time.
+        The time doubles with each attempt, from `FIRST_WAIT_S` to `MAX_WAIT_S`, with a random factor from 0.5 to 1. If
+        the service asks for a longer time, this time is returned, up to `MAX_RETRY_AFTER_S`.
 
         Args:
             failure: Why the attempt failed.
@@ -130,7 +130,7 @@ def check_service_url(url: str, name: str, allow_http: bool = False) -> None:
 
     Raises:
         ValueError: If the address is not a URL, contains a user name, a query or a fragment, or leads to another
-            machine without encryption.
+            machine without encryption and `allow_http` is False.
     """
     parts = urllib.parse.urlsplit(url)
     # A user name, query or fragment may be secret, but addresses appear in logs. This error message does not show the

@@ -1,6 +1,6 @@
 """Find translations and captions that look wrong, with simple rules. A quality flag is the name of a problem.
 
-The rules accept translations by people, and detect typical failures of translation models.
+The rules are chosen to accept translations by people, and to detect typical failures of translation models.
 """
 
 import re

@@ -5,7 +5,8 @@ r"""Score captions by the cosine similarity of caption and image, computed with 
         --model open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k
 
 Each row gets the column `similarities-<language>`: one number for each caption in `captions-<language>`, then one for
-each in `generated-captions-<language>`. It is None for an empty caption. `captions.select` and training use the column.
+each in `generated-captions-<language>`. The number is None for an empty caption. `captions.select` and training use the
+column.
 
 Rows without captions or a usable image are skipped, and listed in *.skipped.jsonl files. To finish an interrupted run,
 run the same command again.
@@ -69,8 +70,8 @@ class ScoreArguments(EncoderStageArguments):
             settings to record, and a function that scores the captions of a list of rows.
 
         Raises:
-            ValueError, OSError, ImportError: If the model can't be loaded, or the dataset has embeddings of another
-                image encoder instead of images.
+            ValueError, OSError, ImportError: If the model can't be loaded.
+            ValueError: If the dataset has embeddings of another image encoder instead of images.
         """
         embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
         if stage.source.is_embedded:

@@ -6,12 +6,12 @@ r"""Select captions and images with a caption strategy and the pair filter, and 
 A caption strategy is a rule that selects captions of an image. The pair filter skips images whose first caption has
 a low similarity to the image, as computed by `captions.score`.
 
-In the output, `captions-<language>` holds the selected captions, `similarities-<language>` their similarities, and
-`generated-captions-<language>` is empty. Images without a selected caption are skipped, and listed in *.skipped.jsonl
-files.
+In the output, `captions-<language>` holds the selected captions in the order of the strategy,
+`similarities-<language>` holds their similarities, and `generated-captions-<language>` is empty. Columns of other
+languages do not change. Images without a selected caption are skipped, and listed in *.skipped.jsonl files.
 
-The report, OUTPUT/report/index.html, shows a histogram, and the images closest to the lowest accepted similarity.
-`selection.json` has all its numbers.
+The report, OUTPUT/report/index.html, shows a histogram, and the images closest to the lowest accepted similarity. The
+file `selection.json` next to it has all its numbers.
 """
 
 import itertools
@@ -107,7 +107,7 @@ class SelectArguments(CaptionChoice, StageArguments):
             - A list of captions. It is empty if the image must be skipped.
 
         Raises:
-            BadRow: If the row has no caption, or the number of similarities is wrong.
+            BadRow: If the row has no caption, or the number of similarities differs from the number of captions.
         """
         captions, generated, similarities = self.columns()
         row = {captions: [], generated: [], **row}

@@ -73,7 +73,7 @@ def build_translation_and_quality_columns(args: Any, row: Row, answers: dict[str
     Args:
         args: Flags of `captions.translate`. With `drop_flagged`, translations that look wrong are dropped.
         row: A row with captions.
-        answers: Dict `{sentence: answer}`. An answer holds the translation, or the problem if it is not usable.
+        answers: Dict `{sentence: answer}`. An answer holds the translation, and the problem if it is not usable.
 
     Returns:
         A dict `{column name: value}`. The columns of translations have lists of texts. The column `quality-<language>`

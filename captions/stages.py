@@ -282,7 +282,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
             - `settings`: dict of everything that affects the new columns.
             - `process`: function that returns the new columns of a list of rows.
             - `prepare` (optional): function that is called before a group of output files is written.
-            - `prepared_rows` (optional): number of rows per call of `prepare`.
+            - `prepared_rows` (optional): largest number of rows per call of `prepare`, but at least one output file.
         """
         return {}, {}, lambda rows: [{} for _ in rows]
 
@@ -536,11 +536,13 @@ class RowStage:
         """Process the rows of this task, and write the parts (output files of consecutive rows) that do not exist.
 
         Args:
-            columns: Dict `{new column: feature}`, where a feature is a column type of `datasets`.
+            columns: Dict `{new column: feature}`, where a feature is a column type of `datasets`. A new column replaces
+                an existing column of the same name.
             settings: All settings that affect the new columns, as JSON values. They must be equal for all parts of a
                 folder.
             process: Function that takes at most `args.batch_rows` rows. For each row, it returns a dict
-                `{new column: value}`, or a BadRow with a reason if the row must be skipped.
+                `{new column: value}`, or a BadRow with a reason if the row must be skipped. The results must not depend
+                on how rows are batched. `ProcessRows` describes the rows.
             prepare: Function that is called before a group of parts is written, with the list of their row ranges.
             prepared_rows: Largest number of rows in such a group. A group has at least one part.
 
@@ -835,8 +837,7 @@ class Corrections:
 def delete_parts_of_changed_rows_and_fingerprint(output: Path, rows: Iterable[int]) -> None:
     """Delete the output files that are outdated because rows of the source changed. The next run writes them again.
 
-    The fingerprint (hash) of the source is deleted from `stage.json`, too, so that the next run accepts the changed
-    source.
+    The fingerprint (hash) of the source in `stage.json` becomes None, so that the next run accepts the changed source.
 
     Args:
         output: Output folder of the stage.

@@ -5,8 +5,9 @@ r"""Zero-shot classification: assign to each image the class whose text embeddin
     python -m eval.classification --model MODEL --benchmark food-101 --images DATA --protocol authors \
         --authors_file portuguese_prompts.py --output results/food_authors.json
 
-The prompts of a class are templates filled with its name. The embedding of a class is the mean of its prompt
-embeddings, called prompt ensembling (CLIP, arXiv 2103.00020, section 3.1.4; CAPIVARA, arXiv 2310.13683, section 4).
+The prompts of a class are templates filled with its name. The embedding of a class is the normalized mean of the
+normalized embeddings of its prompts. This is called prompt ensembling (CLIP, arXiv 2103.00020, section 3.1.4; CAPIVARA,
+arXiv 2310.13683, section 4).
 """
 
 import math

@@ -100,8 +100,8 @@ def tune_probe_and_score_images(
 ) -> tuple[torch.Tensor, float]:
     """Select the regularization of a logistic regression, fit it to image embeddings, and score the test images.
 
-    The regularization is scikit-learn's C: the value in `INVERSE_PENALTIES` with the highest validation accuracy, or 1
-    if there are too few images to select it.
+    The regularization is scikit-learn's C, the inverse of the L2 penalty. It is the value in `INVERSE_PENALTIES` with
+    the highest validation accuracy, or 1 if there are too few images to select it.
 
     Args:
         train: Embeddings and labels of the training images.
@@ -111,7 +111,7 @@ def tune_probe_and_score_images(
         rng: Random generator that draws the validation fold.
 
     Returns:
-        A tuple (scores, C) with the scores of the test images (images, classes).
+        A tuple (scores, C): the scores of the test images (images, classes), and the selected C.
 
     Raises:
         ValueError: If the training images have fewer than two classes.

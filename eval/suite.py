@@ -129,9 +129,9 @@ def _check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
     for role, run, name in [("baseline", 0, args.baseline)] * bool(args.baseline) + runs:
         run_file, is_baseline = Path(name) / "run.json", role == "baseline"
         run_data = {} if is_baseline or not run_file.is_file() else read_json(run_file)
-        # A model that can't be loaded ends the suite here, before the long work starts. Only the fingerprint is needed,
-        # which tells models apart. The precision "auto" would measure which precision is fastest, so float32 replaces
-        # it.
+        # A model that can't be loaded ends the suite here, before the long work starts. Only the metadata and the
+        # fingerprint, which tells models apart, are needed. The precision "auto" would measure which precision is
+        # fastest, so float32 replaces it.
         precision = "float32" if args.precision == "auto" else args.precision
         model = load_embedder(name, "cpu", is_baseline, precision)
         entry = {"name": name, "role": role, "run": run, "seed": run_data.get("seed"), "fingerprint": model.fingerprint}
@@ -358,8 +358,8 @@ def _build_suite_table_row(
         A dict that describes the benchmark and has these keys:
 
         - "like_for_like": whether measured and published results are comparable.
-        - "baseline" and "capivara": a dict with "published" and "measured" (mean and standard deviation in percent, or
-          None) and "difference" (measured minus published, in percentage points).
+        - "baseline" and "capivara": a dict with "published" and "measured" (each None, or a dict with "mean" and "std"
+          in percent) and "difference" (measured minus published, in percentage points).
     """
     title = benchmark.title + ("" if benchmark.languages == (language,) else f" ({language})")
     section = "beyond" if "beyond" in benchmark.suite else "paper"

@@ -3,7 +3,7 @@
     python -m examples.real_images --baseline data/openmoji/base --model runs/openmoji-pt-001 --output runs/real_images
     python -m eval.report runs/real_images --output report
 
-The models are evaluated by three tasks:
+The models are evaluated on three tasks:
 
 - retrieval on OpenMoji's test split, in Portuguese and in English;
 - zero-shot classification with Portuguese class names, of OpenMoji's test images, of scikit-learn's digits and of

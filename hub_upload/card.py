@@ -92,13 +92,14 @@ def render_card(
         run_metadata: Values from `collect_run_metadata`.
         language: "en" or "pt".
         repo_id: Hub id that the code examples in the card load. None: they load the current folder.
-        license: License of the model, such as "mit". None: the license that follows from base model and training data.
+        license: Hub identifier such as "mit". None: the license inferred from base model and training data, if any.
 
     Returns:
         The card with its front matter (YAML header).
 
     Raises:
-        ValueError: If an argument is invalid, a number is missing, or the card must not be published.
+        ValueError: If an argument is invalid, `license` contradicts base model or training data, a number is missing,
+            or the card would contain an access token or absolute path.
         KeyError, TypeError, jinja2.UndefinedError: If a file of the run lacks a value, or a value has the wrong type.
     """
     if language not in values.LANGUAGES:
@@ -149,14 +150,14 @@ def write_card(
         repo_id: Hub id that the code examples in the card load. None: they load the current folder.
         language: "en" or "pt".
         output: File to write. None: README.md in `folder`.
-        license: License of the model, such as "mit". None: the license that follows from base model and training data.
+        license: Hub identifier such as "mit". None: the license inferred from base model and training data, if any.
 
     Returns:
         Path of the card.
 
     Raises:
-        ValueError: If an argument is invalid, the files of the run are malformed or incomplete, or the card must not be
-            published.
+        ValueError: If an argument is invalid, the files of the run are malformed or incomplete, or a file or the card
+            contains an access token or absolute path.
     """
     path = output or folder / CARD_FILE
     with values.wrap_format_errors(folder):
@@ -172,7 +173,8 @@ def find_differences_between_card_and_files(folder: Path) -> list[str]:
     """Find the lines in which a model card differs from a card that is rendered again from the files in its folder.
 
     Lines that a user has added are accepted, unless they contain a number or markup that could hide other lines. For a
-    card from another template version, only front matter (YAML header), numbers, file hashes and HTML are checked.
+    card from another template version, only front matter (YAML header), numbers in tables and lists, file hashes and
+    HTML are checked.
 
     Args:
         folder: Folder of a training run or export.

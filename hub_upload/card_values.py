@@ -113,11 +113,11 @@ def collect_run_metadata(folder: Path) -> dict[str, Any]:
         folder: Folder of a run with one or several seeds, or an export of the run.
 
     Returns:
-        A dict {name: value} for `render_card`, which has these and more keys:
+        A dict {name: value} for `render_card`. The comments in the `return` statement describe all keys. Some are:
 
         - "config": settings of the training run.
         - "license": Hub identifier of the license, or None.
-        - "values": evaluation results, averaged over seeds.
+        - "values": evaluation results of full-width embeddings, averaged over seeds.
 
     Raises:
         ValueError: If a file is missing, malformed or contains an access token, or if results contradict each other.
@@ -399,7 +399,8 @@ def _compare_recall_by_embedding_width(group: list[Any]) -> list[dict[str, Any]]
 def to_publishable_line(value: Any) -> str:
     """Convert a value from a file to one line of text that is safe to publish in a model card.
 
-    Invisible characters and the folders of absolute paths are removed. A long line is truncated.
+    Invisible characters and the folders of absolute paths are removed. A line longer than `MAX_LINE_CHARACTERS` is
+    truncated.
 
     Args:
         value: Text, or another value that is converted to a text.

@@ -109,15 +109,16 @@ def export_model(
         text_config: Hub id from which open_clip loads the text tower's configuration. None: XLM-RoBERTa base; for other
             text towers, "open_clip" is skipped.
         overwrite: Whether to replace an existing folder.
-        repo_id: Hub id under which the folder will be published, if known.
-        base: Folder or Hub id of the base model, with the same image encoder. Required for "drop_in". Optional for
-            "immich", to write only the text encoder.
+        repo_id: Hub id under which the folder will be published, if known. open_clip loads the tokenizer from it.
+        base: Folder or Hub id of the base model, with a bit-identical image encoder. Required for "drop_in". Optional
+            for "immich", to write only the text encoder.
 
     Returns:
         A tuple (relative path, size in bytes) for each file, sorted by path.
 
     Raises:
-        ValueError: If an argument is invalid, a format can't represent the model, or a file must not be published.
+        ValueError: If an argument is invalid, the model is damaged, a format can't represent it, or a written file
+            contains an access token or absolute path.
         ImportError: If a package that a format needs is missing.
     """
     formats = _clean_and_check_formats(formats, text_config, base)

@@ -18,7 +18,7 @@ def infer_license(stated_licenses: list[list[str]]) -> str | None:
     such as "mit". A license that forbids commercial use is stricter than an attribution license such as "cc-by-4.0".
 
     Args:
-        stated_licenses: For base model and each dataset, the Hub identifiers of the licenses on its card.
+        stated_licenses: For the base model and each dataset, the Hub identifiers of the licenses on its card.
 
     Returns:
         Hub identifier of the license. None if a card states no license, or no license is the strictest, for example
@@ -47,7 +47,8 @@ def check_stated_license(origins: dict[str, Any], stated: str | list[str] | None
 
     Args:
         origins: Value of "origins" in run.json: metadata of the base model ("model"), the training datasets
-            ("datasets", a list) and the teacher model ("teacher"). All keys are optional.
+            ("datasets", a list) and the teacher model ("teacher"), each with "title" and "licenses". All keys are
+            optional.
         stated: License on the model's card: a Hub identifier, a list of identifiers, or None.
 
     Raises:

@@ -114,7 +114,8 @@ class RemoteRepository:
         exists: Whether the repository exists and can be read.
         is_private: Whether the repository is private.
         branch_head: Hash of the last commit of the branch to push to. None if the branch does not exist.
-        base_commit: Hash of the new commit's parent: `branch_head`, or for a new branch, the last commit of main.
+        base_commit: Hash of the new commit's parent: `branch_head`, or for a new branch, the last commit of main. None
+            if the repository does not exist.
         files: Files at `base_commit`, a dict {path: size and hashes}.
     """
 
@@ -188,9 +189,10 @@ def plan_push(args: PushArguments) -> PushPlan:
         The planned changes. Without a connection, all files count as added.
 
     Raises:
-        ValueError: If there is no file to send, or a file must not be published.
-        PushError: If the Hub refuses a request, `args.push` is True and the Hub can't be reached, or the repository
-            does not fit the options.
+        ValueError: If there is no file to send, a file must not be published (for example because of an access token),
+            or the card's front matter is malformed or states a license that a source of the model does not permit.
+        PushError: If the Hub refuses a request, or `args.push` is True and the Hub can't be reached. Also if
+            `args.private` is True and the repository is public, or `args.pull_request` is True and it does not exist.
     """
     paths, origins = list_and_check_files_to_send(args.model, args.repo_type), {}
     try:

@@ -134,15 +134,15 @@ def check_regular_file(path: Path) -> None:
 def check_model_files(folder: Path) -> None:
     """Check that the files of a model that would be uploaded contain no secrets and no absolute paths.
 
-    A secret is an access token or a key. Vocabularies and most binary files are searched only for secrets. Weights are
-    not searched.
+    A secret is an access token or a key. Vocabularies and most binary files are searched only for secrets, ONNX graphs
+    and `.model` files also for paths of this machine. Of safetensors files, only the header is searched.
 
     Args:
         folder: Folder of the model.
 
     Raises:
-        ValueError: If a file must not be published, or is damaged. The message names the file and, if possible, the
-            line.
+        ValueError: If a file contains a secret or path, is damaged, or is not a regular file. The message names the
+            file and, if possible, the line.
     """
     for name in list_uploadable_model_files(folder):
         path = folder / name
@@ -196,7 +196,7 @@ def check_file_for_secrets(path: Path, name: Path | str) -> None:
 
 
 def check_paths(path: Path, name: Path | str) -> None:
-    """Check that a text file contains no absolute path.
+    """Check that a text file contains no absolute path, which could reveal a user name, for example.
 
     Args:
         path: File to search.

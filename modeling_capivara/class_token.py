@@ -22,8 +22,8 @@ from capivara_common.model_kinds import CLASS_TOKEN_VISION_TOWERS
 def last_layer_for_class_token_only(model: nn.Module) -> Iterator[None]:
     """Make the last layer of a model's image tower compute only the class token within a `with` block.
 
-    In the block, the `last_hidden_state` of the image tower has only the class token. Models without a CLIP image tower
-    stay as they are.
+    Use the block only for inference. In it, the `last_hidden_state` of the image tower has only the class token. Models
+    without a CLIP image tower stay as they are.
 
     Args:
         model: Two-tower model of transformers in evaluation mode, or a DistributedDataParallel wrapper of it.

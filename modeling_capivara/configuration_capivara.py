@@ -38,10 +38,11 @@ class CapivaraConfig(PreTrainedConfig):
 
     Args:
         vision_config: Image tower: configuration or dictionary of any transformers vision model whose output has a
-            `pooler_output`. Default: ViT-B/32. A dictionary without `model_type` is completed with the values of
-            ViT-B/32.
+            `pooler_output`. Default: ViT-B/32. A dictionary without `model_type`, or with "clip_vision_model", is
+            completed with the values of ViT-B/32. Other model types keep their own defaults.
         text_config: Text tower: configuration or dictionary of any encoder-only transformers model. Default:
-            XLM-RoBERTa base. A dictionary without `model_type` is completed with the values of XLM-RoBERTa base.
+            XLM-RoBERTa base. A dictionary without `model_type`, or with "xlm-roberta", is completed with the values of
+            XLM-RoBERTa base.
         projection_dim: Width of the embeddings of images and texts.
         text_projection_type: "mlp" (two linear layers with a GELU between them, as in the published model) or "linear"
             (a single linear layer). No layer has a bias.

@@ -125,7 +125,7 @@ def to_capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, T
 def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     """Convert the weights of a transformers model to the state dict of the same model in open_clip.
 
-    Tensors are renamed and reshaped. Their values and dtypes do not change.
+    Tensors are renamed, joined, split or transposed. Their values and dtypes do not change.
 
     Args:
         model: A `CapivaraModel`, or a `SiglipModel` of transformers.

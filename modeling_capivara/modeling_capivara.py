@@ -125,8 +125,8 @@ class CapivaraPreTrainedModel(PreTrainedModel):
                 returned.
 
         Returns:
-            The output of the image tower. Its `pooler_output` is the projected embedding, (images, width), not
-            normalized.
+            The output of the image tower. Its `pooler_output` is the projected embedding, not normalized, (images,
+            width). The width is `truncate_dim` if given, otherwise `projection_dim`.
 
         Raises:
             ValueError: If `pixel_values` does not have four dimensions, or `truncate_dim` is not from 1 to
@@ -215,7 +215,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
 
         Raises:
             ValueError: If there is no such model, it can't be converted, or the Hub can't be reached.
-            ImportError: If the package modeling-capivara is not installed.
+            ImportError: If the package modeling-capivara is not installed, as is possible with
+                `trust_remote_code=True`.
         """
         # `save_pretrained` copies this file into model folders, and also every module that this file names in an import
         # statement. `import_module` is used, because the modules of the cache and the converter must not be copied.
@@ -283,12 +284,12 @@ class CapivaraModel(CapivaraPreTrainedModel):
                 returned.
 
         Returns:
-            The output of the text tower. Its `pooler_output` is the projected embedding, (texts, width), not
-            normalized.
+            The output of the text tower. Its `pooler_output` is the projected embedding, not normalized, (texts,
+            width). The width is `truncate_dim` if given, otherwise `projection_dim`.
 
         Raises:
-            ValueError: If an input is missing or has a wrong shape, `truncate_dim` is out of range, or the attention
-                mask of a text is all 0 (checked only on the CPU).
+            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, a shape is wrong, `truncate_dim`
+                is not from 1 to `projection_dim`, or the attention mask of a text is all 0 (checked only on the CPU).
         """
         # The first three parameters have the order of transformers' `CLIPModel.get_text_features`. `token_type_ids` is
         # accepted because BERT's tokenizers return it; a single text has only one type.
@@ -314,8 +315,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
             states.
 
         Raises:
-            ValueError: If an input is missing or has a wrong shape, or the attention mask of a text is all 0 (checked
-                only on the CPU).
+            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, a shape is wrong, or the attention
+                mask of a text is all 0 (checked only on the CPU).
         """
         _check_text_inputs(input_ids, inputs_embeds)
         if inputs_embeds is not None:
@@ -363,8 +364,9 @@ class CapivaraModel(CapivaraPreTrainedModel):
             A `CapivaraOutput` with embeddings of unit length. Fields of missing inputs are None.
 
         Raises:
-            ValueError: If an input is missing or has a wrong shape, or the attention mask of a text is all 0 (checked
-                only on the CPU). With `return_loss`, also if the numbers of texts and images differ.
+            ValueError: If neither texts nor images are given, a shape is wrong, or the attention mask of a text is all
+                0 (checked only on the CPU). With `return_loss`, also if texts or images are missing, or their numbers
+                differ.
         """
         # The positional parameters have the order of transformers' `CLIPModel.forward`. `token_type_ids` is accepted
         # because BERT's tokenizers return it; a single text has only one type.
@@ -452,8 +454,8 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
     ) -> "CapivaraForImageClassification":
         """Build a classifier that starts with the zero-shot probabilities of a `CapivaraModel`, ready for fine-tuning.
 
-        The initial weights of a class are the mean embedding of its prompts (prompt ensembling, CLIP, arXiv 2103.00020,
-        section 3.1.4).
+        The initial weights of a class are the mean embedding of its prompts, scaled to unit length (prompt ensembling,
+        CLIP, arXiv 2103.00020, section 3.1.4).
 
         Args:
             model: A `CapivaraModel`. It is not changed, and the classifier shares no weights with it.
@@ -468,7 +470,8 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
             head is in float32. No parameter is frozen.
 
         Raises:
-            ValueError: If there are fewer than two labels, a label is blank or repeated, or a template lacks `{}`.
+            ValueError: If there are fewer than two labels, a label is blank or repeated, there is no template, or a
+                template lacks `{}`.
         """
         prompts = _fill_templates(labels, templates)
         config = copy.deepcopy(model.config)
@@ -507,7 +510,8 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         Args:
             pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` returns them.
             labels: Class indices, (images,), for a cross-entropy loss. If an image may have several labels: 0.0 or 1.0
-                for each class, (images, num_labels), for a binary cross-entropy loss.
+                for each class, (images, num_labels), for a binary cross-entropy loss. `config.problem_type` selects the
+                loss. If it is None, the dtype of the first `labels` sets it.
             **kwargs: Options of the image tower, such as `output_hidden_states`. With `return_dict=False` a tuple is
                 returned.
 
@@ -543,7 +547,7 @@ def similarity_logits(
     Args:
         text_embeds: (texts, projection_dim), unit length.
         image_embeds: (images, projection_dim), unit length.
-        logit_scale: Scalar, natural logarithm of the factor.
+        logit_scale: Scalar, natural logarithm of the factor that multiplies the cosines.
         logit_bias: Scalar, SigLIP's bias. Default: no bias.
 
     Returns:

@@ -57,7 +57,8 @@ class CapivaraProcessor(ProcessorMixin):
             For images, it has "pixel_values", (images, 3, height, width).
 
         Raises:
-            ValueError: If there is neither a text nor an image, a text is not a string, or an image is invalid.
+            ValueError: If there is neither a text nor an image, the list of texts is empty, a text is not a string, or
+                an image is invalid.
         """
         if text is not None:
             text = check_and_collect_texts(text)

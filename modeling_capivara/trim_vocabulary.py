@@ -86,7 +86,7 @@ def trim(
     """Write a smaller copy of a multilingual model, with only the tokens that the given languages use.
 
     Args:
-        model: Folder of the model, such as a CAPIVARA, SigLIP 2 or MetaCLIP 2 model.
+        model: Folder of a CAPIVARA, SigLIP or MetaCLIP 2 model.
         output: Folder to create. An existing folder must be empty.
         languages: Language codes of the package wordfreq, such as "pt".
         words: For each language, the number of most frequent words whose tokens are kept. The last number is used for

@@ -167,11 +167,12 @@ class Embedder:
         precision: "float32", or "bf16" for autocast to bfloat16.
         fingerprint: Hash of everything that the embeddings depend on.
         image_fingerprint: Hash of everything that image embeddings depend on. Models with the same image encoder share
-            it.
+            it. For open_clip models, it equals `fingerprint`.
         width: Number of dimensions of an embedding.
-        metadata: Dictionary with the name of the Python class ("model_class") and of the loss ("loss").
-        embed_images: Function that takes PIL images, `batch_size` and `progress` (see `ProgressOption`). It returns
-            (images, width), unit length, float32, on the CPU.
+        metadata: Dictionary with "model_class" (name of the Python class) and "loss" ("sigmoid" or "contrastive").
+        embed_images: Function that takes PIL images, `batch_size`, `progress` (see `ProgressOption`) and, except for
+            open_clip models, `chunk_images` (see `embed_images`). It returns (images, width), unit length, float32, on
+            the CPU.
         embed_texts: Function that takes texts, `batch_size` and `progress`. It returns (texts, width), unit length,
             float32, on the CPU.
     """

@@ -61,8 +61,8 @@ def tokenize_into_sorted_micro_batches(
         size: Maximum number of captions in a micro-batch.
 
     Returns:
-        A tuple (micro-batches, order). `order` has the indices of the sorted captions: `captions[order[0]]` is the
-        first caption of the first micro-batch.
+        A tuple (micro-batches, order). Each micro-batch is padded to its longest caption. `order` has the indices of
+        the sorted captions: `captions[order[0]]` is the first caption of the first micro-batch.
     """
     tokens = tokenize(processor, captions)
     order = sorted(range(len(captions)), key=lambda i: len(tokens[i]["input_ids"]))

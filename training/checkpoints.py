@@ -2,7 +2,7 @@
 
 A checkpoint is a folder with weights, optimizer state, fp16 scaler and training curve. A run that resumes from it gives
 bit-identical results, because everything random depends only on the seed and the step number. The folder gets its final
-name when it is complete, and has SHA-256 checksums of its files.
+name when it is complete. SHA-256 checksums of its files are compared before a file is loaded.
 """
 
 import hashlib
@@ -220,7 +220,7 @@ def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str,
         path: Folder of the checkpoint or the finished run, for messages.
 
     Raises:
-        ValueError: If data or settings differ, or a setting is unknown. The message lists them.
+        ValueError: If data or settings that affect the weights differ, or a setting is unknown. The message lists them.
     """
     if unknown := sorted(state.config.keys() - SETTING_DEFAULTS.keys() - CHANGEABLE_SETTINGS):
         raise ValueError(

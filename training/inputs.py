@@ -7,7 +7,7 @@ views:
 - V above 1: V augmentations, which stay the same during the whole run. Each step draws one.
 - 0: a new augmentation at every step, as in CAPIVARA's paper (arXiv 2310.13683).
 
-Unless it is 0, the frozen image tower can embed every view once, with a cache on disk.
+Unless `augmented_views` is 0, the frozen image tower can embed every view once, with a cache on disk.
 """
 
 import copy
@@ -188,7 +188,8 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
         The usable training pairs, the validation and test pairs with image embeddings, and the skipped training rows.
 
     Raises:
-        ValueError: If data or model are invalid, or too few usable training pairs are left.
+        ValueError: If data or model are invalid, more than `args.max_bad_share` of the training rows can't be used, or
+            too few pairs are left for a batch.
     """
     # The data are opened before a model is loaded, so that missing data, the most common error, is reported at once.
     splits = _open_and_check_splits(args)

@@ -54,7 +54,8 @@ class RotateArguments:
 def main(argv: list[str] | None = None) -> None:
     """Run the command: rotate a model's embedding space, and write the rotated model to a new folder.
 
-    The rotation is computed from at most `MAX_ROTATION_IMAGES` images of the dataset. Unreadable images are skipped.
+    The rotation is computed from at most `MAX_ROTATION_IMAGES` evenly spaced images of the dataset. Unreadable images
+    are skipped.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

@@ -48,15 +48,21 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
 
     Args:
         args: Arguments of the run. If `output_dir` is None, the folder is the next free one, such as `runs/NAME-001`.
-            If `resume` is "auto", the latest unfinished run is preferred.
+            With `resume="auto"`, it is that of the latest unfinished run instead, if there is one.
         state: Accelerate's state, which connects the processes of the run.
 
     Returns:
         Folder in which the finished run will be.
 
     Raises:
-        ValueError: If the folder can't be written to, holds other files, an unfinished run or inputs of this run.
-            Whether files and unfinished runs are accepted depends on `args.overwrite_output_dir` and `args.resume`.
+        ValueError: In one of these cases:
+
+            - The folder is not empty, and `args.overwrite_output_dir` is not set. A complete run is accepted if
+              `args.resume` is "auto".
+            - The folder is a file or a mount point, or it can't be written to.
+            - `args.overwrite_output_dir` is set, but the folder has files that the run reads.
+            - There is an unfinished run, and neither `args.resume` nor `args.overwrite_output_dir` is set.
+            - `args.resume` is set, but the folder has finished runs of several seeds.
     """
     if args.output_dir is None:
         name = f"{Path(args.dataset[0]).parent.name or 'capivara'}-{args.language}"
@@ -103,7 +109,7 @@ def find_free_numbered_folder(parent: Path, name: str) -> Path:
 def is_run_complete(args: RunArguments, output_dir: Path) -> bool:
     """Return whether a run that should be resumed is already complete, so that there is nothing left to train.
 
-    The result is False unless `args.resume` is "auto".
+    The result is False if `args.resume` is not "auto", or if an unfinished run will replace the complete run.
 
     Args:
         args: Arguments of the run.

@@ -259,7 +259,8 @@ class PageAnswers:
         Returns:
             Dictionary with these keys:
 
-            - "label": the best label. None if a neutral sentence such as "uma imagem" fits the picture better.
+            - "label": the best label. None if a neutral sentence such as "uma imagem" fits the picture better than
+              every label.
             - "shares": list of pairs [label, probability from 0 to 1], most probable first.
 
         Raises:

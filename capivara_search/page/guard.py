@@ -222,8 +222,8 @@ async def receive_request_body_within_limits(request: Request, slots: asyncio.Se
         The body.
 
     Raises:
-        RequestRefusedError: If the request does not state its length, or the body is too large, too slow, or gets no
-            slot in time.
+        RequestRefusedError: If the request does not state the length of the body, or the body is too large, is received
+            too slowly, or gets no slot in time.
     """
     # Number of bytes in the body. uvicorn does not read more bytes than this, even if the client sends more.
     length = request.headers.get("content-length", "")

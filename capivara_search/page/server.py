@@ -101,7 +101,7 @@ def serve_index(
             page, without a password.
         port: Port of the page. If the default port is taken, a free port is used.
         open_browser: Whether to open the page in a browser of this machine.
-        language: Default language of the page, "pt" or "en".
+        language: Default language of the page, "pt" or "en". The URL parameter `lang` overrides it.
         credit: Source and license of the pictures to show on the page.
         on_open: Function that is called with the URL of the page when the server has started.
         allow_hosts: Host names that are accepted in requests, in addition to those of `list_allowed_hosts`.

@@ -146,7 +146,7 @@ class ChatCaptioner(ChatBackend, Captioner):
     def start_part(self, part: range) -> None:
         """Prepare for the rows of the next output file: load the answers that an interrupted run has already received.
 
-        These answers are not requested again.
+        These answers are not requested again. The stored answers of the previous output file are deleted.
 
         Args:
             part: Range of the row indices in the output file, counted from 0 over the whole split.

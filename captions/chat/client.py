@@ -152,13 +152,16 @@ class ChatClient:
             logger.warning(f"WARNING: {client.base_url} does not list the model {self._args.model}. It lists: {listed}")
 
     def map(self, function: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list[R]:
-        """Call an asynchronous function with each item, and return the results in the order of the items.
+        """Call an asynchronous function with each item, several calls at the same time, and return the results.
 
         The flag `concurrency` is the largest number of simultaneous calls.
 
         Args:
             function: Function that sends requests with this client.
             items: Arguments of the calls.
+
+        Returns:
+            The results, in the order of the items.
 
         Raises:
             ValueError, OSError: The first error of a call. The other calls are canceled.
@@ -196,7 +199,7 @@ class ChatClient:
             text_count: If given, a JSON answer has a list of this many texts instead of a single text.
 
         Returns:
-            `n` answers. If an answer was bad twice, its fault is set.
+            `n` answers. If the second answer is bad, too, the first one is returned with its fault.
 
         Raises:
             ValueError: If the server refuses the request.

@@ -57,7 +57,8 @@ class Prompts:
 
         Args:
             key: Key of the template in the file.
-            template: Text of the template. Default: the value of `key` in the file. Pass it if that value is a list.
+            template: Text of the template. Default: the value of `key` in the file. If that value is a list of
+                templates, pass one of them.
             **variables: Values of template variables, for example `text`. The names of the languages are added to them.
 
         Returns:

@@ -70,8 +70,8 @@ class FileFlags:
         """Read the translation table, and check that it is for the source and target languages of the flags.
 
         The first line of the table states its languages. Tables without languages, from earlier versions of this
-        program, are accepted only if another output in the same folder was made from a table for the same target
-        language.
+        program, are accepted only if the output folder, or a folder next to it, was made from a table for the same
+        target language.
 
         Raises:
             ValueError: If the table states other languages, or does not state the language of the translations.

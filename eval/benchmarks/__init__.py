@@ -158,8 +158,9 @@ def find_published_name(name: str, role: str, model_class: str, loss: str) -> st
         loss: "contrastive" or "sigmoid".
 
     Returns:
-        A name for `Benchmark.get_published_figure`, or None. For a base model in `Benchmark.bases`, it is the end of
-        `name` in lowercase, such as "siglip2-base". For a model with CAPIVARA's architecture and loss, it is `role`.
+        A name for `Benchmark.get_published_figure`, or None. For a base model in `Benchmark.bases`, it is the last part
+        of `name` in lowercase, such as "siglip2-base". For any other model with CAPIVARA's architecture and a
+        contrastive loss, it is `role`.
     """
     base = Path(name).name.casefold()
     if any(base in benchmark.bases for benchmark in load_benchmarks().values()):

@@ -60,7 +60,8 @@ def compute_ranks_from_embeddings(
 ) -> Tensor:
     """Return the rank of each query's best relevant item, computed from the embeddings of queries and items.
 
-    The rank is the number of wrong items that score at least as high. A score is the dot product of two embeddings.
+    The rank is the number of wrong items that score at least as high as the best relevant item. A score is the dot
+    product of two embeddings.
 
     Args:
         query_embeds: Unit-length embeddings (queries, width).
@@ -87,7 +88,8 @@ def cross_modal_ranks(
 ) -> tuple[Tensor, Tensor]:
     """Return the retrieval ranks in both directions: each query searches all items, and each item searches all queries.
 
-    The result equals two calls of `compute_ranks_from_embeddings`.
+    A rank is the number of wrong results that score at least as high as the best relevant result. The ranks equal those
+    of two calls of `compute_ranks_from_embeddings`.
 
     Args:
         query_embeds: Unit-length embeddings (queries, width), for example of texts.
@@ -238,8 +240,8 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """Compute how much better a model is than a baseline on the same queries, with a 95 % confidence interval.
 
-    It is a percentile bootstrap interval (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
-    It resamples whole groups.
+    The interval is a percentile bootstrap interval (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
+    chapter 13). Whole groups are resampled.
 
     Args:
         baseline: The baseline's value of the metric for each query (queries,).
@@ -283,7 +285,8 @@ def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -
         Ranks (queries,), int64, from 0.
 
     Raises:
-        ValueError: If a score is not finite, or if `relevant_items` does not fit the scores.
+        ValueError: If a score is not finite, `scores` and `relevant_items` differ in length, a query has no relevant
+            item, or an index is out of range.
     """
     _check_finite(scores)
     if len(scores) != len(relevant_items):

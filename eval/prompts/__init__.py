@@ -3,7 +3,7 @@
 A source is called a protocol. Results of different protocols are not comparable.
 
 - `ours`: this project's Portuguese names and templates, in `pt/`.
-- `authors`: those of CAPIVARA's authors, in their `portuguese_prompts.py`.
+- `authors`: the names and templates of CAPIVARA's authors, in their `portuguese_prompts.py`.
 - `babel`: the translated ImageNet class names of Babel-ImageNet, from the package `clip-benchmark`.
 - `own`: a user's JSON file, in any language.
 """
@@ -75,7 +75,8 @@ def load_prompts(
         benchmark: A key of `list_benchmarks()`, or the path of a JSON file with your own classes, such as
             `CLASSES_FILE_EXAMPLE`.
         protocol: Source of names and templates: "ours", "authors" or "babel". It must be "ours" for a JSON file.
-        language: Language code for protocol "babel", by default "pt". Not needed for other protocols.
+        language: Language code for protocol "babel", by default "pt". For other protocols, it must be None or the
+            language of the prompts.
         authors_file: Path of the authors' `portuguese_prompts.py`. The file is parsed, never executed.
 
     Raises:
@@ -117,6 +118,9 @@ def fill_template(template: str, class_entry: dict, language: str = "pt") -> str
         class_entry: The class as `{language code: name}`. For Portuguese also "gender" ("m" or "f"), "number" ("s" or
             "p") and "article" (False for a name without article).
         language: Language code of the template.
+
+    Returns:
+        The prompt.
 
     Raises:
         ValueError: If the template has no placeholder, or an unknown placeholder.

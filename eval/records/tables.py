@@ -150,13 +150,14 @@ def average_over_seeds(frame: pandas.DataFrame, group_column: str) -> list[Any]:
         group_column: Column that tells models apart, normally "folder"; "precision" for the results of a single run.
 
     Returns:
-        One named tuple per model and `Condition` (task, dataset, metric and so on). Its fields are:
+        One named tuple per model and `Condition` (task, dataset, metric and so on), in the order of files and records.
+        Its fields are:
 
         - the fields of `Condition`, `model` (role: "baseline" or "capivara") and the group column;
         - `mean`, `deviation` (sample standard deviation; None for a single seed) and `seeds` (their number);
         - `n` and `chance` (may be None) of the first record;
         - `data`: the set of dataset fingerprints;
-        - `measured`: the averaged rows, sorted by seed.
+        - `measured`: the averaged rows, sorted by seed; a row without a seed comes first.
     """
     keys = [*Condition._fields, "model", group_column]
     frame = frame.assign(row=pandas.Series([*frame.itertuples(index=False, name="Measured")], frame.index, object))

@@ -115,8 +115,8 @@ def _build_dataset_and_train_model(args: OpenMojiChatArguments) -> Path:
         args: Command-line arguments.
 
     Raises:
-        ValueError: If the config or a flag is invalid, if the server refuses requests, or if `output` has other
-            results.
+        ValueError: If the config or a flag is invalid, if the server refuses requests, or if `output` has results of
+            other settings.
         ConnectionError: If the server can't be reached.
         ImportError: If the packages of the extras `chat` and `demo` are not installed.
     """

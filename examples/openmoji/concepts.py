@@ -72,7 +72,7 @@ class EmojiPicture:
 
 
 def load_emoji_by_concept(languages: Sequence[str] = ()) -> dict[str, list[EmojiPicture]]:
-    """Load all emoji with their captions, grouped by concept: images of a concept differ only in a detail.
+    """Load all emoji of the dataset with their captions, grouped by concept (images that differ only in a detail).
 
     Args:
         languages: Codes of further languages, such as "es". Emoji with the same name in one of them share a concept, as

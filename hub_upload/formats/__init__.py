@@ -38,9 +38,9 @@ def build_replace_step(pattern: str, content: str) -> dict[str, Any]:
 
 
 # Normalizer steps for programs that don't run CAPIVARA's text cleaning code. Like the code's library ftfy, they make
-# curly quotes straight and normalize accents (Unicode NFC), so they don't change cleaned texts. The exception are curly
-# quotes from HTML entities, which the code decodes after ftfy has run, from the first line with "<" on. The tokenizer's
-# own normalizer does the rest of the cleaning, except the repair of wrongly decoded characters.
+# curly quotes straight and normalize accents (Unicode NFC), so they don't change cleaned texts. The only exception is
+# curly quotes from HTML entities, which the code decodes after ftfy has run, from the first line with "<" on. The
+# tokenizer's own normalizer does the rest of the cleaning, except the repair of wrongly decoded characters.
 PLAIN_QUOTE_STEPS = [
     {"type": "NFC"},
     build_replace_step("[\u2018-\u201b\u02bc]", "'"),

@@ -9,7 +9,8 @@ These files are written:
     visual/preprocess_cfg.json                    size, interpolation, mean, std, resize_mode
 
 Copy the folder to clip/NAME in Immich's model cache, where NAME is a model in Immich's fixed list. With a base model
-(`--base`), only the text encoder is exported, without `visual/`. docs/how-to/immich.md describes the steps.
+(`--base`), only the text encoder is exported, without `visual/`, and its files replace the base model's files there.
+docs/how-to/immich.md describes the steps.
 """
 
 import json
@@ -97,8 +98,8 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
         base: Folder or Hub id of the base model. If given, only the text encoder is written.
 
     Raises:
-        ValueError: If the two models have different image encoders, the model is damaged, an encoder exceeds 2 GB, or
-            Immich can't represent the model.
+        ValueError: If the two models have different image encoders, the model is damaged, an encoder exceeds 2 GB,
+            Immich can't represent the model, or an ONNX graph gives other embeddings than the model.
     """
     if base is not None:
         resolve_compatible_base_folder(source, base)

@@ -47,8 +47,8 @@ def choose_and_check_text_config_id(config: CapivaraConfig, text_config: str | N
         The Hub id. None if `text_config` is None and the text tower of the model is not XLM-RoBERTa base.
 
     Raises:
-        ValueError: If `text_config` has no configuration, or its configuration differs from the model's. The message
-            names the fields that differ.
+        ValueError: If `text_config` is not a Hub id with a configuration, or this configuration differs from the text
+            tower's. The message names the fields that differ.
     """
     # The default text tower of a `CapivaraConfig` is XLM-RoBERTa base, so its configuration need not be downloaded.
     base = CapivaraConfig().text_config
@@ -78,9 +78,10 @@ def build_open_clip_config(
 
     Args:
         config: Configuration of the model.
-        image_processor: Its image processor.
+        image_processor: Image processor of the model.
         text_config: Hub id from which open_clip loads the text tower's configuration. None: XLM-RoBERTa base.
-        repo_id: Hub id from which open_clip loads the tokenizer. None: same as for the configuration.
+        repo_id: Hub id from which open_clip loads the tokenizer. None: the Hub id of the text tower's
+            configuration.
 
     Returns:
         A dict with the keys "model_cfg" and "preprocess_cfg". None if `text_config` is None, but the text tower is not
@@ -182,7 +183,8 @@ def write_open_clip_siglip(source: Path, folder: Path, repo_id: str | None = Non
     Args:
         source: Folder of the model.
         folder: Folder to write to.
-        repo_id: Hub id from which open_clip loads the tokenizer. None: the name of the model's folder.
+        repo_id: Hub id from which open_clip loads the tokenizer. None: the configuration names the model's folder
+            instead.
 
     Returns:
         The written weights as a dict {tensor name in open_clip: tensor of the model}.

@@ -22,7 +22,7 @@ logger = logging.getLogger("capivara")
 def write_sentence_transformers_config(folder: Path, processor: ProcessorMixin) -> None:
     """Write the configuration files with which Sentence Transformers loads the exported model.
 
-    Its pipeline has two modules: the whole model, for texts and images, and a module that scales embeddings to unit
+    The pipeline has two modules: the whole model, for texts and images, and a module that scales embeddings to unit
     length.
 
     Args:

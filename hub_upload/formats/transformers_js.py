@@ -83,8 +83,8 @@ def read_and_convert_tokenizer(folder: Path) -> dict[str, Any]:
 def convert_tokenizer_files_in_place(folder: Path) -> None:
     """Rewrite the tokenizer files of an export, so that transformers.js splits texts into the same tokens.
 
-    For a CAPIVARA model, this is guaranteed only for clean texts, because transformers.js does not run its text
-    cleaning code.
+    For a CAPIVARA model, this is guaranteed only for clean texts, because transformers.js does not run CAPIVARA's
+    text cleaning code.
 
     Args:
         folder: Folder of the export, with config.json and the tokenizer files.

@@ -64,7 +64,8 @@ def copy_index_for_publication(index: PictureIndex, output: Path, model: str, ti
         index: Index to copy.
         output: Folder of the copy. It must not exist yet.
         model: Folder of the model relative to the Space, or its Hub id. The copy stores it.
-        title: Public name of the indexed folder. With "" or several folders, the folders keep their own names.
+        title: Public name of the indexed folder. With "" or several folders, the last part of each
+            folder's path is its public name.
 
     Raises:
         ValueError: If no picture was embedded with the model of the index.
@@ -128,7 +129,8 @@ def write_space(pictures: str, model: str, folder: Path) -> None:
         folder: Folder to write. It must be empty or not exist yet.
 
     Raises:
-        ValueError: If the index or the model does not exist, `folder` is not empty, or a file must not be published.
+        ValueError: If the index or the model does not exist, `folder` is not empty, or a file to publish contains an
+            access token or absolute path.
     """
     if not Path(pictures, "pictures.lance").is_dir() and not pictures.startswith(STORAGE_PREFIXES):
         raise ValueError(

@@ -61,8 +61,8 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
         library: Folder node_modules in which npm has installed transformers.js.
 
     Raises:
-        ValueError: If transformers.js can't represent the model, `library` lacks a file, or a file must not be
-            published.
+        ValueError: If transformers.js can't represent the model, `library` lacks a file, or a file to publish
+            contains an access token or absolute path.
         ImportError: If a package for the ONNX export is missing.
     """
     require_packages("A page without a server", "onnx", *onnx.ONNX_PACKAGES)
@@ -108,8 +108,11 @@ def render_static_page(language: str, model: dict[str, str | int]) -> str:
 
     Args:
         language: Language of the page, "pt" or "en".
-        model: "id" (subfolder in model/), "name", "megabytes" (size of the download) and "side" (height and width of
-            its input images in pixels).
+        model: Dict with "id" (subfolder in model/), "name", "megabytes" (size of the download) and "side" (height and
+            width of the model's input images in pixels).
+
+    Returns:
+        HTML of the page.
     """
     words = server.load_page_messages(language, is_static=True) | {"own_model": model}
     _, url, other_url = PAGE_FILES[language]
