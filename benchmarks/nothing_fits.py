@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     if not files:
         raise ValueError(f"--pictures must be a folder with images, got {args.pictures}.")
     if not sentences.get("there") or not sentences.get("absent"):
-        raise ValueError(f"--sentences must be a file with sentences under `there` and `absent`, got {args.sentences}.")
+        raise ValueError(f"--sentences must be YAML with the lists `there` and `absent`, got {args.sentences}.")
     model, pictures = resolve_search_model(args.model), [open_query_picture(path) for path in files]
     pictures += [load_example_photo(name) for name in PHOTOGRAPHS if sentences.get("photographs")]
     images, neutral_texts = model.embed_images(pictures), model.embed_texts(query.NEUTRAL_SENTENCES)

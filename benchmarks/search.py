@@ -51,8 +51,8 @@ class SearchArguments:
     followed: int = flag(10_000, "Number of photographs in the folder of --parts follow, 640 x 480 pixels each.")
     runs: int = flag(
         5,
-        "Number of repetitions. With --parts index: of adding a single picture, and of a search in a new process. With "
-        "--parts follow: of each change of the folder, and of indexing without new photographs.",
+        "How often each measurement is repeated. --parts index repeats adding a single picture and a search in a new "
+        "process. --parts follow repeats each change of the folder and an update without new photographs.",
     )
     work: Path = flag(Path("runs/search"), "Folder for vectors, indexes, photographs and model. Needs about 10 GB.")
     output: Path | None = flag(

@@ -36,9 +36,9 @@ licensed CC BY-SA 4.0 (https://openmoji.org), and so is the projection. Made by 
 
 
 def get_or_build_miniature_folder() -> Path:
-    """Return the cache folder of the miniature model, and build the model if it is not in the cache yet.
+    """Return the cache folder of the miniature, the small model for trying the search without a download.
 
-    Building the model takes some seconds.
+    If the miniature is not in the cache yet, it is built from installed packages, which takes some seconds.
 
     Raises:
         ImportError: If one of the packages in `REQUIRED_MODULES` is not installed.

@@ -80,7 +80,8 @@ def convert_to_caption_list(value: Any, column: str) -> list[str]:
     Raises:
         BadRow: If the value has another type.
     """
-    # No caption is left out, because the list of similarities has the same order.
+    # A missing caption (None) becomes "" and is not left out, so that captions stay at the positions of their
+    # similarities.
     values = [value] if isinstance(value, str) else value or []
     if not isinstance(values, list) or any(not isinstance(text, str | None) for text in values):
         raise BadRow("no caption", f"{column!r} must hold a list of texts, got {value!r}")

@@ -195,9 +195,9 @@ def _write_selection_report(args: SelectArguments) -> None:
     kept_count = int(is_image_kept.sum())
     scored = captions.dropna(subset="similarity")
     first = scored[scored["first"]].assign(kept=lambda table: table["row"].map(is_image_kept).astype(bool))
-    # Choose the captions that the histogram shows. The pair filter drops an image if the similarity of its first
-    # caption is too low. If only this filter has a cutoff, show only first captions, because a strategy such as `rank`
-    # drops the other captions for other reasons.
+    # Choose the captions that the histogram shows together with the cutoffs. If `min_pair_similarity`, which applies to
+    # the first caption of each image, is the only cutoff, show only first captions. Whether other captions are kept
+    # then does not depend on a cutoff.
     by_first = args.min_pair_similarity is not None and args.strategy_cutoff is None
     shown, unit = (first, "images, by their first caption") if by_first else (scored, "captions")
     settings = ("split", "language", "caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")

@@ -259,9 +259,9 @@ def _to_words(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: write the report, and print its path.
+    """Run the command: write a report of the evaluation results in a folder, and print the path of the report.
 
-    Files that the report does not fully show are printed, too, with the reasons.
+    If the report leaves out a result file or a part of it, the file name and the reason are printed, too.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

@@ -507,7 +507,7 @@ class CardWriter:
         """
         if not is_number(value):
             raise ValueError(
-                f"The card needs a number, but a file of the run has {str(value)[:80]!r}. Restore the file."
+                f"The card needs a number, but a file of the run has {str(value)[:80]!r}. Write the file again."
             )
         return f"{value:{'+' if sign else ''},.{digits}{kind}}".translate(self.separators)
 

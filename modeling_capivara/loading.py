@@ -326,7 +326,7 @@ def _check_and_adapt_processor(processor: ProcessorMixin, config: PreTrainedConf
     if type(processor).__name__ not in kind.processors or "max_num_patches" in settings:
         raise ValueError(f"a {type(processor).__name__} does not fit a model of the type {config.model_type!r}")
     _check_tokenizer(processor, config)
-    if kind.is_native:  # a CapivaraProcessor truncates to 77 tokens by itself
+    if kind.is_native:  # the checks below are for other kinds; a CapivaraProcessor truncates texts by itself
         return
     takes_any_size = config.vision_config.model_type in ANY_SIZE_VISION_TOWERS
     side = size.get("height") if takes_any_size else config.vision_config.image_size

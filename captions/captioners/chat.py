@@ -89,8 +89,8 @@ class ChatCaptioner(ChatBackend, Captioner):
                 f"{args.model} does not see images: with and without an image, the server {args.base_url[-1]} reads "
                 f"{read} tokens. Serve a vision-language model."
             )
-        self._journal: Path | None = None  # journal of the current output file
-        self._stored: dict[str, list[Answer]] = {}  # key of a request -> its answers, as in the journal
+        self._journal: Path | None = None  # file with the answers that were received for the current output file
+        self._stored: dict[str, list[Answer]] = {}  # content of the journal: {key of a request: its answers}
         self.settings = {
             "captioner": "chat",
             "model": self._client.model,

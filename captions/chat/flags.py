@@ -94,7 +94,7 @@ def check_chat_flags(args: Any, purpose: str) -> None:
     check_between(args, 0, 2, "temperature")
     check_between(args, 0, 1, "top_p")
     if len(args.price_per_million) > 2 or any(not price >= 0 for price in args.price_per_million):
-        raise ValueError(f"price_per_million must be one or two prices, got {args.price_per_million}.")
+        raise ValueError(f"price_per_million must be 1 or 2 prices (read, written), got {args.price_per_million}.")
     parse_extra_body(args.extra_body)
 
 

@@ -156,8 +156,8 @@ class FileFlags:
         """Find the output rows that must be written again because a person corrected the translation table.
 
         Returns:
-            The changed rows and the files that hold them. None if the table has not changed, or if a flag or the
-            dataset has changed as well.
+            The changed rows and the output files that hold them. None if the table has not changed since the last run.
+            Also None if a flag or the dataset has changed since then; the stage itself then raises an error.
 
         Raises:
             ValueError: If the table does not have the sentences of the dataset, or a sentence has no translation.

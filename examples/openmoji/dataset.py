@@ -40,7 +40,8 @@ def load_dataset_and_refuse_image_paths(folder: Path) -> DatasetDict:
     data = check_paths_and_load_saved_dataset(folder)
     for name, split in data.items():
         for column in [column for column, feature in split.features.items() if isinstance(feature, Image)]:
-            # `datasets` would open such paths, so a malicious dataset could read other files of this machine.
+            # An image without bytes has a path. `datasets` would open the file at this path, so a malicious dataset
+            # could read other files of this machine.
             if outside := pc.struct_field(split.data.column(column), "bytes").null_count:
                 raise ValueError(
                     f"{folder}, split {name!r}: {outside} images are stored as paths. Save the images as bytes."
