@@ -139,7 +139,7 @@ class TrainStepArguments:
         "alone, train_step_recipe_MODEL.json.",
     )
     beside: Path | None = flag(None, "Folder of another checkout of the project, with its own .venv, to compare with.")
-    worker: Literal[*PROGRAMS] | None = flag(None, "Program to measure once in this process (internal).")
+    worker: Literal[*PROGRAMS] | None = flag(None, "Internal: the program that a child process measures.")
     precision: Literal["no", "bf16"] = flag("no", "Mixed precision of the measured program (internal).")
 
     def __post_init__(self) -> None:
@@ -167,7 +167,7 @@ class TrainStepArguments:
 
     @property
     def program_pairs(self) -> int:
-        """Number of image-text pairs per training step in the part `programs`. Default: 96."""
+        """Image-text pairs per training step when the training programs are compared. Default: 96."""
         return self.pairs or PROGRAM_PAIRS
 
     @property

@@ -95,16 +95,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def build_or_measure_model(args: TrimBenchmarkArguments) -> dict[str, Any]:
-    """Build one model, or measure one model. The benchmark starts a process for each.
+    """Build or measure one model, in a process of its own that the benchmark starts.
 
     Args:
-        args: Command-line arguments of the process. "make" as `worker` saves the model `models[0]` with random weights
-            in `folder`. "measure" measures the model in `folder`.
+        args: Command-line arguments of the process. The value of `worker` selects the action. "make": save the model
+            `models[0]` with random weights in `folder`. "measure": measure the model in `folder`.
 
     Returns:
-        For "make", `{"vocabulary": "real" or "synthesized", "left_out_parameters": parameters of the published image
-        tower minus those of the tiny image tower}`. For "measure", `{"memory_bytes": memory that the model needs,
-        "texts_per_second": speed of embedding captions}`.
+        For "make", a dict with the keys "vocabulary" ("real" or "synthesized") and "left_out_parameters" (number of
+        parameters that the tiny image tower has less than the published one). For "measure", a dict with the keys
+        "memory_bytes" (memory of the model) and "texts_per_second" (speed of embedding captions).
     """
     if args.worker == "make":
         return _save_random_base_with_tiny_image_tower(args.models[0], args.folder)

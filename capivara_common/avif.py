@@ -210,7 +210,7 @@ def _skip_timing_and_operating_points(read: Callable[[int], int]) -> None:
         read(12)
         if read(5) > 7:  # seq_level_idx: levels above 7 are followed by one bit for the tier
             read(1)
-        if delay_bits and read(1):  # decoder_model_present_for_this_op: decoder settings of this operating point
+        if delay_bits and read(1):  # decoder_model_present_for_this_op: decoder settings follow
             read(2 * delay_bits + 1)
-        if has_display_delay and read(1):  # initial_display_delay_present_for_this_op: display delay of this point
+        if has_display_delay and read(1):  # initial_display_delay_present_for_this_op: a display delay follows
             read(4)

@@ -117,7 +117,8 @@ class EmbeddingStore:
         Returns:
             A memory-mapped table with one row per item and these columns:
                 vectors: List of views * width numbers; empty for a bad row.
-                reason: Why the row is bad, such as "unreadable image"; "" for a good row and for the item "".
+                reason: Why the row could not be embedded, such as "unreadable image". "" for a good row, and for a row
+                    whose item was "".
                 detail: Description of the problem, or "".
 
         Raises:

@@ -77,9 +77,9 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
             stage: Access to the rows to caption.
 
         Returns:
-            The arguments of `RowStage.run`, as a tuple: the types of the new columns, the settings to record, a function
-            that captions a list of rows, a function that is called before each output file is written, and the number
-            of rows that this function prepares together (always 1).
+            The arguments of `RowStage.run`, as a tuple: the types of the new columns, the settings to record, a
+            function that captions a list of rows, a function that is called before each output file is written, and the
+            number of rows that this function prepares together (always 1).
 
         Raises:
             ValueError, OSError, ImportError: If the captioner can't be used.

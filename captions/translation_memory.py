@@ -71,8 +71,9 @@ class TranslationMemory:
             translations: Dict `{sentence: translation}`.
 
         Returns:
-            A dict `{sentence: answer}`. If `append` has stored an answer to a sentence before, it is this answer, with
-            its problem and token counts. Otherwise, the answer has only the given translation.
+            A dict `{sentence: answer}` for the given sentences. If the method `append` has stored an answer to a
+            sentence before, the dict has this stored answer, with its token counts. Otherwise, the answer has only the
+            given translation.
 
         Raises:
             OSError: If the disk is full.

@@ -90,7 +90,10 @@ class RetrievalEmbeddings:
         return RetrievalEmbeddings(text_embeds, image_embeds, self.image_of_text, self.full_width or width)
 
     def query_groups(self, direction: str) -> Tensor:
-        """Return for each query the index of its image. A search result is relevant if it has the same index.
+        """Return for each query the index of the image that it belongs to.
+
+        A caption belongs to the image that it describes, and an image to itself. A search result is relevant if it
+        belongs to the same image as the query.
 
         Args:
             direction: "text_to_image" (captions are the queries) or "image_to_text" (images are the queries).

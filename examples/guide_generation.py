@@ -64,7 +64,7 @@ class GuideArguments:
     )
     views: int = flag(4, "Number of random views (rotated, cropped, noisy) per step. 0 uses the image itself.")
     learning_rate: float = flag(0.1, "Learning rate of Adam.")
-    seed: int = flag(0, "Seed of the initial image and of the views.")
+    seed: int = flag(0, "Seed of the initial image and of the random views.")
     device: str | None = flag(None, "cpu or cuda. Default: the GPU if there is one.")
 
     def __post_init__(self) -> None:
@@ -142,8 +142,8 @@ def main(argv: list[str] | None = None) -> None:
         model.requires_grad_(False)  # only the image is optimized, so the weights need no gradients
         generator, started = torch.Generator().manual_seed(args.seed), time.perf_counter()
         cells = min(args.cells, args.size)
-        # One cell per pixel, without views, gives an adversarial example. There is no generative model, so the result
-        # is hardly ever a natural image.
+        # The colors of a grid of cells are optimized directly, without a generative model, so the result is hardly ever
+        # a natural image. With one cell per pixel and without random views, it is an adversarial example.
         colors = INITIAL_NOISE * torch.randn(1, 3, cells, cells, generator=generator)
         colors = colors.to(model.device).requires_grad_()
 

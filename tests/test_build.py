@@ -217,7 +217,7 @@ def test_failures_are_reported_and_the_same_command_resumes(config, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(select, "select_row_captions", poisoned)
-        message = r"3-select, train: rows: .*\n  task 1: ZeroDivisionError: .*rows 6 to 10 of train\n"
+        message = r"3-select, train: rows: .*\n  task 1: ZeroDivisionError: .*rows 6 to 10 of train\.\n"
         with pytest.raises(ValueError, match=message):
             build_dataset(BuildArguments(config, tasks=2))
     parts = [path.name for path in (tmp_path / "built" / "3-select" / "train").glob("*.parquet")]

@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Raises:
-        ValueError: If the models differ in the names or shapes of their tensors, or if the rotation.safetensors of a
-            rotated model is missing.
+        ValueError: If the models differ in the names or shapes of their tensors. If `training.rotate` has rotated the
+            trained model, and its file rotation.safetensors is missing.
     """
     args = parse_arguments(InterpolateArguments, __doc__, argv)
     check_output_folder_and_clean_leftovers(args.output)

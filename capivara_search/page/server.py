@@ -440,7 +440,7 @@ def load_page_messages(language: str, is_static: bool = False) -> dict[str, Any]
         Dictionary from key to text. Only the value of the key "errors" is a dictionary, from error code to text.
     """
     messages = json.loads((PAGE_FOLDER / "words" / f"{language}.json").read_text(encoding="utf-8"))
-    static_messages = messages.pop("static")  # these texts replace the texts with the same keys
+    static_messages = messages.pop("static")  # texts that replace others on the page without a server
     if not is_static:
         return messages
     return messages | static_messages | {"errors": messages["errors"] | static_messages["errors"]}

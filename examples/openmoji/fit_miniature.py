@@ -4,8 +4,9 @@
 
 The miniature model combines two pretrained encoders, EfficientNet-Lite0 for images and multilingual-e5-small for texts.
 Only the projection is fitted, by ridge regression from image features to text embeddings. The training data are
-OpenMoji's training images with their English captions, and the English names of ImageNet's classes with artificial
-image features. Of several projections, the one with the highest recall on captioned photographs is chosen.
+OpenMoji's training images with their English captions, and the English names of ImageNet's classes. The images of these
+classes are not available, so their image features are made from the weights of EfficientNet's own classifier. Of
+several projections, the one with the highest recall on captioned photographs is chosen.
 """
 
 import logging
@@ -74,8 +75,8 @@ class Candidate(NamedTuple):
     Attributes:
         photo_recall: Mean recall on captioned photographs, from 0 to 1.
         validation_recall: Mean recall on OpenMoji's validation concepts, from 0 to 1.
-        reach: Distance of the artificial features of ImageNet's classes from the mean of the real features, divided by
-            the average distance of the real features. None if the candidate was fitted without artificial features.
+        reach: How far the artificial image features, which are made for ImageNet's classes, are from the mean of the
+            real image features, relative to the average distance of the real ones. None: there are no artificial ones.
         visual: Weights of the image projection, of shape (text width, image width).
         text: Weights of the text projection, of shape (text width, text width).
     """

@@ -47,7 +47,7 @@ def choose_and_check_text_config_id(config: CapivaraConfig, text_config: str | N
         The Hub id. None if `text_config` is None and the text tower of the model is not XLM-RoBERTa base.
 
     Raises:
-        ValueError: If `text_config` is not a Hub id with a configuration, or this configuration differs from the text
+        ValueError: If `text_config` is not the Hub id of a text model, or this configuration differs from the text
             tower's. The message names the fields that differ.
     """
     # The default text tower of a `CapivaraConfig` is XLM-RoBERTa base, so its configuration need not be downloaded.
@@ -61,7 +61,7 @@ def choose_and_check_text_config_id(config: CapivaraConfig, text_config: str | N
         hub_config = base if is_base else AutoConfig.from_pretrained(text_config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"text_config must be a Hub id with a configuration, got {text_config!r}: {reason}") from error
+        raise ValueError(f"text_config must be the Hub id of a text model, got {text_config!r}: {reason}") from error
     # open_clip loads this configuration from the Hub and not from the exported folder. With another configuration than
     # the model's, it would build a wrong text tower.
     if differences := _describe_config_differences(config.text_config, hub_config):

@@ -71,8 +71,8 @@ def check_sentence_transformers_embeddings(source: Path, folder: Path) -> None:
 
     texts = [*random_texts(), "Uma FOTO de São João"]  # texts of several lengths, one with capital letters
     ours = embed_texts(load_model(source).eval(), load_processor(source), texts)
-    # Each batch has a single text, so that missing padding changes the embeddings. In a larger batch, short texts would
-    # at least be padded to the longest text, which could hide the error.
+    # SigLIP's text tower needs texts that are padded to the full length. Each batch has a single text, so that missing
+    # padding changes the embeddings. In a larger batch, padding to the longest text could hide the error.
     theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, batch_size=1, show_progress_bar=False)
     check_embedding_difference("sentence-transformers", [(ours, torch.from_numpy(theirs))])
 
